@@ -26,7 +26,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -193,13 +193,8 @@ class Statistics(nn.Module):
         self.mean[self.row[layer]], self.std[self.row[layer]] = feature_statistics(hidden)
 
 
-def save(module, path):
-    """Projections or Statistics -> a safetensors file of its own beside the model, which stays loadable by anybody."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}, path)
-
-
 def load(module, path):
-    """Fill Projections or Statistics from `save`'s file. ValueError if it was made for other layers or widths."""
+    """Fill Projections or Statistics from their safetensors file beside a checkpoint. ValueError if it was made for other layers or widths."""
     state = load_file(path)
     ours = module.state_dict()
     shapes = {name: list(tensor.shape) for name, tensor in ours.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sklearn.preprocessing
 import torch
+from safetensors.torch import save_file
 from hypothesis import given, settings, strategies as st
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
@@ -394,7 +395,7 @@ def test_statistics_of_the_acoustic_teacher():
         statistics[1]
 
 
-def test_save_and_load(tmp_path):
+def test_what_a_checkpoint_saved_is_loaded_for_the_same_layers_only(tmp_path):
     student, teacher, _ = planted(60)
     projections, statistics = Projections(pairs(4, 6, every=2), 12, 20), Statistics([1, 2], 20)
     projections.fit(1, student, teacher)
@@ -402,7 +403,7 @@ def test_save_and_load(tmp_path):
     for module, twin, other in [(projections, Projections(pairs(4, 6, every=2), 12, 20), Projections(pairs(4, 8, every=2), 12, 20)),
                                 (statistics, Statistics([1, 2], 20), Statistics([1, 3], 20))]:
         path = tmp_path / "saved.safetensors"
-        layer_map.save(module, path)
+        save_file(module.state_dict(), path)
         layer_map.load(twin, path)
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, twin.state_dict()[name]), name

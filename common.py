@@ -1,0 +1,203 @@
+"""
+Plumbing that must never disagree between the two training scripts: ranks, loading, optimizer groups, checkpoints, logs.
+
+What this file teaches: what has to be saved so that a killed run goes on as if nothing had happened (weights, optimizer, step;
+everything random is a function of seed and step, so that no generator state needs saving), and how to write it so that a kill at
+any moment leaves the last checkpoint whole: to a temporary name first, then one rename.
+
+Plain functions, explicit arguments, explicit returns; no loop, no loss, no globals.
+"""
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+
+
+# ------------------------------------------------------------- 1. ranks ---------------------------------------------------------------
+
+def start_distributed():
+    """-> (rank, world size, device). One process unless torchrun started us; then NCCL on GPUs, gloo on CPUs."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ or os.environ.get("OMP_NUM_THREADS") == "1":
+        # torchrun sets one thread per process; on a machine with cores to spare that would waste them
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank, world):
+    """Rank 0 runs the block alone, then the others: they find what it downloaded or synthesised."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values, device):
+    """{name: float} -> the same summed over all ranks: with losses divided by global token counts, the sum is the global mean."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor([float(v) for v in values.values()], device=device, dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+# ------------------------------------------------------------ 2. loading --------------------------------------------------------------
+
+def load_audio_model(path, *, dtype=torch.float32):
+    """A directory or hub id -> (audio language model, its processor). Raises SystemExit with one sentence when it cannot be used."""
+    model, processor = _load(path, "an audio language model", AutoModelForMultimodalLM, AutoProcessor, dtype)
+    if not hasattr(processor, "feature_extractor") or not hasattr(processor, "audio_token"):
+        raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
+    if processor.chat_template is None and processor.tokenizer.chat_template is None:
+        raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    return model, processor
+
+
+def load_text_model(path, *, dtype=torch.float32):
+    """A directory or hub id -> (causal language model, tokenizer). Raises SystemExit with one sentence when it cannot be used."""
+    model, tokenizer = _load(path, "a causal language model", AutoModelForCausalLM, AutoTokenizer, dtype)
+    if tokenizer.chat_template is None:
+        raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    return model, tokenizer
+
+
+def _load(path, what, model_class, reader_class, dtype):
+    # no remote code, and safetensors alone: nothing that comes with a checkpoint is executed or unpickled
+    try:
+        reader = reader_class.from_pretrained(path, trust_remote_code=False)
+        model = model_class.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"cannot load {what} from {path} ({reason}); give a directory or a hub id of one") from None
+    return model.eval(), reader
+
+
+def choose_trained(student, train):
+    """What learns: "decoder" = decoder, head and projector, audio tower frozen; "all" = the audio tower too.
+
+    The tower's position embeddings stay frozen either way, as in the original (from_pretrained forgets that): they are sinusoids."""
+    student.requires_grad_(True)
+    student.model.audio_tower.requires_grad_(train == "all")
+    student.model.audio_tower.embed_positions.requires_grad_(False)
+
+
+# ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------
+
+def parameter_groups(module, *, lr, weight_decay, special=()):
+    """AdamW groups: matrices decay, vectors (norms, biases) do not; special: [(parameters, lr)] have a learning rate of their own.
+
+    Each group remembers its peak as "peak_lr", which the schedule multiplies."""
+    apart = {id(p) for parameters, _ in special for p in parameters}
+    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay, "peak_lr": lr},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak_lr": lr}]
+    groups += [{"params": list(parameters), "weight_decay": 0.0, "peak_lr": own} for parameters, own in special]
+    return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
+
+
+# --------------------------------------------------------- 4. checkpoints ---------------------------------------------------------------
+
+def save_checkpoint(folder, *, step, model, processor, beside, optimizer, keep=2):
+    """Write folder/step-N: the model in the hub's layout, `beside` {file name: module} (all safetensors), state.pt; then drop old ones.
+
+    Written under a temporary name and renamed when complete, so that a folder called step-N is always whole."""
+    folder = Path(folder)
+    final, partial = folder / f"step-{step:07d}", folder / f"partial-{step:07d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    for name, module in beside.items():
+        save_file({key: tensor.detach().contiguous() for key, tensor in module.state_dict().items()}, partial / name)
+    torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(resume, folder):
+    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. Raises SystemExit if DIR is none."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        return max(Path(folder).glob("step-*"), default=None)
+    if not (Path(resume) / "state.pt").is_file():
+        raise SystemExit(f"{resume} is not a checkpoint (it has no state.pt); give a folder such as {folder}/step-0000100, or auto")
+    return Path(resume)
+
+
+def load_checkpoint(path, model, optimizer):
+    """Fill model and optimizer in place -> the number of steps that were done."""
+    weights = {}
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        weights |= load_file(file)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise SystemExit(f"{path} was saved by another model ({len(missing)} weights missing, {len(unexpected)} unknown); use the flags of its config.json")
+    state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ------------------------------------------------------------- 5. logs -----------------------------------------------------------------
+
+def write_json(path, value):
+    """Indented JSON, complete or not at all."""
+    partial = Path(f"{path}.part")
+    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def append_jsonl(path, record):
+    """One line, flushed: what a killed run logged is on disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def open_log(path, done):
+    """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again."""
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= done] if done and path.exists() else []
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def run_facts():
+    """Command, versions and commit, for config.json."""
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or "unknown", "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def peak_memory_gb(device):
+    """Peak memory so far: the GPU's allocator, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource   # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)

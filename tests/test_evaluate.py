@@ -1,0 +1,518 @@
+"""From text to numbers: extraction, MMAU's rule, unweighted accuracy, intervals, decoding, the command line."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import data
+import evaluate
+from evaluate import extract_choice, mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
+
+ROOT = Path(__file__).parent.parent
+METALS = ["gold", "silver", "white gold", "a ring"]
+TRACE = ("<THINK><PLANNING>p</PLANNING><CAPTION>silver, (B)</CAPTION><REASONING>The answer is silver.</REASONING>"
+         "<SUMMARY>s</SUMMARY></THINK>")
+
+
+# ------------------------------------------------------- what was chosen -------------------------------------------------------
+
+@pytest.mark.parametrize("output, choice", [
+    (TRACE + "<RESPONSE>gold</RESPONSE>", "gold"),                      # the trace speaks of silver: dropped
+    (TRACE + "<RESPONSE>White Gold.", "white gold"),                    # never closed
+    (TRACE + "<RESPONSE>gold</RESPONSE><RESPONSE>silver</RESPONSE>", "gold"),
+    (TRACE + " I hear gold.", "gold"),                                  # no response tag: what follows the trace
+    (TRACE, None),                                                      # only a trace: no answer, not the trace's words
+    (TRACE + "<RESPONSE></RESPONSE>", None),
+    ("<THINK><PLANNING>gold or silver? The answer is silver, I thi", "silver"),      # cut off, but it says so
+    ("<THINK><PLANNING>it may be silver", None),                        # cut off before any statement
+    ("gold<|im_end|>", "gold"),
+    ("B", "silver"), ("b", "silver"), ("(B)", "silver"), ("B.", "silver"), ("B)", "silver"), ("[B]", "silver"), ("**B**", "silver"),
+    ("B. silver", "silver"), ("(A) gold", "gold"), ("a) gold", "gold"), ("A: gold", "gold"), ("A - gold", "gold"),
+    ("The answer is B", "silver"), ("The answer is (C).", "white gold"), ("**Answer:** (C) white gold", "white gold"),
+    ("The correct answer is: \"gold\".", "gold"), ("the answer is option B, not A", "silver"),
+    ("The answer to this is B", "silver"), ("the correct option is C", "white gold"), ("I choose option D", "a ring"),
+    ("B because silver is lighter", "silver"), ("B because it is not gold", "silver"),
+    ("A is a letter of gold", "gold"),
+    ("It is silver. Gold would sound brighter.", None),                 # two are named, and no statement says which
+    ("silver. Gold would sound brighter.", "silver"),                   # the first sentence is an answer by itself
+    ("The answer is silver. Gold would be brighter.", "silver"),
+    ("Either gold or silver. The answer is silver", "silver"), ("The answer is gold? No, the answer is silver", "silver"),
+    ("The answer is gold.\nNo: the answer is silver.", "silver"), ("The answer is silver. The answer is easy to hear.", "silver"),
+    ("gold or silver", None), ("(A) silver", None), ("A and B", None),  # contradictions are no answer
+    ("", None), ("I do not know", None), ("golden", None), ("marigold", None), ("non-gold", None), ("E", None), ("(F)", None),
+])
+def test_extraction(output, choice):
+    assert extract_choice(output, METALS) == choice
+
+
+@pytest.mark.parametrize("output, choices, choice", [
+    ("A dog barks", ["cat", "dog"], "dog"),                             # an article, not option A
+    ("A dog barks", ["a dog", "cat"], "a dog"),
+    ("The answer is A because", ["cat", "dog"], "cat"),
+    ("B minor", ["C major", "A", "B minor"], "B minor"),                # a key, not option B
+    ("It is B minor, I hear it", ["B minor", "C major"], "B minor"),
+    ("a chord of C", ["A", "C", "G"], "C"),
+    ("It takes 1.5 seconds", ["5 seconds", "2 seconds"], None),         # 1.5 is not 5
+    ("It takes 1.5 seconds", ["5 seconds", "1.5 seconds"], "1.5 seconds"),
+    ("C:maj/1 to G:maj/1", ["G:maj/1 to C:maj/1", "C:maj/1 to G:maj/1"], "C:maj/1 to G:maj/1"),
+    ("beep, knock", ["knock, beep", "beep, knock"], "beep, knock"),
+    ("not present", ["present", "not present"], "not present"), ("It is not present", ["present", "absent"], None),
+    ("3", ["1", "2", "3"], "3"), ("There are 3 knocks", ["13", "3", "33"], "3"),
+    ("D", ["1.63 s", "2.74 s", "1.53 s", "1.63 s"], "1.63 s"),          # a doubled choice, as MMAU has
+    ("C (unclear)", ["x", "y", "z"], "z"),
+    ("anything", [], None),
+])
+def test_extraction_pitfalls(output, choices, choice):
+    assert extract_choice(output, choices) == choice
+
+
+def test_extraction_does_not_depend_on_the_order_of_choices():
+    for seed in range(20):
+        shuffled = random.Random(seed).sample(METALS, len(METALS))
+        for choice in METALS:
+            letter = "ABCD"[shuffled.index(choice)]
+            for output in (choice, f"The answer is {choice}", f"I hear {choice} here", letter, f"({letter}) {choice}", f"it is ({letter})"):
+                assert extract_choice(f"{TRACE}<RESPONSE>{output}</RESPONSE>", shuffled) == choice
+
+
+# ------------------------------------------------------- MMAU's rule -------------------------------------------------------
+
+@pytest.mark.parametrize("answer, prediction, choices, right", [
+    ("gold", "gold", ["gold", "silver"], True), ("gold", "GOLD!", ["gold", "silver"], True),
+    ("gold", "It must be gold", ["gold", "silver"], True),
+    ("gold", "gold, not silver", ["gold", "silver"], False),            # a word of a wrong choice
+    ("gold", "golden", ["gold", "silver"], False),
+    ("gold", "", ["gold", "silver"], False), ("", "", ["", "silver"], False),
+    ("gold", "The answer is (A) gold", ["gold", "a ring"], False),      # "a" belongs to a wrong choice
+    ("gold", "The answer is (A) gold", ["gold", "silver"], True),       # here it does not
+    ("gold", "The answer is (A) gold", ["gold", "the ring"], False),
+    ("a gold ring", "a gold ring", ["a gold ring", "a silver ring"], True),         # words it shares with a wrong choice are free
+    ("a gold ring", "gold ring", ["a gold ring", "a silver ring"], False),          # all words are needed
+    ("gold", "white gold", ["gold", "white gold"], False), ("white gold", "white gold", ["gold", "white gold"], True),
+    ("knock then beep", "beep then knock", ["knock then beep", "beep then knock"], True),       # blind to order: so is MMAU's script
+    ("C#", "C", ["C#", "D"], True),                                     # and to signs
+])
+def test_official_rule(answer, prediction, choices, right):
+    for seed in range(5):                                               # the order of choices must not matter
+        assert mmau_correct(answer, prediction, random.Random(seed).sample(choices, len(choices))) is right
+
+
+def record(n, task, output, answer="gold", choices=("gold", "silver", "a ring"), **more):
+    out = {} if output is None else {"model_output": output}
+    return {"id": f"q{n}", "question": "?", "choices": list(choices), "answer": answer, "task": task, **out, **more}
+
+
+def test_score_mmau():
+    records = [record(0, "sound", "gold", difficulty="easy"), record(1, "sound", "The answer is (A) gold", difficulty="hard"),
+               record(2, "sound", "silver"), record(3, "music", "<THINK>silver</THINK><RESPONSE>gold</RESPONSE>"),
+               record(4, "music", None), record(5, "speech", "gold or silver"), record(6, "speech", "")]
+    score = score_mmau(records)
+    assert {k: score[k] for k in ("sound", "music", "speech", "average")} == pytest.approx(
+        {"sound": 200 / 3, "music": 100, "speech": 0, "average": 50})       # micro: 3 of 6, not the mean of the tasks
+    assert {k: score["official"][k] for k in ("sound", "music", "speech", "average")} == pytest.approx(
+        {"sound": 100 / 3, "music": 0, "speech": 0, "average": 100 / 6})
+    assert score["official"]["counts"] == {"task": {"sound": [1, 3], "music": [0, 1], "speech": [0, 2]},
+                                           "difficulty": {"easy": [1, 1], "hard": [0, 1]}, "sub-category": {}}
+    assert score["counts"] == {"records": 7, "skipped": 1, "no_answer": 2, "indistinct": 0, "no_gold": 0}
+    assert score["correct"] == {"sound": {"q0": True, "q1": True, "q2": False}, "music": {"q3": True}, "speech": {"q5": False, "q6": False}}
+    assert score["intervals"]["average"] == wilson(3, 6)
+    assert score_mmau([record(0, "sound", "gold")])["music"] is None
+
+
+def test_score_mmau_on_odd_records():
+    score = score_mmau([record(0, "music", "gold", answer="(A) gold")])             # a letter left in MMAU's own answer
+    assert score["music"] == 100 and score["official"]["music"] == 0
+    score = score_mmau([record(0, "sound", "beep, knock", answer="knock, beep", choices=["knock, beep", "beep, knock"]),
+                        record(1, "sound", "gold", answer="platinum")])
+    assert score["counts"]["indistinct"] == 1 and score["counts"]["no_gold"] == 1
+
+
+# ------------------------------------------------------- unweighted accuracy -------------------------------------------------------
+
+CLASSES = ["angry", "happy", "neutral", "sad"]
+
+
+def test_ua_is_sklearns_balanced_accuracy():
+    for seed in range(10):
+        rng = random.Random(seed)
+        labels = rng.choices(CLASSES, [1, 5, 20, 3], k=200) + CLASSES
+        predictions = [label if rng.random() < 0.6 else rng.choice(CLASSES) for label in labels]
+        score = score_ser(labels, predictions, CLASSES, samples=100)
+        assert score["ua"] == pytest.approx(100 * balanced_accuracy_score(labels, predictions))
+        assert sum(sum(row.values()) for row in score["confusion"].values()) == len(labels)
+        assert score["interval"][0] < score["ua"] < score["interval"][1]
+
+
+def test_confusion_keeps_what_had_no_answer():
+    score = score_ser(["angry", "angry", "sad", "sad"], ["angry", None, "angry", "furious"], CLASSES)
+    assert score["ua"] == 25 and score["recall"] == {"angry": 50, "sad": 0}                 # classes without an utterance do not count
+    assert score["confusion"]["angry"] == {"angry": 1, "happy": 0, "neutral": 0, "sad": 0, "no answer": 1}
+    assert score["confusion"]["sad"] == {"angry": 1, "happy": 0, "neutral": 0, "sad": 0, "no answer": 1}
+    assert score_ser([], [], CLASSES)["ua"] is None
+    with pytest.raises(ValueError, match="'bored' is not among the classes"):
+        score_ser(["bored"], ["sad"], CLASSES)
+
+
+# ------------------------------------------------------- intervals -------------------------------------------------------
+
+def test_wilson_against_known_values():
+    assert wilson(81, 263) == pytest.approx([25.53, 36.62], abs=0.01)           # Newcombe 1998, Table I
+    assert wilson(15, 148) == pytest.approx([6.24, 16.05], abs=0.01)
+    assert wilson(0, 20) == pytest.approx([0, 16.11], abs=0.01)
+    assert wilson(20, 20) == pytest.approx([83.89, 100], abs=0.01)
+    assert wilson(0, 0) == [None, None]
+
+
+def runs(rng, n, easy=0.5, gain=0.1):
+    """Two runs over n questions, half of them easy for both: A is right 10 points more often."""
+    both = rng.random(n) < easy
+    return both | (rng.random(n) < 2 * gain), both
+
+
+def test_paired_bootstrap_against_the_closed_form():
+    a, b = runs(np.random.default_rng(1), 20_000)
+    difference, (low, high) = paired_bootstrap(a, b, samples=20_000)
+    d = a.astype(float) - b
+    error = 100 * d.std() / len(d) ** 0.5                                   # of the mean of the paired differences
+    assert difference == pytest.approx(100 * d.mean())
+    assert [low, high] == pytest.approx([difference - 1.96 * error, difference + 1.96 * error], abs=0.05 * error)
+    unpaired = 100 * ((a.var() + b.var()) / len(d)) ** 0.5
+    assert high - low < 0.7 * 2 * 1.96 * unpaired                           # pairing pays
+    assert paired_bootstrap(b, a, samples=20_000)[0] == -difference
+    assert paired_bootstrap(a, b, seed=3) == paired_bootstrap(a, b, seed=3) != paired_bootstrap(a, b, seed=4)
+    assert paired_bootstrap(a, a) == (0, [0, 0])
+    assert paired_bootstrap([True] * 5, [False] * 5) == (100, [100, 100])
+
+
+def test_paired_bootstrap_covers_the_truth_95_times_in_100():
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(1000):
+        low, high = paired_bootstrap(*runs(rng, 300), samples=1000)[1]
+        hits += low <= 10 <= high
+    assert 925 <= hits <= 970, hits
+
+
+def test_paired_bootstrap_of_unweighted_accuracy():
+    rng = np.random.default_rng(3)
+    labels = np.repeat(["angry", "sad"], [4000, 16_000])
+    a = rng.random(20_000) < np.where(labels == "angry", 0.9, 0.5)
+    b = rng.random(20_000) < np.where(labels == "angry", 0.4, 0.6)
+    difference, (low, high) = paired_bootstrap(a, b, labels=labels, samples=20_000)
+    d = a.astype(float) - b
+    parts = [d[labels == c] for c in ("angry", "sad")]
+    assert difference == pytest.approx(50 * sum(p.mean() for p in parts))          # the rare class weighs as much as the common one
+    other = np.where(labels == "sad", "angry", "sad")
+    assert difference == pytest.approx(100 * (balanced_accuracy_score(labels, np.where(a, labels, other)) -
+                                              balanced_accuracy_score(labels, np.where(b, labels, other))))
+    error = 50 * sum(p.var() / len(p) for p in parts) ** 0.5
+    assert [low, high] == pytest.approx([difference - 1.96 * error, difference + 1.96 * error], abs=0.06 * error)
+
+
+def test_ua_interval_against_the_closed_form():
+    labels = ["angry"] * 3000 + ["sad"] * 12_000
+    predictions = ["angry"] * 2400 + ["sad"] * 600 + ["angry"] * 3000 + ["sad"] * 9000             # recalls 0.8 and 0.75
+    score = score_ser(labels, predictions, ["angry", "sad"], samples=20_000)
+    error = 50 * (0.8 * 0.2 / 3000 + 0.75 * 0.25 / 12_000) ** 0.5
+    assert score["ua"] == pytest.approx(77.5)
+    assert score["interval"] == pytest.approx([77.5 - 1.96 * error, 77.5 + 1.96 * error], abs=0.06 * error)
+
+
+@pytest.mark.parametrize("a, b", [([], []), ([True], [True, False])])
+def test_paired_bootstrap_refuses(a, b):
+    with pytest.raises(ValueError, match="two equally long lists"):
+        paired_bootstrap(a, b)
+
+
+# ------------------------------------------------------- decoding -------------------------------------------------------
+
+def test_chooser_samples_what_transformers_would():
+    torch.manual_seed(0)
+    logits, rows, prompt = 2 * torch.randn(1, 30), 20_000, torch.zeros(1, 7, dtype=torch.long)
+    for temperature, top_k, top_p in (0.6, 5, 0.5), (1.3, 8, 0.9), (1.0, 0, 1.0), (1.0, 0, 0.3):
+        warped = TemperatureLogitsWarper(temperature)(prompt, logits)
+        warped = TopPLogitsWarper(top_p)(prompt, TopKLogitsWarper(top_k)(prompt, warped) if top_k else warped)
+        choose = evaluate.chooser(range(rows), 7, [], max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, seed=0)
+        scores = choose(prompt.expand(rows, -1), logits.expand(rows, -1))
+        assert (scores > -torch.inf).sum(1).eq(1).all()                     # one token is left: argmax takes it
+        share = torch.bincount(scores.argmax(1), minlength=30) / rows
+        expected = warped.softmax(-1)[0]
+        assert set(share.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+        assert (share - expected).abs().max() < 0.015
+
+
+def test_chooser_is_keyed_by_seed_name_and_position():
+    def pick(names, seed=0, position=0):
+        choose = evaluate.chooser(names, 4, [], max_new_tokens=50, temperature=1.0, top_k=0, top_p=1.0, seed=seed)
+        return choose(torch.zeros(len(names), 4 + position), torch.zeros(len(names), 1000)).argmax(1).tolist()
+    assert pick(["a", "b", "c"]) == pick(["a"]) + pick(["b"]) + pick(["c"])
+    assert len({pick(["a"])[0], pick(["b"])[0], pick(["a"], seed=1)[0], pick(["a"], position=1)[0], pick(["a"], position=2)[0]}) == 5
+
+
+def test_chooser_bans():
+    scores = torch.tensor([[9.0, 1.0, 0.0]])
+    for temperature in 0, 1.0:
+        choose = evaluate.chooser(["a"], 1, [0], max_new_tokens=1, temperature=temperature, top_k=1, top_p=0.5, seed=0)
+        assert choose(torch.zeros(1, 1), scores).argmax(1).item() == 1
+    assert scores[0, 0] == 9                                                # the model's own tensor is left alone
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory, make_wav):
+    folder = tmp_path_factory.mktemp("clips")
+    lines = []
+    for n in range(7):
+        task = ["sound", "music", "speech", "emotion"][n % 4]
+        make_wav(folder / f"{n}.wav", seconds=0.3 + 0.25 * (n * 3 % 7), frequency=200 + 150 * n)
+        choices = CLASSES if task == "emotion" else ["seven", "two", "four"]
+        lines.append({"id": f"e{n}", "audio": f"{n}.wav", "question": "What is " + "seven plus " * (n * 5 % 4) + "two?", "choices": choices,
+                      "answer": choices[n % 3], "task": task, "transcript": "seven plus " * (n % 3) + "two", "split": "test"})
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return data.read_manifest(folder / "manifest.jsonl")
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=1.0, top_k=0, top_p=1.0)])
+def test_batched_equals_single_and_keeps_the_order(tiny_student_model, tiny_processor, examples, how):
+    def answers(rows, **more):
+        return evaluate.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=12, progress=False, **{**how, **more})
+    alone = [answers([e])[0] for e in examples]
+    assert len(set(alone)) > 3                                              # else order could not show
+    before = torch.get_rng_state()
+    assert answers(examples, batch_size=3) == alone
+    assert answers(examples[::-1], batch_size=7) == alone[::-1]
+    assert torch.equal(before, torch.get_rng_state())                       # a training run's random numbers are not touched
+    if how["temperature"]:
+        assert answers(examples, seed=1) != alone
+
+
+def test_generate_is_transformers_greedy_search_without_the_checkpoints_settings(tiny_student_model, tiny_processor, examples):
+    model, tokenizer = tiny_student_model, tiny_processor.tokenizer
+    inputs = data.prompt_batch(examples[:1], tiny_processor)
+    plain = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                           pad_token_id=tokenizer.pad_token_id, bad_words_ids=[[tiny_processor.audio_token_id]])
+    expected = tokenizer.decode(plain[0, inputs["input_ids"].shape[1]:]).split("<|im_end|>")[0]
+    settings = GenerationConfig(repetition_penalty=50.0, do_sample=True, temperature=5.0, no_repeat_ngram_size=1, num_beams=3, max_length=9,
+                                suppress_tokens=[40, 41, 42], forced_eos_token_id=44, bad_words_ids=[[n] for n in range(50, 150)])
+    original, model.generation_config = model.generation_config, settings
+    model.train()
+    model.model.audio_tower.eval()
+    modes = set()
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: modes.add(module.training))
+    try:
+        assert evaluate.generate(model, tiny_processor, examples[:1], max_new_tokens=12, temperature=0, progress=False) == [expected]
+        assert modes == {False}                                             # no dropout while answering
+        assert model.generation_config is settings and model.training and not model.model.audio_tower.training         # all put back
+    finally:
+        hook.remove()
+        model.generation_config = original
+        model.eval()
+
+
+def test_generate_stops_at_the_turn_end_and_never_says_the_audio_placeholder(tiny_student_model, tiny_processor, examples):
+    tokenizer = tiny_processor.tokenizer
+    letter = tokenizer("x", add_special_tokens=False)["input_ids"][0]
+    bias = torch.zeros(len(tokenizer))
+    bias[tiny_processor.audio_token_id], bias[letter] = 2000, 1000
+    hook = tiny_student_model.lm_head.register_forward_hook(lambda module, inputs, output: output + bias)
+    try:
+        for temperature in 0, 0.6:
+            how = dict(max_new_tokens=5, temperature=temperature, progress=False)
+            assert evaluate.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["xxxxx"] * 2
+        bias[data.turn_end_id(tokenizer)] = 1500
+        assert evaluate.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["", ""]
+    finally:
+        hook.remove()
+
+
+def test_text_view(tiny_student_model, tiny_processor, examples):
+    def read(rows, **how):
+        return evaluate.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=8, temperature=0, progress=False, **how)
+    alone = [read([e], view="text", words="transcript")[0] for e in examples]
+    assert read(examples, view="text", words="transcript") == alone != read(examples)
+
+
+@pytest.fixture(scope="module")
+def tiny_reader(tiny_teacher_tokenizer):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tiny_teacher_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                        num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+
+
+def test_text_model(tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples):
+    how = dict(view="text", words="transcript", max_new_tokens=8, temperature=0, progress=False)
+    said = evaluate.generate(tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
+    inputs = data.prompt_batch(examples[:1], tiny_processor, view="text", tokenizer=tiny_teacher_tokenizer, words="transcript")
+    expected = tiny_reader.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    assert said[0] == tiny_teacher_tokenizer.decode(expected).split("<|im_end|>")[0] and len(set(said)) > 1
+
+
+def test_text_model_with_its_tokenizer_alone(tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples):
+    how = dict(view="text", words="transcript", max_new_tokens=8, temperature=0, progress=False)
+    assert evaluate.generate(tiny_reader, tiny_teacher_tokenizer, examples, **how) == evaluate.generate(
+        tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
+
+
+def test_bad_audio_is_named_before_the_model_runs(tiny_student_model, tiny_processor, examples, monkeypatch):
+    monkeypatch.setattr(tiny_student_model, "generate", None)
+    missing = data.Example("m", examples[0].audio.parent / "gone.wav", "?", ["a", "b"], "a", "sound", where="manifest.jsonl:8")
+    with pytest.raises(data.DataError, match="manifest.jsonl:8.*gone.wav"):
+        evaluate.generate(tiny_student_model, tiny_processor, [*examples, missing], batch_size=2, progress=False)
+
+
+def _rank(rank, file, model, processor, examples, how, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    said = [evaluate.generate(model, processor, rows, **how) for rows in (examples, examples[:1])]     # the second: a rank without work
+    queue.put((rank, said))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_say_what_one_says(tiny_student_model, tiny_processor, examples, tmp_path):
+    how = dict(max_new_tokens=8, temperature=1.0, top_k=0, top_p=1.0, batch_size=2, progress=False)
+    context = torch.multiprocessing.get_context("fork")                     # children that need not import everything again
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, daemon=True,
+                             args=(r, tmp_path / "store", tiny_student_model, tiny_processor, examples, how, queue)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    said = dict(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(30)
+    alone = evaluate.generate(tiny_student_model, tiny_processor, examples, **how)
+    assert said[0] == said[1] == [alone, alone[:1]]
+
+
+# ------------------------------------------------------- all of it -------------------------------------------------------
+
+def test_evaluate_model(monkeypatch, examples):
+    """What the model says is planted: e1 no answer, e3 "angry", the rest right."""
+    def said(model, processor, rows, **how):
+        assert how == {"seed": 5}
+        return [{"e1": "hm", "e3": "angry"}.get(e.id, f"{TRACE}<RESPONSE>{e.answer}</RESPONSE>") for e in rows]
+    monkeypatch.setattr(evaluate, "generate", said)
+    aqa, ser = [e for e in examples if e.task != "emotion"], [e for e in examples if e.task == "emotion"]
+    splits = [("noise", [examples[1], examples[3]]), ("rates", [examples[0]])]
+    results = evaluate.evaluate_model(None, None, aqa, ser, splits=splits, seed=5)
+    assert {k: results["aqa"][k] for k in ("sound", "music", "speech")} == {"sound": 100, "music": 50, "speech": 100}
+    assert results["aqa"]["average"] == pytest.approx(500 / 6)
+    assert results["ser"]["ua"] == 100 and results["ser"]["confusion"]["angry"]["angry"] == 1
+    assert results["ser"]["correct"]["angry"] == {"e3": True}
+    assert results["splits"]["noise"]["aqa"]["music"] == 0 and results["splits"]["noise"]["ser"]["ua"] == 100
+    assert results["splits"]["rates"]["aqa"]["average"] == 100 and "ser" not in results["splits"]["rates"]
+    assert [(s["set"], s["id"]) for s in results["samples"]] == [
+        *(("main", e.id) for e in aqa + ser), ("noise", "e1"), ("noise", "e3"), ("rates", "e0")]
+    assert results["samples"][1]["chosen"] is None and results["samples"][1]["correct"] is False
+    text = evaluate.report(results)
+    assert "83.33" in text and "1 without a clear answer" in text and "-- noise" in text
+    json.dumps(results)
+
+
+def test_evaluate_model_refuses_what_it_cannot_score(examples):
+    for task, choices in ("caption", ["a", "b"]), ("sound", []):
+        odd = data.Example("o", examples[0].audio, "?", choices, "a", task, where="manifest.jsonl:9")
+        with pytest.raises(data.DataError, match="manifest.jsonl:9"):
+            evaluate.evaluate_model(None, None, [odd], [])                  # before any model is touched
+
+
+# ------------------------------------------------------- the command line -------------------------------------------------------
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_command_line_scores_a_file(tmp_path):
+    records = [record(n, task, "gold" if n % 3 else "silver") for n, task in enumerate(["sound", "music", "speech"] * 4)]
+    (tmp_path / "predictions.json").write_text(json.dumps([*records, record(99, "sound", None)]))
+    command = [sys.executable, ROOT / "evaluate.py", "--task", "mmau", "--predictions", "predictions.json", "--out", "new/results.json"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert "13 questions, 1 skipped" in run.stdout
+    results = json.loads((tmp_path / "new/results.json").read_text())
+    assert results["aqa"]["sound"] == 0 and results["aqa"]["music"] == 100 and results["aqa"]["average"] == pytest.approx(200 / 3)
+    assert results["settings"]["predictions"] == "predictions.json"
+
+
+def test_command_line_compares(tmp_path, monkeypatch, capsys):
+    worse, better = ([record(n, "sound", output, choices=["gold", "silver"]) for n in range(20)] for output in ("silver", "gold"))
+    worse[0]["model_output"] = "gold"
+    (tmp_path / "worse.json").write_text(json.dumps(worse))
+    (tmp_path / "better.json").write_text(json.dumps(better[::-1]))           # pairs are found by id, not by place
+    run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "worse.json", "--out", tmp_path / "worse_results.json")
+    results = json.loads((tmp_path / "worse_results.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps({"before": {}, "after": results}))
+    for name in "worse_results.json", "training.json":
+        capsys.readouterr()
+        run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "better.json", "--compare", tmp_path / name)
+        assert "aqa average  +95.00 points  [+85.00, +100.00]  20 pairs" in capsys.readouterr().out
+    assert evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, results) == ["the two have no example in common"]
+
+
+def test_compare_weighs_emotions_alike():
+    mine, theirs = ({"ser": {"correct": {"angry": {"a": right}, "sad": {f"s{n}": False for n in range(9)}}}} for right in (True, False))
+    assert "+50.00 points" in evaluate.compare(mine, theirs)[0]
+
+
+def test_command_line_runs_a_model(tmp_path, monkeypatch, capsys, tiny_student_model, tiny_processor, examples):
+    tiny_student_model.save_pretrained(tmp_path / "tiny")
+    tiny_processor.save_pretrained(tmp_path / "tiny")
+    manifest, out = examples[0].audio.parent / "manifest.jsonl", tmp_path / "run"
+    tiny = ["--model", tmp_path / "tiny", "--data", manifest, "--max-new-tokens", 4]
+    run_main(monkeypatch, "--task", "both", *tiny, "--split", "test", "--greedy", "--out", out)
+    results = json.loads((out / "results.json").read_text())
+    assert results["aqa"].keys() >= {"sound", "music", "speech", "average", "official", "intervals", "correct"}
+    assert results["ser"].keys() >= {"ua", "confusion", "interval"} and results["settings"]["temperature"] == 0
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    expected = evaluate.generate(tiny_student_model, tiny_processor, examples, temperature=0, max_new_tokens=4, progress=False)
+    assert {s["id"]: s["model_output"] for s in samples} == {e.id: text for e, text in zip(examples, expected)}
+    again = score_mmau(evaluate.read_predictions(out / "predictions.json"))                 # what is written can be scored again
+    assert again == results["aqa"]
+    capsys.readouterr()
+    run_main(monkeypatch, "--task", "aqa", *tiny, "--limit", 2, "--out", out)
+    assert "2 questions" in capsys.readouterr().out
+    assert "ser" not in json.loads((out / "results.json").read_text())
+    with pytest.raises(SystemExit, match="splits test"):
+        run_main(monkeypatch, "--task", "aqa", *tiny, "--split", "train")
+
+
+GOOD = {"id": "q", "question": "?", "choices": ["gold", "silver"], "answer": "gold", "task": "sound", "model_output": "gold"}
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "predictions.json: cannot be read as JSON (.*No such file"), ("", "cannot be read as JSON"), ("{", "cannot be read as JSON"),
+    (b"\xff\xfe", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"),
+    ({"aqa": 1}, "holds no list of records"), ([], "holds no list of records"), ([GOOD, 3], "record 2 is not an object"),
+    ([{**GOOD, "id": 7}], "record 1 has no text under 'id'"), ([{**GOOD, "answer": None}], "no text under 'answer'"), ([{}], "no text under 'id'"),
+    ([{**GOOD, "choices": "gold"}], "no list of texts under 'choices'"), ([{**GOOD, "choices": [1, 2]}], "no list of texts"),
+    ([{**GOOD, "model_output": ["gold"]}], "not text under 'model_output'"),
+    ([{**GOOD, "task": "smell"}], "the task 'smell', not one of sound, music"),
+    ([GOOD, GOOD], "record 2 repeats the id 'q'"),
+])
+def test_bad_predictions_get_one_sentence(tmp_path, monkeypatch, content, message):
+    path = tmp_path / "predictions.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+    with pytest.raises(SystemExit, match=message.replace("(", r"\(")) as stop:
+        run_main(monkeypatch, "--task", "mmau", "--predictions", path)
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value) and "; " in str(stop.value)
+
+
+def test_bad_flags_and_comparisons(tmp_path, monkeypatch, capsys):
+    for arguments, flag in ("mmau", "--predictions"), ("aqa --data x", "--model"), ("ser --model x", "--data"):
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, "--task", *arguments.split())
+        assert f"needs {flag}" in capsys.readouterr().err
+    (tmp_path / "good.json").write_text(json.dumps([GOOD]))
+    for content in [], {"aqa": 5}, {"aqa": {"sound": 3}}:
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match="other.json: holds no results"):
+            run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "good.json", "--compare", tmp_path / "other.json")

@@ -1,0 +1,408 @@
+"""
+Source- and layer-wise distillation (paper A, arXiv 2509.18579): a text LLM teaches an audio model to reason, layer by layer, while
+a frozen snapshot of the audio model itself keeps its hearing.
+
+    L = L_top + alpha_layer * L_layer + alpha_ac * L_ac + alpha_sft * L_SFT
+
+    L_top     what the text teacher would say next after READING a description of the clip, against what the student says after HEARING it
+    L_layer   the same, inside: hidden states of each student layer against those of the teacher layer at the same relative depth
+    L_ac      the student's hidden states at the AUDIO tokens against those of its own snapshot from before training
+    L_SFT     cross-entropy on the reference trace and answer
+
+All but L_ac are taken at the positions that predict the response's tokens, which are the same tokens in both views (data.py).
+
+    python train_source_layer.py                                  # laptop: the mini world, audio synthesised on the first run
+    python train_source_layer.py --dry-run                        # two steps and a small evaluation of everything
+    torchrun --nproc_per_node 8 train_source_layer.py --student Qwen/Qwen2-Audio-7B-Instruct --teacher Qwen/Qwen3-8B \\
+        --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --batch-size 64 --micro-batch 1 --max-seconds 30
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_source_layer.py ...   # on each node
+
+Table 1 of the paper, row by row:
+
+    SFT only                              --text-kd none --no-acoustic-kd
+    top-layer text KD + SFT               --text-kd top --no-acoustic-kd
+    skip-layer text KD (1 in 7) + SFT     --text-kd skip:7 --no-acoustic-kd
+    layer-wise text KD + SFT              --text-kd layer --no-acoustic-kd
+    layer-wise + acoustic KD + SFT        (the default)
+
+Where the paper is silent, and what we do:
+1. Divergence of hidden states: JSD between softmaxes over features, each standardised with the frozen teacher's mean and deviation; raw,
+   a few "massive" features would own it (losses.py). --hidden-divergence offers mse and cosine.
+2. W_i maps student to teacher width, starts from least squares on a calibration batch, has its own learning rate and is saved
+   beside the model, never inside it (layer_map.py).
+3. Mean over layer pairs, and over layers in L_ac, so that alpha_layer and alpha_ac mean the same at any skip.
+4. AdamW, linear warm-up over 3 % of the steps, cosine to zero; decoder, head and projector learn, the audio tower is frozen (--train).
+5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import data
+import evaluate
+import layer_map
+import losses
+import mini_world
+
+# What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
+EXPECTED = {"aqa": (0.0, 0.0), "ser": (0.0, 0.0)}
+CALIBRATION = 64            # examples that the projections and feature statistics are fitted on, before the first step
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1. Flags
+
+def parse_flags(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+    # models and data
+    parser.add_argument("--student", default=str(mini_world.MINI / "student"), help="audio language model, folder or hub id (paper: Qwen2.5-Omni-7B)")
+    parser.add_argument("--teacher", default=str(mini_world.MINI / "teacher"), help="text LLM that teaches by reading (paper: Qwen3-8B)")
+    parser.add_argument("--acoustic-teacher", default="snapshot", help="snapshot (paper: the student before training) or a model of its shape")
+    parser.add_argument("--data", help="training manifest with reasoning and description (data.py); default: the mini world")
+    parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
+    parser.add_argument("--max-seconds", type=float, default=None, help="longest clip in seconds; default: the model's window")
+    # the method
+    parser.add_argument("--text-kd", default="layer", help="none | top | skip:K (one student layer in K) | layer (paper's best)")
+    parser.add_argument("--acoustic-kd", action=boolean, default=True, help="L_ac: keep the hidden states at audio tokens")
+    parser.add_argument("--sft", action=boolean, default=True, help="L_SFT: cross-entropy on trace and answer")
+    parser.add_argument("--alpha-layer", type=float, default=0.05, help="weight of L_layer (paper: 0.05)")
+    parser.add_argument("--alpha-ac", type=float, default=0.05, help="weight of L_ac (paper: 0.05)")
+    parser.add_argument("--alpha-sft", type=float, default=0.5, help="weight of L_SFT (paper: 0.5)")
+    parser.add_argument("--divergence", default="jsd", choices=["jsd", "kl"], help="L_top: Jensen-Shannon (paper) or forward KL")
+    parser.add_argument("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
+    parser.add_argument("--layers", type=int, nargs="+", help="of the mapped student layers, distil only these (counted from 1)")
+    parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (with head and projector), or all: the audio tower too")
+    # optimisation
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
+    parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
+    parser.add_argument("--micro-batch", type=int, default=8, help="examples per forward on one rank; accumulation follows from it")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    # evaluation
+    parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
+    parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens an answer may have, trace included (7B with CoTA: 2048)")
+    # the run: the same flags in both training scripts
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/source_layer", help="folder for config, log, checkpoints, samples, results and figure")
+    parser.add_argument("--max-steps", type=int, help="stop here, whatever --epochs says")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; one is written at the end too")
+    parser.add_argument("--resume", help="auto (newest checkpoint in --out, if there is one) or a checkpoint's folder")
+    parser.add_argument("--no-eval", action="store_true", help="train only")
+    parser.add_argument("--dry-run", action="store_true", help="two steps and one small evaluation of everything, then stop")
+    args = parser.parse_args(argv)
+    kind, _, every = args.text_kd.partition(":")
+    if kind not in ("none", "top", "skip", "layer") or (kind == "skip") != every.isdigit() or every == "0":
+        parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the paper's 1-in-7 write skip:7")
+    if kind == "none" and not args.sft:
+        parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
+    if args.layers and kind in ("none", "top"):
+        parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
+    args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2. One step: forward and losses in one module, because DDP synchronises only what runs inside the forward it wraps
+
+class SourceLayerStep(nn.Module):
+    """
+    Losses of one micro-batch: forward(batch, tokens) -> {"loss", "top", "layer", "acoustic", "sft"}, those that are on; scalars.
+
+    tokens: {"response", "audio"}, counts over the global batch, so that summing over micro-batches and ranks gives the global mean.
+    teacher and snapshot live in a tuple: they are no submodules, so DDP neither broadcasts nor checks them.
+    """
+
+    def __init__(self, student, teacher, snapshot, pairs, shared, args):
+        super().__init__()
+        decoder = student.model.language_model
+        width, depth = decoder.config.hidden_size, len(decoder.layers)
+        self.student, self.frozen, self.pairs, self.args = student, (teacher, snapshot), pairs, args
+        self.shared = shared                            # (student ids, teacher ids) of the tokens both vocabularies hold
+        self.hidden_divergence = losses.HIDDEN[args.hidden_divergence]
+        self.acoustic_layers = list(range(1, depth + 1)) if snapshot is not None else []
+        self.tap = layer_map.Tap(decoder.layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
+        if teacher is not None:
+            self.teacher_tap = layer_map.Tap(teacher.model.layers, {"response": [t for _, t in pairs]})
+            self.projections = layer_map.Projections(pairs, width, teacher.config.hidden_size)
+        if snapshot is not None:
+            self.snapshot_tap = layer_map.Tap(snapshot.model.language_model.layers, {"audio": self.acoustic_layers})
+            self.statistics = layer_map.Statistics(self.acoustic_layers, width)
+
+    def hear(self, batch):
+        """The student on the audio view -> last hidden states at response positions [tokens, hidden], tapped hidden states."""
+        view = batch.audio
+        with self.tap.at(response=view.predict_positions, audio=view.audio_positions) as hidden:
+            last = self.student.model(**view.inputs, use_cache=False).last_hidden_state    # [batch, seq, hidden], after the final norm
+        return last.flatten(0, 1)[view.predict_positions], hidden
+
+    @torch.no_grad()
+    def read(self, batch):
+        """The text teacher on the text view -> the same two, at the same response tokens."""
+        teacher, view = self.frozen[0], batch.text
+        with self.teacher_tap.at(response=view.predict_positions) as hidden:
+            last = teacher.model(**view.inputs, use_cache=False).last_hidden_state
+        return last.flatten(0, 1)[view.predict_positions], hidden
+
+    @torch.no_grad()
+    def remember(self, batch):
+        """The snapshot at audio tokens. The decoder is causal, so its input can stop after the last of them."""
+        view = data.audio_prefix(batch.audio)
+        with self.snapshot_tap.at(audio=view.audio_positions) as hidden:
+            self.frozen[1].model(**view.inputs, use_cache=False)
+        return hidden
+
+    def forward(self, batch, tokens):
+        args, parts = self.args, {}
+        heard, inside = self.hear(batch)
+        logits = self.student.lm_head(heard)                                                       # [tokens, student vocab]
+        if args.sft:
+            parts["sft"] = losses.cross_entropy(logits, batch.labels, denominator=tokens["response"])
+        if self.frozen[0] is not None:
+            read, taught = self.read(batch)
+            target = self.frozen[0].lm_head(read)                                                  # [tokens, teacher vocab]
+            student_logits, teacher_logits = losses.shared_logits(logits, target, *self.shared)    # [tokens, shared] each
+            divergence = losses.jsd if args.divergence == "jsd" else losses.forward_kl
+            parts["top"] = divergence(student_logits, teacher_logits, denominator=tokens["response"])
+        if self.pairs:
+            parts["layer"] = sum(
+                self.hidden_divergence(self.projections(i, inside["response"][s]), taught["response"][t], mean=self.projections.mean[i],
+                                       std=self.projections.std[i], denominator=tokens["response"])
+                for i, (s, t) in enumerate(self.pairs)) / len(self.pairs)
+        if self.acoustic_layers:
+            kept = self.remember(batch)
+            parts["acoustic"] = sum(
+                self.hidden_divergence(inside["audio"][l], kept["audio"][l], mean=self.statistics[l][0], std=self.statistics[l][1],
+                                       denominator=tokens["audio"])
+                for l in self.acoustic_layers) / len(self.acoustic_layers)
+        weights = {"top": 1.0, "layer": args.alpha_layer, "acoustic": args.alpha_ac, "sft": args.alpha_sft}
+        return {"loss": sum(weights[name] * value for name, value in parts.items()), **parts}
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        """Fit W_i and the feature statistics on a few micro-batches, before training."""
+        student, teacher, audio = {}, {}, {}
+        for batch in batches:
+            if self.pairs:
+                (_, inside), (_, taught) = self.hear(batch), self.read(batch)
+                for s, t in self.pairs:
+                    student.setdefault(s, []).append(inside["response"][s].float())
+                    teacher.setdefault(t, []).append(taught["response"][t].float())
+            if self.acoustic_layers:
+                for l, hidden in self.remember(batch)["audio"].items():
+                    audio.setdefault(l, []).append(hidden.float())
+        for i, (s, t) in enumerate(self.pairs):
+            self.projections.fit(i, torch.cat(student[s]), torch.cat(teacher[t]))
+        for l in self.acoustic_layers:
+            self.statistics.fit(l, torch.cat(audio[l]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. Batches: a pure function of (seed, step), so that a resumed run and any number of ranks see the same ones
+
+def examples_of_step(examples, step, batch_size, seed):
+    """The global batch of a step: every epoch is its own permutation, and batches run on across its end."""
+    rows = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+              for epoch in {row // len(examples) for row in rows}}
+    return [examples[orders[row // len(examples)][row % len(examples)]] for row in rows]
+
+
+def learning_rate_factor(step, steps):
+    """Linear warm-up over 3 % of the steps, then a cosine to zero."""
+    warm = max(1, round(0.03 * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4. The run
+
+def main(argv=None):
+    args = parse_flags(argv)
+    started = time.time()
+    rank, world, device = common.start_distributed()
+    say = print if rank == 0 else (lambda *a, **k: None)
+    out = Path(args.out)
+    torch.manual_seed(args.seed)
+
+    # 4.1 data: the whole manifest and every clip's header are checked before anything trains
+    part = args.micro_batch * world
+    if args.batch_size % part:
+        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {part} (--micro-batch x ranks); change one")
+    accumulation = args.batch_size // part
+    train_file, eval_files = args.data, args.eval_data
+    if train_file is None:
+        sizes = {"train": 16, "test": 8} if args.dry_run else {"train": None, "test": 300}
+        with common.rank_zero_first(rank, world):
+            train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
+        eval_files = eval_files or made
+    examples = data.read_manifest(train_file, require=("reasoning", "description")[:1 if args.text_kd == "none" else 2])
+    scored = [example for file in eval_files for example in data.read_manifest(file, limit=16 if args.dry_run and args.data else None)]
+
+    # 4.2 models
+    student, processor = common.load_audio_model(args.student)
+    seconds = data.check_audio(examples + scored, args.max_seconds or processor.feature_extractor.n_samples / data.SAMPLE_RATE)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32       # frozen models need no master weights
+    snapshot = teacher = tokenizer = shared = student_to_teacher = None
+    if args.acoustic_kd:
+        snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_audio_model(args.acoustic_teacher)[0]
+        ours, theirs = student.config.text_config, snapshot.config.text_config
+        if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
+            raise SystemExit(f"the acoustic teacher {args.acoustic_teacher} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the "
+                             f"student {ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layer by layer: give a model of the same shape")
+        snapshot.to(device, half).requires_grad_(False)
+    if args.text_kd != "none":
+        teacher, tokenizer = common.load_text_model(args.teacher)
+        teacher.to(device, half).requires_grad_(False)
+        student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
+        shared = (student_ids.to(device), teacher_ids.to(device))
+        student_to_teacher = torch.full((max(processor.tokenizer.get_vocab().values()) + 1,), -1)
+        student_to_teacher[student_ids] = teacher_ids
+        say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
+    student.to(device)
+    common.choose_trained(student, args.train)
+    student_layers = student.config.text_config.num_hidden_layers
+    pairs = layer_map.pairs(student_layers, teacher.config.num_hidden_layers, every=args.every, only=args.layers) if args.every else []
+    step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
+
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    words = "description" if teacher is not None else None              # without a text teacher nobody reads the text view
+
+    def micro_batches(chunk):
+        return [data.collate(chunk[i:i + args.micro_batch], processor, tokenizer or processor.tokenizer, words=words,
+                             student_to_teacher=student_to_teacher, max_seconds=args.max_seconds).to(device)
+                for i in range(0, len(chunk), args.micro_batch)]
+
+    # 4.3 optimizer, checkpoint, calibration
+    special = [(step_module.projections.parameters(), args.projection_lr)] if pairs else []
+    groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    beside = {"projections.safetensors": step_module.projections} if pairs else {}
+    beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
+    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer)
+    checkpoint, done = common.find_checkpoint(args.resume, out), 0
+    if checkpoint:
+        done = common.load_checkpoint(checkpoint, student, optimizer)
+        for name, module in beside.items():
+            layer_map.load(module, checkpoint / name)
+    else:
+        few = examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
+        with autocast():
+            step_module.calibrate(micro_batches(few))
+    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False) if world > 1 else step_module
+
+    steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
+    stop = min(steps, done + 2) if args.dry_run else steps
+    learns = [p for p in step_module.parameters() if p.requires_grad]
+    say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} parameters, "
+        f"{sum(p.numel() for p in learns):,} learn, projections included" + (f"; teacher {teacher.num_parameters():,}" if teacher is not None else ""))
+    say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} (micro-batch x "
+        f"accumulation x ranks) = {args.batch_size} examples a step, {steps} steps" + (f", from step {done}" if done else ""))
+    if pairs:
+        say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs))
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
+        common.open_log(out / "log.jsonl", done)
+
+    def score(when):
+        aqa, ser = [e for e in scored if e.task in evaluate.TASKS], [e for e in scored if e.task == evaluate.SER_TASK]
+        results = evaluate.evaluate_model(student, processor, aqa, ser, batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens,
+                                          seed=args.seed)
+        if rank == 0:
+            (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in results["samples"]))
+        del results["samples"]
+        return results
+
+    before = None
+    if scored and not args.no_eval:
+        earlier = out / "before.json"
+        if done and earlier.exists():
+            before = json.loads(earlier.read_text())
+        else:
+            before = score("before")
+            if rank == 0:
+                common.write_json(earlier, before)
+
+    # 4.4 the loop: forward, accumulate, backward, clip, step
+    usual_top, warned = None, False
+    try:
+        for step in range(done, stop):
+            clock = time.time()
+            mine = slice(rank * args.micro_batch * accumulation, (rank + 1) * args.micro_batch * accumulation)
+            batches = micro_batches(examples_of_step(examples, step, args.batch_size, args.seed)[mine])
+            tokens = data.denominators(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
+            sums = {}
+            for i, batch in enumerate(batches):
+                last = i + 1 == len(batches)
+                with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                    with autocast():
+                        parts = wrapped(batch, tokens)
+                    (parts["loss"] * world).backward()             # DDP averages over ranks; ours are parts of a sum
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
+            norm = torch.nn.utils.clip_grad_norm_(learns, args.clip).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+
+            sums, taken = common.sum_over_ranks(sums, device), time.time() - clock
+            if not math.isfinite(sums["loss"]):
+                raise SystemExit(f"step {done}: the loss is not finite ({sums}); lower --lr, and go on from the last checkpoint in {out}")
+            usual_top = sums.get("top") if usual_top is None or "top" not in sums else 0.95 * usual_top + 0.05 * sums["top"]
+            if args.divergence == "kl" and usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top and not warned:
+                say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}; it has no bound, use --divergence jsd")
+                warned = True
+            line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "seconds": taken,
+                    "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, "memory_gb": common.peak_memory_gb(device)}
+            if rank == 0:
+                common.append_jsonl(out / "log.jsonl", line)
+            if done % 10 == 0 or done <= 2 or done == stop:
+                say(f"step {done}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in sums.items())
+                    + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s")
+            if rank == 0 and (done % args.save_every == 0 or done == stop):
+                save(step=done)
+            if args.eval_every and done % args.eval_every == 0 and done < stop and before:
+                for sentence in evaluate.name_failures(before, score(f"step-{done}")):
+                    say(f"step {done}: {sentence}")
+    except KeyboardInterrupt:
+        if rank == 0:
+            say(f"\ninterrupted; saved {save(step=done)}: go on with --resume auto")
+        return
+
+    # 4.5 after
+    if before:
+        after = score("after")
+        minutes = (time.time() - started) / 60
+        if rank == 0:
+            common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
+            print(evaluate.report_change(before, after), *evaluate.name_failures(before, after), sep="\n")
+            if args.data is None and not args.dry_run:
+                print("expected without flags:  AQA average {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*EXPECTED["aqa"], *EXPECTED["ser"]))
+            evaluate.plot_run(out)
+            say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as error:
+        raise SystemExit(f"error: {error}") from None
