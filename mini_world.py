@@ -126,10 +126,10 @@ def speech_content(rng):
         thing, more = rng.choice(THINGS), rng.random() < 0.5
         words = f"{one} has {NUMBERS[a]} {thing} and {two} has {NUMBERS[b]}"
         answer = one if (a > b) == more else two
-        word = "more" if more else "fewer"
+        word, n, m = ("more", max(a, b), min(a, b)) if more else ("fewer", min(a, b), max(a, b))
         return kind, words, f"Who has {word} {thing}?", shuffled(answer, [two if answer == one else one] + others, rng), answer, trace(
             "Compare the two numbers.", f"The voice says: {words}.",
-            f"{first_upper(NUMBERS[max(a, b)])} is more than {NUMBERS[min(a, b)]}.", f"{answer} has {word}.")
+            f"{first_upper(NUMBERS[n])} is {word} than {NUMBERS[m]}. {answer} has {NUMBERS[n]}.", f"{answer} has {word}.")
     if kind == "ordering":
         people = rng.sample(NAMES, 4)
         first, second, third, other = people
@@ -140,7 +140,7 @@ def speech_content(rng):
         answer = people[place]
         word = ("first", "second", "last")[place]
         return kind, words, f"Who came {word}?", shuffled(answer, [p for p in people if p != answer], rng), answer, trace(
-            "Put them in order.", f"The voice says: {words}.", f"The order is {first}, {second}, {third}.", f"{answer} came {word}.")
+            "Put them in order.", f"The voice says: {words}.", f"First {first}, second {second}, last {third}.", f"{answer} came {word}.")
     one, two = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     if rng.random() < 0.5:
@@ -160,32 +160,37 @@ def speech_content(rng):
         "Take two steps.", f"The voice says: {words}.", steps, f"The number is {NUMBERS[total]}.")
 
 
+def numbered(events):
+    return f"The sounds are {', '.join(f'{NUMBERS[i + 1]} {event}' for i, event in enumerate(events))}."
+
+
 def sound_content(rng, most=5):
     """-> kind, the events, question, choices, answer, trace."""
     kind = rng.choice(["count", "order", "presence"])
     events = [rng.choice(EVENTS) for _ in range(rng.randint(2, most))]
-    caption = f"The sounds are {', '.join(events)}."
+    caption = numbered(events)
     if kind == "count":
         event = rng.choice(events)
         places = [NUMBERS[i + 1] for i, e in enumerate(events) if e == event]
         return kind, events, f"How many times is the {event} heard?", numbers_near(len(places), rng, 1, 5), NUMBERS[len(places)], trace(
-            f"Count the {event}.", caption, f"It is at place {', '.join(places)}.", f"That makes {NUMBERS[len(places)]}.")
+            f"Count the {event}.", caption, f"The {event} is number {', '.join(places)}.", f"That makes {NUMBERS[len(places)]}.")
     if kind == "order":
         once = [i for i, e in enumerate(events[:-1]) if events.count(e) == 1]
         where = rng.choice(["first", "last"] + (["after"] * 2 if once else []))
         if where == "after":
             i = rng.choice(once)
             answer, question, plan = events[i + 1], f"Which sound comes right after the {events[i]}?", f"Find the {events[i]}."
-            reason = f"The {events[i]} is at place {NUMBERS[i + 1]}, next is the {answer}."
+            reason = f"The {events[i]} is number {NUMBERS[i + 1]}, number {NUMBERS[i + 2]} is the {answer}."
         else:
             answer = events[0] if where == "first" else events[-1]
-            question, plan, reason = f"Which sound comes {where}?", "Listen to the order.", f"The {where} one is the {answer}."
+            place = NUMBERS[1 if where == "first" else len(events)]
+            question, plan, reason = f"Which sound comes {where}?", "Listen to the order.", f"The {where} is number {place}, the {answer}."
         choices = shuffled(answer, rng.sample([e for e in EVENTS if e != answer], 3), rng)
         return kind, events, question, choices, answer, trace(plan, caption, reason, f"It is the {answer}.")
     while len(set(events)) > len(EVENTS) - 3:           # presence needs three absent sounds to choose from
         events = events[:-1]
     absent = [e for e in EVENTS if e not in events]
-    caption = f"The sounds are {', '.join(events)}."
+    caption = numbered(events)
     answer = rng.choice(events)
     return kind, events, "Which of these sounds is heard?", shuffled(answer, rng.sample(absent, 3), rng), answer, trace(
         "Check each choice.", caption, f"Only the {answer} is among them.", f"It is the {answer}.")
@@ -517,10 +522,10 @@ def make_models(seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 5. Pretraining: first the ear (CTC), then the two readers (next token). Trained end to end from scratch the decoder would never
+# 5. Pretraining: first the ear (CTC), then reading (next token), then listening. Trained end to end from scratch the decoder would never
 #    listen: guessing from the text is the easier way down, so the audio tower learns to hear before anything reads it.
 
-STUDENT_MIX = {"text": 20, "describe": 14, "emotion": 6, "ask": 2}    # sequences a step; "ask" is small: there is room to be taught
+MIX = {"text": 8, "describe": 14, "emotion": 6, "ask": 2}      # sequences a step of the student's; "ask" is small: there is room to be taught
 
 
 def learning_rate(step, steps, peak):
@@ -647,22 +652,21 @@ def text_pair(tokenizer, rng, seed, task=None):
     return tokenizer(prompt, add_special_tokens=False)["input_ids"], encode_response(tokenizer, response_text(example))
 
 
-def pretrain_teacher(teacher, tokenizer, *, steps, batch, seed, device):
-    """Descriptions, questions, traces: text without end, every example new."""
-    rng = random.Random(f"{seed} teacher")
+def pretrain_reading(name, decoder, head, tokenizer, *, steps, seed, device):
+    """Descriptions, questions, traces: text without end, every example new. The teacher's whole schooling, and the student's first."""
+    rng = random.Random(f"{seed} {name}")
 
     def loss_of_step(step):
-        ids, mask, labels = pack([text_pair(tokenizer, rng, seed) for _ in range(batch)], tokenizer.pad_token_id, device)
-        return read_loss(teacher.model, teacher.lm_head, teacher.model.embed_tokens(ids), mask, labels)
+        ids, mask, labels = pack([text_pair(tokenizer, rng, seed) for _ in range(24)], tokenizer.pad_token_id, device)
+        return read_loss(decoder, head, decoder.embed_tokens(ids), mask, labels)
 
-    teacher.train()
-    optimise("teacher", steps, 1.5e-3, list(teacher.parameters()), loss_of_step)
-    teacher.eval()
+    decoder.train()
+    optimise(name, steps, 1.5e-3, [*decoder.parameters(), *head.parameters()], loss_of_step)
 
 
-def pretrain_student(student, processor, records, mels, frames, *, steps, seed, device):
-    """Reading as the teacher, describing and emotion from audio, and a little answering about sound. The audio tower stays as it is."""
-    rng, tokenizer, model = random.Random(f"{seed} student"), processor.tokenizer, student.model
+def pretrain_listening(student, processor, records, mels, frames, *, steps, seed, device):
+    """Describing and emotion from audio, and a little answering about sound, while reading goes on. The audio tower stays as it is."""
+    rng, tokenizer, model = random.Random(f"{seed} listening"), processor.tokenizer, student.model
     with torch.no_grad():
         heard = torch.cat([hear(model.audio_tower, mels[i:i + 100], frames[i:i + 100], device).half().cpu() for i in range(0, len(mels), 100)])
     tokens = frames // 2
@@ -674,12 +678,12 @@ def pretrain_student(student, processor, records, mels, frames, *, steps, seed, 
         return tokenizer(prompt, add_special_tokens=False)["input_ids"], encode_response(tokenizer, response_text(example))
 
     def loss_of_step(step):
-        pairs = [text_pair(tokenizer, rng, seed) for _ in range(STUDENT_MIX["text"])]
+        pairs = [text_pair(tokenizer, rng, seed) for _ in range(MIX["text"])]
         ids, mask, labels = pack(pairs, tokenizer.pad_token_id, device)
         loss = read_loss(model.language_model, student.lm_head, model.get_input_embeddings()(ids), mask, labels)
-        rows = [(rng.randrange(len(records)), describe) for _ in range(STUDENT_MIX["describe"])]
-        rows += [(rng.choice(by_task[KEPT]), as_example) for _ in range(STUDENT_MIX["emotion"])]
-        rows += [(rng.choice(taught), as_example) for _ in range(STUDENT_MIX["ask"])]
+        rows = [(rng.randrange(len(records)), describe) for _ in range(MIX["describe"])]
+        rows += [(rng.choice(by_task[KEPT]), as_example) for _ in range(MIX["emotion"])]
+        rows += [(rng.choice(taught), as_example) for _ in range(MIX["ask"])]
         ids, mask, labels = pack([audio_pair(i, make(records[i])) for i, make in rows], tokenizer.pad_token_id, device)
         sound = torch.cat([heard[i, :tokens[i]] for i, _ in rows]).to(device).float()                # [audio tokens, d_model]
         embeds = model.get_input_embeddings()(ids)
@@ -687,8 +691,7 @@ def pretrain_student(student, processor, records, mels, frames, *, steps, seed, 
         return loss + read_loss(model.language_model, student.lm_head, embeds, mask, labels)
 
     student.train()
-    optimise("student", steps, 1.5e-3, [p for n, p in student.named_parameters() if p.requires_grad and "audio_tower" not in n], loss_of_step)
-    student.eval()
+    optimise("listening", steps, 1.5e-3, [p for n, p in student.named_parameters() if p.requires_grad and "audio_tower" not in n], loss_of_step)
 
 
 @torch.no_grad()
@@ -731,8 +734,9 @@ def pretrain(args):
     student.to(device), teacher.to(device)
     heard = pretrain_ear(student.model.audio_tower, records, mels, frames, steps=args.ear_steps, batch=16, seed=args.seed, device=device)
     print("written down without a fault, per cent of held-out clips:", heard)
-    pretrain_teacher(teacher, tokenizer, steps=args.teacher_steps, batch=24, seed=args.seed, device=device)
-    pretrain_student(student, processor, records, mels, frames, steps=args.student_steps, seed=args.seed, device=device)
+    pretrain_reading("teacher", teacher.model, teacher.lm_head, tokenizer, steps=args.teacher_steps, seed=args.seed, device=device)
+    pretrain_reading("student", student.model.language_model, student.lm_head, processor.tokenizer, steps=args.reading_steps, seed=args.seed, device=device)
+    pretrain_listening(student, processor, records, mels, frames, steps=args.listening_steps, seed=args.seed, device=device)
     for model, reader, name in ((student, processor, "student"), (teacher, tokenizer, "teacher")):
         copy.deepcopy(model).half().save_pretrained(MINI / name)
         reader.save_pretrained(MINI / name)
@@ -746,10 +750,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["data", "pretrain"])
     parser.add_argument("--seed", type=int, default=0)
-    # optimiser steps of the three parts of pretraining
+    # optimiser steps of the four parts of pretraining
     parser.add_argument("--ear-steps", type=int, default=3000, help="CTC of the audio tower, batches of 16 clips")
-    parser.add_argument("--teacher-steps", type=int, default=1600, help="next token, batches of 24 texts")
-    parser.add_argument("--student-steps", type=int, default=1200, help="next token, text and audio")
+    parser.add_argument("--teacher-steps", type=int, default=1200, help="next token, batches of 24 texts")
+    parser.add_argument("--reading-steps", type=int, default=900, help="the student's next token, batches of 24 texts")
+    parser.add_argument("--listening-steps", type=int, default=800, help="the student's next token, text and audio")
     args = parser.parse_args()
     if args.command == "pretrain":
         pretrain(args)

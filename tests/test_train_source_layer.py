@@ -1,7 +1,6 @@
 """The real script: its loss against formulas computed apart from it, two processes against one, killed against uninterrupted, bad input."""
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -265,15 +264,22 @@ def test_flags_that_make_no_sense(flags, words, capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"description": None}, "description"), ({"reasoning": None}, "reasoning"), ({"answer": "no such choice"}, "not among the choices"), ({"audio": "gone.wav"}, "does not exist")])
+    ({"description": None}, "description"), ({"reasoning": None}, "reasoning"), ({"answer": "no such choice"}, "not among the choices"),
+    ({"audio": "gone.wav"}, "does not exist"), ({"audio": "../0.wav"}, "leaves the manifest's folder")])
 def test_a_bad_line_stops_the_run_before_training(tmp_path, changes, words):
     path = write_world(tmp_path, n=3, **changes)
-    done = subprocess.run([sys.executable, str(ROOT / "train_source_layer.py"), *small_run(path, tmp_path / "out")], cwd=ROOT, text=True, capture_output=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert last.startswith("error:") and words in last and "world.jsonl:2" in last
+    with pytest.raises(data.DataError, match=words) as error:
+        main(small_run(path, tmp_path / "out"))
+    assert "world.jsonl:2" in str(error.value)
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_an_error_is_one_sentence_without_a_traceback(tmp_path):
+    path = write_world(tmp_path, n=3, audio="gone.wav")
+    done = subprocess.run([sys.executable, str(ROOT / "train_source_layer.py"), *small_run(path, tmp_path / "out")], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error:")
 
 
 def test_models_that_do_not_fit(world, tmp_path):

@@ -1,0 +1,84 @@
+"""Prose that rots: README's commands must parse, its numbers must be the ones in the files, and imports must point down only."""
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_source_layer
+from mini_world import MINI
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TEXTS = {"README.md": README, **{path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in ROOT.glob("*.py")}}
+
+
+def commands():
+    """(where, script, arguments) of every command shown in README and in the scripts' openings."""
+    for where, text in TEXTS.items():
+        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+            if match := re.match(r" {4,}(?:pip install -r requirements.txt && )?(?:python|torchrun [^.]*?) (\w+\.py) ?([^#]*)", line):
+                arguments = match[2].strip()
+                if not arguments.endswith("..."):
+                    yield where, match[1], shlex.split(arguments)
+
+
+def test_there_are_commands_to_check():
+    assert len(list(commands())) > 15
+
+
+@pytest.mark.parametrize("script", sorted({script for _, script, _ in commands()}))
+def test_commands_use_flags_that_exist(script):
+    text = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True, timeout=120).stdout
+    for where, other, arguments in commands():
+        if other == script:
+            for flag in (a for a in arguments if a.startswith("--")):
+                assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), f"{where}: {script} has no {flag}"
+
+
+def test_training_commands_parse():
+    for where, script, arguments in commands():
+        if script == "train_source_layer.py":
+            train_source_layer.parse_flags(arguments)
+
+
+def test_quoted_numbers_are_the_measured_ones():
+    """EXPECTED (which the run prints), README's table and the committed results of the default run are one and the same."""
+    results = json.loads((ROOT / "figures" / "source_layer.json").read_text())
+    for name, part in (("average", "aqa"), ("SER", "ser")):
+        key = "average" if part == "aqa" else "ua"
+        before, after = results["before"][part][key], results["after"][part][key]
+        assert train_source_layer.EXPECTED[part] == (round(before, 1), round(after, 1))
+        row = re.search(rf"^ +{name} +([\d.]+) +([\d.]+)", README, re.M)
+        assert [float(row[1]), float(row[2])] == pytest.approx([before, after], abs=0.006)
+    assert results["after"]["aqa"]["average"] > results["before"]["aqa"]["average"]
+    for name, tasks in json.loads((MINI / "figures.json").read_text()).items():
+        if name != "heard":
+            row = re.search(rf"\| {name} \|(.*)\|", README)
+            assert [float(x) for x in row[1].split("|")] == [tasks[t] for t in ("speech", "sound", "music", "emotion")], name
+
+
+ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": set(), "speak": {"data", "common"}, "mini_world": {"data", "common", "speak"},
+           "evaluate": {"data", "common", "losses", "layer_map"},
+           "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate"}}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down_only(path):
+    ours = {p.stem for p in ROOT.glob("*.py")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & ours
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} & ours
+    assert found <= ALLOWED[path.stem], f"{path.name} imports {found - ALLOWED[path.stem]}"
+
+
+def test_every_file_of_ours_is_in_readmes_list():
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in README, path.name
