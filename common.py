@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 
@@ -149,13 +149,12 @@ def find_checkpoint(resume, folder):
 
 def load_checkpoint(path, model, optimizer):
     """Fill model and optimizer in place -> the number of steps that were done."""
-    weights = {}
-    for file in sorted(Path(path).glob("model*.safetensors")):
-        weights |= load_file(file)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise SystemExit(f"{path} was saved by another model ({len(missing)} weights missing, {len(unexpected)} unknown); use the flags of its config.json")
+    try:                        # through the class, because save_pretrained writes other names than the module's own
+        saved = type(model).from_pretrained(path, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"{path} was saved by another model ({reason}); resume with the flags of its config.json") from None
     state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

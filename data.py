@@ -313,8 +313,9 @@ def _question(example, processor, words=None) -> tuple[str, str]:
     said, question = getattr(example, words) if words else "", question_text(example)
     if words and not said:
         raise DataError(f"{example.where}: {words!r} is missing or empty and is needed here; add it to the line")
-    if processor.audio_token in f"{said}\n{question}":
-        raise DataError(f"{example.where}: the text contains the audio placeholder {processor.audio_token}; remove it")
+    placeholder = getattr(processor, "audio_token", None)              # a text LLM's tokenizer may stand in for the processor: it has none
+    if placeholder and placeholder in f"{said}\n{question}":
+        raise DataError(f"{example.where}: the text contains the audio placeholder {placeholder}; remove it")
     return said, question
 
 

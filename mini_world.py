@@ -49,7 +49,7 @@ TAUGHT, KEPT = ("speech", "sound", "music"), "emotion"
 # split -> examples per task. "pretrain" is heard by the student before any distillation; "train" is the distillation set.
 SPLITS = {
     "pretrain": {"speech": 4000, "sound": 2000, "music": 2000, "emotion": 2000},
-    "train": {"speech": 1000, "sound": 1000, "music": 1000},
+    "train": {"speech": 400, "sound": 400, "music": 400},
     "test": {"speech": 1000, "sound": 1000, "music": 1000, "emotion": 1000},
     "test-voices": {"speech": 300, "emotion": 300},
     "test-rates": {"speech": 300, "sound": 300, "emotion": 300},
@@ -525,7 +525,7 @@ def make_models(seed):
 # 5. Pretraining: first the ear (CTC), then reading (next token), then listening. Trained end to end from scratch the decoder would never
 #    listen: guessing from the text is the easier way down, so the audio tower learns to hear before anything reads it.
 
-MIX = {"text": 8, "describe": 14, "emotion": 6, "ask": 2}      # sequences a step of the student's; "ask" is small: there is room to be taught
+MIX = {"text": 6, "describe": 12, "emotion": 5, "ask": 2}      # sequences a step of the student's; "ask" is small: there is room to be taught
 
 
 def learning_rate(step, steps, peak):
@@ -644,7 +644,7 @@ def read_loss(decoder, head, embeds, mask, labels):
 
 def text_pair(tokenizer, rng, seed, task=None):
     """A fresh text-only example: words for the sound (mostly the description, sometimes the transcript), question, trace, answer."""
-    task = task or rng.choices(["speech", "sound", "music", "emotion"], [5, 3, 2, 1])[0]
+    task = task or rng.choices(["speech", "sound", "music", "emotion"], [6, 4, 1, 1])[0]
     record = make_record(task, rng.randrange(10 ** 9), "reading", seed)
     words = record["transcript"] if task == "speech" and rng.random() < 0.3 else record["description"]
     example = as_example(record)
@@ -753,8 +753,8 @@ def main():
     # optimiser steps of the four parts of pretraining
     parser.add_argument("--ear-steps", type=int, default=3000, help="CTC of the audio tower, batches of 16 clips")
     parser.add_argument("--teacher-steps", type=int, default=1200, help="next token, batches of 24 texts")
-    parser.add_argument("--reading-steps", type=int, default=900, help="the student's next token, batches of 24 texts")
-    parser.add_argument("--listening-steps", type=int, default=800, help="the student's next token, text and audio")
+    parser.add_argument("--reading-steps", type=int, default=800, help="the student's next token, batches of 24 texts")
+    parser.add_argument("--listening-steps", type=int, default=500, help="the student's next token, text and audio")
     args = parser.parse_args()
     if args.command == "pretrain":
         pretrain(args)

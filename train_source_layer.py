@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import json
 import math
 import time
@@ -398,6 +399,9 @@ def main(argv=None):
             evaluate.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
     if world > 1:
+        dist.barrier()
+        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
+        gc.collect()
         dist.destroy_process_group()
 
 
