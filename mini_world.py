@@ -49,7 +49,7 @@ TAUGHT, KEPT = ("speech", "sound", "music"), "emotion"
 # split -> examples per task. "pretrain" is heard by the student before any distillation; "train" is the distillation set.
 SPLITS = {
     "pretrain": {"speech": 4000, "sound": 2000, "music": 2000, "emotion": 2000},
-    "train": {"speech": 400, "sound": 400, "music": 400},
+    "train": {"speech": 300, "sound": 300, "music": 300},
     "test": {"speech": 1000, "sound": 1000, "music": 1000, "emotion": 1000},
     "test-voices": {"speech": 300, "emotion": 300},
     "test-rates": {"speech": 300, "sound": 300, "emotion": 300},
