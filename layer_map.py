@@ -16,8 +16,8 @@ Where the paper is silent, we choose:
    lies near its bound ln 2, where it is flat, and at the paper's learning rate of 1e-5 it would hardly leave it.
 3. A teacher much shallower than the student could round to layer 0; the first layer stands in for it.
 
-    python layer_map.py 28 36              every student layer (the paper's "layer-wise")
-    python layer_map.py 28 36 --every 7    the paper's "skip-layer, 1-in-7"
+    python layer_map.py 28 36              # every student layer (the paper's "layer-wise")
+    python layer_map.py 28 36 --every 7    # the paper's "skip-layer, 1-in-7"
 """
 
 import argparse
