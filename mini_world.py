@@ -7,8 +7,8 @@ training examples carry a four-stage reasoning trace. Emotion (how a sentence is
 the student's pretraining only, never in the distillation set, so a fall there is forgetting.
 
 Two tiny models live in it, in the papers' proportions: the student is a Qwen2-Audio with 7 decoder layers, the teacher a wider
-Qwen3 with 9 (28:36). The teacher reads descriptions and reasons nearly without fault; the student reads well too, describes
-what it hears well, but has hardly practised answering questions about sound: that is the room to be taught.
+Qwen3 with 9 (28:36). The teacher reads descriptions and reasons better than the student; the student describes what it hears well, but
+has hardly practised answering questions about sound: that is the room to be taught. mini/figures.json holds what each can do.
 
     python mini_world.py data                 # synthesise every split (train_source_layer.py makes only those it needs)
     python mini_world.py pretrain             # rebuild mini/student and mini/teacher (a GPU if there is one)
@@ -603,7 +603,7 @@ def pretrain_ear(tower, records, mels, frames, *, steps, batch, seed, device):
         heard = (frames[rows] // 2).tolist()                            # audio tokens per clip
         ctc = F.ctc_loss(log_p.transpose(0, 1), torch.cat(targets).to(device), torch.tensor(heard, device=device),
                          torch.tensor([len(t) for t in targets], device=device), zero_infinity=True)
-        trust = max(0.0, 2 - 4 * step / steps)                          # CTC alone takes long to find where things are: guess first, then let go
+        trust = max(0.0, 2 - 4 * step / steps)                          # guess where things are first, then let CTC find it (not measured apart)
         if trust == 0:
             return ctc
         guess = torch.cat([flat_start(records[i], n, number) for i, n in zip(rows.tolist(), heard)]).to(device)
