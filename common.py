@@ -60,6 +60,16 @@ def sum_over_ranks(values, device):
     return dict(zip(values, total.tolist()))
 
 
+def examples_of_step(examples, step, batch_size, seed):
+    """The global batch of a step, a pure function of (seed, step): a resumed run and any number of ranks see the same ones.
+
+    Every epoch is its own permutation, and batches run on across its end."""
+    rows = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+              for epoch in {row // len(examples) for row in rows}}
+    return [examples[orders[row // len(examples)][row % len(examples)]] for row in rows]
+
+
 # ------------------------------------------------------------ 2. loading --------------------------------------------------------------
 
 def load_audio_model(path, *, dtype=torch.float32):

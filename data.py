@@ -278,6 +278,11 @@ def shared_vocabulary(student_tok, teacher_tok, *, minimum=0.5) -> tuple[torch.T
     return student_ids, teacher_ids, summary
 
 
+def token_map(student_ids, teacher_ids, size):
+    """shared_vocabulary's pairs -> [size] int64: the teacher's id of each of the student's `size` tokens, -1 where it has none."""
+    return torch.full((size,), -1).scatter(0, student_ids, teacher_ids)
+
+
 # ------------------------------------------------------------ 4. the two views -----------------------------------------------------------
 
 @dataclass

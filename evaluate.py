@@ -15,8 +15,9 @@ Where this departs from the papers and from MMAU's own script:
    the same question gets the same answer alone, in any batch, on any number of ranks.
 
     python evaluate.py --task mmau --predictions FILE --out results.json      # score MMAU's own format, no model needed
-    python evaluate.py --task both --model DIR --data manifest.jsonl --split test --out runs/eval
-    python evaluate.py --task both --model DIR2 --data manifest.jsonl --split test --compare runs/eval/results.json
+    python evaluate.py --task both --model DIR --data test.jsonl --out runs/eval
+    python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
+    python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
 """
 
 import argparse
@@ -313,12 +314,12 @@ def score(examples, outputs):
     return results, samples
 
 
-def evaluate_model(model, processor, aqa_examples, ser_examples, *, splits=(), **decoding):
+def evaluate_model(model, processor, examples, *, splits=(), **decoding):
     """Generate (decoding: generate's keywords) and score. splits: [(name, examples), ...], each reported apart. Raises data.DataError
-    for an example without choices or of another task.
+    for an example without choices or of another task than AQA's and SER's.
 
     Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "splits": name -> the same two, "samples": list of dicts}."""
-    groups = [("main", [*aqa_examples, *ser_examples]), *splits]
+    groups = [("main", examples), *splits]
     everything = [e for _, examples in groups for e in examples]
     for e in everything:
         if e.task not in (*TASKS, SER_TASK) or not e.choices:
@@ -390,7 +391,8 @@ def name_failures(before, after):
         said.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how to hear; raise --alpha-ac")
     for name in {"sound", "music"} & gain.keys():
         if gain[name] < gain.get("speech", gain[name]) - 5:
-            said.append(f"{name} gains {gain[name]:+.1f} points, speech {gain['speech']:+.1f}: the descriptions say too little of {name}; read them")
+            said.append(f"{name} gains {gain[name]:+.1f} points, speech {gain['speech']:+.1f}: the descriptions say too little of {name}; "
+                        "read them")
     return sorted(said)
 
 
@@ -417,10 +419,12 @@ def plot_run(folder):
         at = np.arange(len(bars)) + 0.4 * side - 0.2
         height = np.array([bar[1 + side][0] for bar in bars])
         low, high = np.array([bar[1 + side][1] for bar in bars]).reshape(-1, 2).T
-        right.bar(at, height, 0.38, color=colour, label=when, yerr=[np.maximum(0, height - low), np.maximum(0, high - height)], ecolor="#555555", capsize=2)
+        error = [np.maximum(0, height - low), np.maximum(0, high - height)]
+        right.bar(at, height, 0.38, color=colour, label=when, yerr=error, ecolor="#555555", capsize=2)
         for x, y in zip(at, height):
             right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color="black" if side == 0 else "white")
-    right.set(ylabel="accuracy (%)", ylim=(0, 100), title="hearing questions, before and after", xticks=range(len(bars)), xticklabels=[bar[0] for bar in bars])
+    right.set(ylabel="accuracy (%)", ylim=(0, 100), title="hearing questions, before and after")
+    right.set_xticks(range(len(bars)), [bar[0] for bar in bars])
     right.legend(frameon=False, loc="upper center", ncols=2)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -469,7 +473,7 @@ def main():
     # what is scored
     parser.add_argument("--predictions", metavar="FILE", help="mmau: JSON list of MMAU's records, with the output under model_output")
     parser.add_argument("--model", metavar="DIR", help="an audio language model: a folder or a name on the hub")
-    parser.add_argument("--data", metavar="FILE", help="a manifest (JSONL; see data.py)")
+    parser.add_argument("--data", metavar="FILE", nargs="+", help="a manifest (JSONL; see data.py); each further one is reported apart")
     parser.add_argument("--split", help="only the manifest's examples of this split")
     parser.add_argument("--limit", type=int, help="only the first N examples")
     # how the model talks
@@ -503,17 +507,19 @@ def run(args):
         results, out = {"aqa": score_mmau(read_predictions(args.predictions))}, args.out and Path(args.out)
     else:
         wanted = {"aqa": TASKS, "ser": (SER_TASK,), "both": (*TASKS, SER_TASK)}[args.task]
-        examples = [e for e in data.read_manifest(args.data, split=args.split) if e.task in wanted][:args.limit]
-        if not examples:
-            raise data.DataError(f"{args.data}: has no example of the tasks {', '.join(wanted)}; check --task and --split")
+        sets = []
+        for file in args.data:
+            sets.append((Path(file).stem, [e for e in data.read_manifest(file, split=args.split) if e.task in wanted][:args.limit]))
+            if not sets[-1][1]:
+                raise data.DataError(f"{file}: has no example of the tasks {', '.join(wanted)}; check --task and --split")
         out = Path(args.out or "runs/evaluate") / "results.json"
         from common import load_audio_model
         gpu = torch.cuda.is_available()
         model, processor = load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
         model.to("cuda" if gpu else "cpu")
-        results = evaluate_model(model, processor, [e for e in examples if e.task in TASKS], [e for e in examples if e.task == SER_TASK],
-                                 batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                 top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+        results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
+                                 max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                 seed=args.seed)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
     if samples := results.pop("samples", None):

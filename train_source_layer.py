@@ -68,9 +68,9 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     boolean = argparse.BooleanOptionalAction
     # models and data
-    parser.add_argument("--student", default=str(mini_world.MINI / "student"), help="audio language model, folder or hub id (paper: Qwen2.5-Omni-7B)")
-    parser.add_argument("--teacher", default=str(mini_world.MINI / "teacher"), help="text LLM that teaches by reading (paper: Qwen3-8B)")
-    parser.add_argument("--acoustic-teacher", default="snapshot", help="snapshot (paper: the student before training) or a model of its shape")
+    parser.add_argument("--student", default=str(mini_world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2.5-Omni-7B)")
+    parser.add_argument("--teacher", default=str(mini_world.MINI / "teacher"), help="text LLM that reads (paper: Qwen3-8B)")
+    parser.add_argument("--acoustic-teacher", default="snapshot", help="snapshot (paper) or a model of the student's shape")
     parser.add_argument("--data", help="training manifest with reasoning and description (data.py); default: the mini world")
     parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
     parser.add_argument("--max-seconds", type=float, default=None, help="longest clip in seconds; default: the model's window")
@@ -84,7 +84,7 @@ def parse_flags(argv=None):
     parser.add_argument("--divergence", default="jsd", choices=["jsd", "kl"], help="L_top: Jensen-Shannon (paper) or forward KL")
     parser.add_argument("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
     parser.add_argument("--layers", type=int, nargs="+", help="of the mapped student layers, distil only these (counted from 1)")
-    parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (with head and projector), or all: the audio tower too")
+    parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (head and projector too), or all")
     # optimisation
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
@@ -213,15 +213,7 @@ class SourceLayerStep(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 3. Batches: a pure function of (seed, step), so that a resumed run and any number of ranks see the same ones
-
-def examples_of_step(examples, step, batch_size, seed):
-    """The global batch of a step: every epoch is its own permutation, and batches run on across its end."""
-    rows = range(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-              for epoch in {row // len(examples) for row in rows}}
-    return [examples[orders[row // len(examples)][row % len(examples)]] for row in rows]
-
+# 3. Schedule
 
 def learning_rate_factor(step, steps):
     """Linear warm-up over 3 % of the steps, then a cosine to zero."""
@@ -243,7 +235,8 @@ def main(argv=None):
     # 4.1 data: the whole manifest and every clip's header are checked before anything trains
     part = args.micro_batch * world
     if args.batch_size % part:
-        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {part} (--micro-batch x ranks); change one")
+        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {part} "
+                         "(--micro-batch x ranks); change one")
     accumulation = args.batch_size // part
     train_file, eval_files = args.data, args.eval_data
     if train_file is None:
@@ -263,89 +256,84 @@ def main(argv=None):
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_audio_model(args.acoustic_teacher)[0]
         ours, theirs = student.config.text_config, snapshot.config.text_config
         if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
-            raise SystemExit(f"the acoustic teacher {args.acoustic_teacher} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the "
-                             f"student {ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layer by layer: give a model of the same shape")
+            raise SystemExit(f"{args.acoustic_teacher} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the student "
+                             f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layer by layer: give a model of the same shape")
         snapshot.to(device, half).requires_grad_(False)
     if args.text_kd != "none":
         teacher, tokenizer = common.load_text_model(args.teacher)
         teacher.to(device, half).requires_grad_(False)
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
-        student_to_teacher = torch.full((max(processor.tokenizer.get_vocab().values()) + 1,), -1)
-        student_to_teacher[student_ids] = teacher_ids
+        student_to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
     student.to(device)
     common.choose_trained(student, args.train)
-    student_layers = student.config.text_config.num_hidden_layers
-    pairs = layer_map.pairs(student_layers, teacher.config.num_hidden_layers, every=args.every, only=args.layers) if args.every else []
+    depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher or student)]
+    pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    words = "description" if teacher is not None else None              # without a text teacher nobody reads the text view
 
-    def micro_batches(chunk):
-        return [data.collate(chunk[i:i + args.micro_batch], processor, tokenizer or processor.tokenizer, words=words,
-                             student_to_teacher=student_to_teacher, max_seconds=args.max_seconds).to(device)
-                for i in range(0, len(chunk), args.micro_batch)]
+    def micro_batches(chunk):                           # without a text teacher nobody reads the text view
+        return [data.collate(chunk[i:i + args.micro_batch], processor, tokenizer or processor.tokenizer,
+                             words="description" if teacher else None, student_to_teacher=student_to_teacher,
+                             max_seconds=args.max_seconds).to(device) for i in range(0, len(chunk), args.micro_batch)]
 
-    # 4.3 optimizer, checkpoint, calibration
+    # 4.3 before: what the student can do as it comes
+    checkpoint, done = common.find_checkpoint(args.resume, out), 0
+    steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
+    learns = [p for p in step_module.parameters() if p.requires_grad]
+    say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} "
+        f"parameters, {sum(p.numel() for p in learns):,} learn, projections included; teacher {teacher.num_parameters() if teacher else 0:,}")
+    say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
+        f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
+    if pairs:
+        say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs))
+    out.mkdir(parents=True, exist_ok=True)
+
+    def score(when):
+        results = evaluate.evaluate_model(student, processor, scored, batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens,
+                                          seed=args.seed)
+        samples = results.pop("samples")
+        if rank == 0:
+            (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+            common.write_json(out / f"{when}.json", results)
+        return results
+
+    before = None
+    if scored and not args.no_eval:
+        known = checkpoint and (out / "before.json").exists()
+        before = json.loads((out / "before.json").read_text()) if known else score("before")
+
+    # 4.4 optimizer, checkpoint, calibration
     special = [(step_module.projections.parameters(), args.projection_lr)] if pairs else []
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer)
-    checkpoint, done = common.find_checkpoint(args.resume, out), 0
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)
         for name, module in beside.items():
             layer_map.load(module, checkpoint / name)
+        say(f"going on from step {done}, {checkpoint}")
     else:
-        few = examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
+        few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
         with autocast():
             step_module.calibrate(micro_batches(few))
-    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False) if world > 1 else step_module
-
-    steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, done + 2) if args.dry_run else steps
-    learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} parameters, "
-        f"{sum(p.numel() for p in learns):,} learn, projections included" + (f"; teacher {teacher.num_parameters():,}" if teacher is not None else ""))
-    say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} (micro-batch x "
-        f"accumulation x ranks) = {args.batch_size} examples a step, {steps} steps" + (f", from step {done}" if done else ""))
-    if pairs:
-        say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs))
+    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False) if world > 1 else step_module
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
         common.open_log(out / "log.jsonl", done)
 
-    def score(when):
-        aqa, ser = [e for e in scored if e.task in evaluate.TASKS], [e for e in scored if e.task == evaluate.SER_TASK]
-        results = evaluate.evaluate_model(student, processor, aqa, ser, batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens,
-                                          seed=args.seed)
-        if rank == 0:
-            (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in results["samples"]))
-        del results["samples"]
-        return results
-
-    before = None
-    if scored and not args.no_eval:
-        earlier = out / "before.json"
-        if done and earlier.exists():
-            before = json.loads(earlier.read_text())
-        else:
-            before = score("before")
-            if rank == 0:
-                common.write_json(earlier, before)
-
-    # 4.4 the loop: forward, accumulate, backward, clip, step
-    usual_top, warned = None, False
+    # 4.5 the loop: forward, accumulate, backward, clip, step
+    usual_top = None
     try:
         for step in range(done, stop):
             clock = time.time()
             mine = slice(rank * args.micro_batch * accumulation, (rank + 1) * args.micro_batch * accumulation)
-            batches = micro_batches(examples_of_step(examples, step, args.batch_size, args.seed)[mine])
+            batches = micro_batches(common.examples_of_step(examples, step, args.batch_size, args.seed)[mine])
             tokens = data.denominators(batches)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
@@ -366,10 +354,10 @@ def main(argv=None):
             sums, taken = common.sum_over_ranks(sums, device), time.time() - clock
             if not math.isfinite(sums["loss"]):
                 raise SystemExit(f"step {done}: the loss is not finite ({sums}); lower --lr, and go on from the last checkpoint in {out}")
-            usual_top = sums.get("top") if usual_top is None or "top" not in sums else 0.95 * usual_top + 0.05 * sums["top"]
-            if args.divergence == "kl" and usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top and not warned:
-                say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}; it has no bound, use --divergence jsd")
-                warned = True
+            if args.divergence == "kl" and "top" in sums:
+                if usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top:
+                    say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}; it has no bound, use --divergence jsd")
+                usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
             line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "seconds": taken,
                     "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, "memory_gb": common.peak_memory_gb(device)}
             if rank == 0:
@@ -387,7 +375,7 @@ def main(argv=None):
             say(f"\ninterrupted; saved {save(step=done)}: go on with --resume auto")
         return
 
-    # 4.5 after
+    # 4.6 after
     if before:
         after = score("after")
         minutes = (time.time() - started) / 60
@@ -395,7 +383,7 @@ def main(argv=None):
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
             print(evaluate.report_change(before, after), *evaluate.name_failures(before, after), sep="\n")
             if args.data is None and not args.dry_run:
-                print("expected without flags:  AQA average {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*EXPECTED["aqa"], *EXPECTED["ser"]))
+                print("expected without flags:  AQA average {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
     if world > 1:

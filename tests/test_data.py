@@ -56,7 +56,7 @@ def examples(world):
 
 def id_map(student, teacher):
     student_ids, teacher_ids, _ = data.shared_vocabulary(student, teacher)
-    return torch.full((len(student),), -1).scatter(0, student_ids, teacher_ids)
+    return data.token_map(student_ids, teacher_ids, len(student))
 
 
 @pytest.fixture(scope="module")

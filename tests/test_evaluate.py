@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -401,7 +402,7 @@ def test_evaluate_model(monkeypatch, examples):
     monkeypatch.setattr(evaluate, "generate", said)
     aqa, ser = [e for e in examples if e.task != "emotion"], [e for e in examples if e.task == "emotion"]
     splits = [("noise", [examples[1], examples[3]]), ("rates", [examples[0]])]
-    results = evaluate.evaluate_model(None, None, aqa, ser, splits=splits, seed=5)
+    results = evaluate.evaluate_model(None, None, aqa + ser, splits=splits, seed=5)
     assert {k: results["aqa"][k] for k in ("sound", "music", "speech")} == {"sound": 100, "music": 50, "speech": 100}
     assert results["aqa"]["average"] == pytest.approx(500 / 6)
     assert results["ser"]["ua"] == 100 and results["ser"]["confusion"]["angry"]["angry"] == 1
@@ -420,7 +421,7 @@ def test_evaluate_model_refuses_what_it_cannot_score(examples):
     for task, choices in ("caption", ["a", "b"]), ("sound", []):
         odd = data.Example("o", examples[0].audio, "?", choices, "a", task, where="manifest.jsonl:9")
         with pytest.raises(data.DataError, match="manifest.jsonl:9"):
-            evaluate.evaluate_model(None, None, [odd], [])                  # before any model is touched
+            evaluate.evaluate_model(None, None, [odd])                      # before any model is touched
 
 
 # ------------------------------------------------------- the command line -------------------------------------------------------
@@ -480,6 +481,11 @@ def test_command_line_runs_a_model(tmp_path, monkeypatch, capsys, tiny_student_m
     run_main(monkeypatch, "--task", "aqa", *tiny, "--limit", 2, "--out", out)
     assert "2 questions" in capsys.readouterr().out
     assert "ser" not in json.loads((out / "results.json").read_text())
+    shutil.copy(manifest, manifest.parent / "again.jsonl")
+    run_main(monkeypatch, "--task", "aqa", *tiny, "--limit", 2, "--out", out, "--data", manifest, manifest.parent / "again.jsonl")
+    assert "-- again" in capsys.readouterr().out                                            # each further file apart
+    results = json.loads((out / "results.json").read_text())
+    assert results["splits"]["again"]["aqa"] == results["aqa"]
     with pytest.raises(SystemExit, match="splits test"):
         run_main(monkeypatch, "--task", "aqa", *tiny, "--split", "train")
 

@@ -19,7 +19,8 @@ import evaluate
 import layer_map
 import mini_world
 import train_source_layer
-from train_source_layer import SourceLayerStep, examples_of_step, learning_rate_factor, main, parse_flags
+from common import examples_of_step
+from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -208,7 +209,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
     main(small_run(world, tmp_path, "--resume", "auto", "--save-every", "2"))
     for name in ("loss", "top", "layer", "acoustic", "sft"):
         assert [line[name] for line in log_of(tmp_path)] == [line[name] for line in log_of(one_process)], name
-    assert log_of(tmp_path)[2]["grad_norm"] == pytest.approx(log_of(one_process)[2]["grad_norm"], rel=1e-6)    # a sum over memory, in its order
+    assert [line["grad_norm"] for line in log_of(tmp_path)] == [line["grad_norm"] for line in log_of(one_process)]
 
 
 def test_a_checkpoint_is_an_ordinary_model_with_its_projections_beside_it(one_process):
@@ -225,9 +226,8 @@ def test_two_processes_equal_one(world, one_process, tmp_path):
     one, two = log_of(one_process), log_of(tmp_path)
     assert len(two) == 4
     for a, b in zip(one, two):
-        for name in ("loss", "top", "layer", "sft", "grad_norm"):
-            assert b[name] == pytest.approx(a[name], rel=1e-3), (a["step"], name)
-    assert two[-1]["acoustic"] == pytest.approx(one[-1]["acoustic"], rel=1e-2)
+        for name in ("loss", "top", "layer", "acoustic", "sft", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), (a["step"], name)
 
 
 def test_dry_run_of_everything(tmp_path):
