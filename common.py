@@ -198,8 +198,8 @@ def run_facts():
         commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()
     except OSError:
         commit = ""
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or "unknown", "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__,
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or "unknown",
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 

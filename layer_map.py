@@ -194,7 +194,7 @@ class Statistics(nn.Module):
 
 
 def load(module, path):
-    """Fill Projections or Statistics from their safetensors file beside a checkpoint. ValueError if it was made for other layers or widths."""
+    """Fill Projections or Statistics from their safetensors file beside a checkpoint. ValueError if made for other layers or widths."""
     state = load_file(path)
     ours = module.state_dict()
     shapes = {name: list(tensor.shape) for name, tensor in ours.items()}

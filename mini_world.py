@@ -36,11 +36,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen3ForCausalLM, WhisperFeatureExtractor
+from transformers import (PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen3ForCausalLM,
+                          WhisperFeatureExtractor)
 
 from common import load_audio_model, load_text_model
-from data import (Example, audio_prompt, encode_response, parse_response, prompt_batch, question_text, read_manifest, response_text, text_prompt,
-                  turn_end_id)
+from data import (Example, audio_prompt, encode_response, parse_response, prompt_batch, question_text, read_manifest, response_text,
+                  text_prompt, turn_end_id)
 from speak import SAMPLE_RATE, speak
 
 WORLD = 2                       # part of the cache's name: raise it when the same seed gives another world
@@ -127,7 +128,8 @@ def speech_content(rng):
                 break
         words = f"{NUMBERS[a]} {signs[0]} {NUMBERS[b]} {signs[1]} {NUMBERS[c]}"
         question = rng.choice(["What is the result of the sum?", "What does the spoken sum come to?"])
-        steps = f"First {NUMBERS[a]} {signs[0]} {NUMBERS[b]} is {NUMBERS[first]}, then {NUMBERS[first]} {signs[1]} {NUMBERS[c]} is {NUMBERS[total]}."
+        steps = (f"First {NUMBERS[a]} {signs[0]} {NUMBERS[b]} is {NUMBERS[first]}, "
+                 f"then {NUMBERS[first]} {signs[1]} {NUMBERS[c]} is {NUMBERS[total]}.")
         return kind, words, question, numbers_near(total, rng), NUMBERS[total], trace(
             "Work from left to right.", f"The voice says: {words}.", steps, f"The result is {NUMBERS[total]}.")
     if kind == "comparison":
@@ -208,7 +210,8 @@ def music_content(rng):
     melody = {"instrument": rng.choice(INSTRUMENTS), "tempo": rng.choice(list(TEMPOS)), "direction": rng.choice(DIRECTIONS), "notes": notes}
     caption = f"{first_upper(melody_words(melody))}."
     if kind == "timbre":
-        answer, question, choices = melody["instrument"], "Which instrument plays the melody?", shuffled(INSTRUMENTS[0], INSTRUMENTS[1:], rng)
+        answer, question = melody["instrument"], "Which instrument plays the melody?"
+        choices = shuffled(INSTRUMENTS[0], INSTRUMENTS[1:], rng)
         plan, reason = "Listen to the tone.", f"The tone is that of a {answer}."
     elif kind == "tempo":
         answer, question, choices = melody["tempo"], "How fast is the melody?", shuffled("slow", ["medium", "fast"], rng)
@@ -222,7 +225,8 @@ def music_content(rng):
     else:
         answer, question = NUMBERS[2 * notes], "How many notes are there if the melody is played twice?"
         choices = numbers_near(2 * notes, rng, 4, 16)
-        plan, reason = "Count the notes and add.", f"There are {NUMBERS[notes]} notes, and {NUMBERS[notes]} plus {NUMBERS[notes]} is {answer}."
+        plan = "Count the notes and add."
+        reason = f"There are {NUMBERS[notes]} notes, and {NUMBERS[notes]} plus {NUMBERS[notes]} is {answer}."
     return kind, melody, question, choices, answer, trace(plan, caption, reason, f"It is {answer}.")
 
 
@@ -283,8 +287,8 @@ def make_record(task, index, split, seed):
         "id": name, "audio": f"audio/{split}/{name}.wav", "question": question, "choices": choices, "answer": answer, "task": task,
         "reasoning": reasoning, "description": description, "transcript": transcript, "split": split,
         "speaker": f"{accent}+{voice}" if transcript else None,
-        "audio_id": f"./audio/{split}/{name}.wav", "dataset": "mini world", "category": "Reasoning", "sub-category": kind, "difficulty": "easy",
-        "recipe": recipe, "ctc": ctc,
+        "audio_id": f"./audio/{split}/{name}.wav", "dataset": "mini world", "category": "Reasoning", "sub-category": kind,
+        "difficulty": "easy", "recipe": recipe, "ctc": ctc,
     }
 
 
@@ -358,10 +362,10 @@ def synthesise(recipe):
         knobs = prosody(recipe["emotion"], rng) if recipe["emotion"] else {
             "rate": 215, "pitch": rng.uniform(40, 60), "pitch_range": rng.uniform(35, 65), "volume": rng.uniform(80, 110)}
         knobs["rate"] /= pace
-        said = partial(speak, recipe["words"], voice=recipe["voice"], accent=recipe["accent"], **{k: v for k, v in knobs.items() if k != "rate"})
-        wave = said(rate=knobs["rate"])
+        said = partial(speak, recipe["words"], voice=recipe["voice"], accent=recipe["accent"])
+        wave = said(**knobs)
         if len(wave) > (MAX_SECONDS - 0.1) * SAMPLE_RATE:
-            wave = said(rate=knobs["rate"] * len(wave) / ((MAX_SECONDS - 0.3) * SAMPLE_RATE))
+            wave = said(**{**knobs, "rate": knobs["rate"] * len(wave) / ((MAX_SECONDS - 0.3) * SAMPLE_RATE)})
         wave = wave.numpy()
     elif recipe["task"] == "sound":
         wave = np.concatenate([np.concatenate([event_sound(event, rng.uniform(0.3, 0.38) * pace, rng),
@@ -458,7 +462,8 @@ TEACHER_TEMPLATE = (
 
 def as_example(record, **changes):
     """A record as the Example that data.py's prompt functions read."""
-    fields = {k: record[k] for k in ("id", "audio", "question", "choices", "answer", "task", "reasoning", "description", "transcript", "speaker", "split")}
+    names = {field.name for field in dataclasses.fields(Example)}
+    fields = {name: value for name, value in record.items() if name in names}
     return Example(**{**fields, "where": record["id"], **changes})
 
 
@@ -473,7 +478,8 @@ def make_tokenizers(seed):
     for task in SPLITS["pretrain"]:
         for i in range(3000):
             record = make_record(task, i, "tokenizer", seed)
-            corpus += [question_text(as_example(record)), response_text(as_example(record)), response_text(describe(record)), "\n" + record["description"]]
+            asked, described = as_example(record), describe(record)
+            corpus += [question_text(asked), response_text(asked), response_text(described), "\n" + record["description"]]
     made = []
     for specials, template in ((STUDENT_SPECIALS, STUDENT_TEMPLATE), (TEACHER_SPECIALS, TEACHER_TEMPLATE)):
         bpe = Tokenizer(models.BPE())
@@ -492,8 +498,8 @@ def make_tokenizers(seed):
 
 
 def open_ears(tower, seed):
-    """What from-scratch training of the audio tower needs and pretrained checkpoints bring along: sinusoids as positions, as in Whisper, and
-    weights that pass a signal on (the library's 0.02 is meant for widths of thousands)."""
+    """What from-scratch training of the audio tower needs and pretrained checkpoints bring along: sinusoids as positions, as in Whisper,
+    and weights that pass a signal on (the library's 0.02 is meant for widths of thousands)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         half = tower.config.d_model // 2
@@ -506,13 +512,13 @@ def open_ears(tower, seed):
 
 
 def open_minds(model, seed):
-    """The same for a decoder and its head: 1 over the root of the fan-in, what is added to the residual stream smaller the deeper the model. With
-    the library's 0.02 the same steps leave twice the loss at these widths."""
+    """The same for a decoder and its head: 1 over the root of the fan-in; what is added to the residual stream is smaller the deeper the
+    model. From the library's 0.02 at half the learning rate, 350 steps of the teacher's reading leave twice the loss (0.16, not 0.07)."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [*(model.model.language_model if hasattr(model.model, "language_model") else model.model).named_parameters(), *model.lm_head.named_parameters()]
     layers = model.config.get_text_config().num_hidden_layers
+    decoder = getattr(model.model, "language_model", model.model)
     with torch.no_grad():
-        for name, p in parts:
+        for name, p in [*decoder.named_parameters(), *model.lm_head.named_parameters()]:
             if p.dim() == 2:
                 adds = "o_proj" in name or "down_proj" in name
                 std = 0.1 if "embed" in name else p.shape[1] ** -0.5 * ((2 * layers) ** -0.5 if adds else 1)
@@ -530,8 +536,9 @@ def make_models(seed):
     student = Qwen2AudioForConditionalGeneration(transformers.Qwen2AudioConfig(
         audio_config=dict(num_mel_bins=80, d_model=128, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=384,
                           max_source_positions=int(MAX_SECONDS * 50)),
-        text_config=dict(model_type="qwen2", vocab_size=rows(student_tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=7,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, **ids),
+        text_config=dict(model_type="qwen2", vocab_size=rows(student_tokenizer), hidden_size=128, intermediate_size=384,
+                         num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                         tie_word_embeddings=False, **ids),
         audio_token_index=processor.audio_token_id, **ids))
     open_ears(student.model.audio_tower, seed)
     teacher = Qwen3ForCausalLM(transformers.Qwen3Config(
@@ -545,7 +552,7 @@ def make_models(seed):
 # 5. Pretraining: first the ear (CTC), then reading (next token), then listening. Trained end to end from scratch the decoder would never
 #    listen: guessing from the text is the easier way down, so the audio tower learns to hear before anything reads it.
 
-MIX = {"text": 6, "describe": 12, "emotion": 5, "ask": 2}      # sequences a step of the student's; "ask" is small: there is room to be taught
+MIX = {"text": 6, "describe": 12, "emotion": 5, "ask": 2}      # sequences a step of listening; few questions: there is room to be taught
 
 
 def learning_rate(step, steps, peak):
@@ -578,7 +585,8 @@ def load_split(split, processor, seed, **which):
     mels, frames = [], []
     for start in tqdm(range(0, len(records), 64), desc=f"mel features of {split}"):
         waves = [soundfile.read(manifest.parent / r["audio"], dtype="float32")[0] for r in records[start:start + 64]]
-        heard = processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_attention_mask=True, padding="max_length", return_tensors="pt")
+        heard = processor.feature_extractor(waves, sampling_rate=SAMPLE_RATE, return_attention_mask=True, padding="max_length",
+                                            return_tensors="pt")
         mels.append(heard["input_features"].half())
         frames += [(n - 1) // 2 + 1 for n in heard["attention_mask"].sum(-1).tolist()]
     return records, torch.cat(mels), torch.tensor(frames)
@@ -609,7 +617,8 @@ def ctc_words(records):
 
 
 def pretrain_ear(ear, records, mels, frames, *, steps, batch, seed, device):
-    """CTC: words of speech, names of sounds, note steps, and a label for voice or emotion. ear: {"tower", "head"}; every 25th clip is held out."""
+    """CTC: words of speech, names of sounds, note steps, and a label for voice or emotion; ear: {"tower", "head"}. Every 25th clip is
+    held out."""
     tower, head, number = ear["tower"], ear["head"], ctc_words(records)
     train = torch.tensor([i for i in range(len(records)) if i % 25])
     generator = torch.Generator().manual_seed(seed)
@@ -624,7 +633,7 @@ def pretrain_ear(ear, records, mels, frames, *, steps, batch, seed, device):
         heard = (frames[rows] // 2).tolist()                            # audio tokens per clip
         ctc = F.ctc_loss(log_p.transpose(0, 1), torch.cat(targets).to(device), torch.tensor(heard, device=device),
                          torch.tensor([len(t) for t in targets], device=device), zero_infinity=True)
-        trust = max(0.0, 2 - 4 * step / steps)                          # guess where things are first, then let CTC find it (not measured apart)
+        trust = max(0.0, 2 - 4 * step / steps)      # guess where things are first, then let CTC find it (not measured apart)
         if trust == 0:
             return ctc
         guess = torch.cat([flat_start(records[i], n, number) for i, n in zip(rows.tolist(), heard)]).to(device)
@@ -694,7 +703,8 @@ def pretrain_listening(student, processor, records, mels, frames, *, steps, seed
     """Describing and emotion from audio, and a little answering about sound, while reading goes on. The audio tower stays as it is."""
     rng, tokenizer, model = random.Random(f"{seed} listening"), processor.tokenizer, student.model
     with torch.no_grad():
-        heard = torch.cat([hear(model.audio_tower, mels[i:i + 100], frames[i:i + 100], device).half().cpu() for i in range(0, len(mels), 100)])
+        heard = torch.cat([hear(model.audio_tower, mels[i:i + 100], frames[i:i + 100], device).half().cpu()
+                           for i in range(0, len(mels), 100)])
     tokens = frames // 2
     by_task = {task: [i for i, r in enumerate(records) if r["task"] == task] for task in SPLITS["pretrain"]}
     taught = [i for task in TAUGHT for i in by_task[task]]
@@ -717,18 +727,21 @@ def pretrain_listening(student, processor, records, mels, frames, *, steps, seed
         return loss + read_loss(model.language_model, student.lm_head, embeds, mask, labels)
 
     student.train()
-    optimise("listening", steps, 1.5e-3, [p for n, p in student.named_parameters() if p.requires_grad and "audio_tower" not in n], loss_of_step)
+    learns = [p for name, p in student.named_parameters() if p.requires_grad and "audio_tower" not in name]
+    optimise("listening", steps, 1.5e-3, learns, loss_of_step)
 
 
 @torch.no_grad()
 def share_right(model, tokenizer, inputs, answers, *, whole=False):
     """Greedy answers to left-padded prompts -> per cent whose <RESPONSE> is right (whole: fraction of its words in place)."""
     model.eval()
-    said = model.generate(**inputs, max_new_tokens=96, do_sample=False, eos_token_id=turn_end_id(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    said = model.generate(**inputs, max_new_tokens=96, do_sample=False, eos_token_id=turn_end_id(tokenizer),
+                          pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     responses = [parse_response(text)["response"] or "" for text in texts]
     if whole:
-        return [sum(a == b for a, b in zip(response.split(), answer.split())) / len(answer.split()) for response, answer in zip(responses, answers)]
+        return [sum(a == b for a, b in zip(response.split(), answer.split())) / len(answer.split())
+                for response, answer in zip(responses, answers)]
     return [response == answer for response, answer in zip(responses, answers)]
 
 
@@ -740,9 +753,10 @@ def figures(student, processor, teacher, tokenizer, *, seed, device, per_task=30
     hits = {}
     for start in tqdm(range(0, len(examples), 100), desc="scoring the pretrained models"):
         batch, said = examples[start:start + 100], spoken[start:start + 100]
+        reading = partial(prompt_batch, batch, processor, view="text", words="description")
         for name, model, reader, chunk, inputs in (
-                ("teacher reads", teacher, tokenizer, batch, prompt_batch(batch, processor, view="text", tokenizer=tokenizer, words="description")),
-                ("student reads", student, processor.tokenizer, batch, prompt_batch(batch, processor, view="text", words="description")),
+                ("teacher reads", teacher, tokenizer, batch, reading(tokenizer=tokenizer)),
+                ("student reads", student, processor.tokenizer, batch, reading()),
                 ("student listens", student, processor.tokenizer, batch, prompt_batch(batch, processor)),
                 ("student describes, words right", student, processor.tokenizer, said, prompt_batch(said, processor))):
             inputs = {k: v.to(device) for k, v in inputs.items()}
@@ -774,8 +788,8 @@ def pretrain_teacher(folder, args, device):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     _, _, teacher, tokenizer = make_models(args.seed)
     teacher.to(device)
-    stage(folder, "teacher", teacher, partial(
-        pretrain_reading, "teacher", teacher.model, teacher.lm_head, tokenizer, steps=args.teacher_steps, seed=args.seed, device=device))
+    stage(folder, "teacher", teacher, partial(pretrain_reading, "teacher", teacher.model, teacher.lm_head, tokenizer,
+                                              steps=args.teacher_steps, seed=args.seed, device=device))
     save_mini("teacher", teacher, tokenizer)
 
 
@@ -784,13 +798,16 @@ def pretrain_student(folder, args, device):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     student, processor, _, _ = make_models(args.seed)
     records, mels, frames = load_split("pretrain", processor, args.seed)
-    ear = torch.nn.ModuleDict({"tower": student.model.audio_tower, "head": torch.nn.Linear(student.model.audio_tower.config.d_model, len(ctc_words(records)) + 1)})
+    tower = student.model.audio_tower
+    ear = torch.nn.ModuleDict({"tower": tower, "head": torch.nn.Linear(tower.config.d_model, len(ctc_words(records)) + 1)})
     ear.to(device), student.to(device)
-    stage(folder, "ear", ear, partial(pretrain_ear, ear, records, mels, frames, steps=args.ear_steps, batch=16, seed=args.seed, device=device))
+    same = dict(seed=args.seed, device=device)
+    stage(folder, "ear", ear, partial(pretrain_ear, ear, records, mels, frames, steps=args.ear_steps, batch=16, **same))
     (folder / "heard.json").write_text(json.dumps(written_down(ear, records, mels, frames, device)))
-    stage(folder, "reader", student, partial(
-        pretrain_reading, "student", student.model.language_model, student.lm_head, processor.tokenizer, steps=args.reading_steps, seed=args.seed, device=device))
-    stage(folder, "student", student, partial(pretrain_listening, student, processor, records, mels, frames, steps=args.listening_steps, seed=args.seed, device=device))
+    stage(folder, "reader", student, partial(pretrain_reading, "student", student.model.language_model, student.lm_head,
+                                             processor.tokenizer, steps=args.reading_steps, **same))
+    stage(folder, "student", student, partial(pretrain_listening, student, processor, records, mels, frames,
+                                              steps=args.listening_steps, **same))
     save_mini("student", student, processor)
 
 

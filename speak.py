@@ -54,8 +54,8 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
     Speak one sentence.
 
     voice: an espeak-ng variant (m1..m8, f1..f5, or a name such as "Andy"); accent: its language; rate: words per minute (80 to 450);
-    pitch and pitch_range: 0 to 100, 50 is the voice's own; volume: per cent. espeak-ng keeps state between sentences: the same arguments give the same
-    samples only at the same place in a fresh process's sequence of calls.
+    pitch and pitch_range: 0 to 100, 50 is the voice's own; volume: per cent. espeak-ng keeps state between sentences: the same arguments
+    give the same samples only at the same place in a fresh process's sequence of calls.
     Returns float32 [samples] at 16 kHz, without leading and trailing silence. Raises ValueError for an unknown voice or silent text.
     """
     library, sample_rate, chunks = espeak()

@@ -257,7 +257,7 @@ def main(argv=None):
         ours, theirs = student.config.text_config, snapshot.config.text_config
         if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
             raise SystemExit(f"{args.acoustic_teacher} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the student "
-                             f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layer by layer: give a model of the same shape")
+                             f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layers: give a model of the same shape")
         snapshot.to(device, half).requires_grad_(False)
     if args.text_kd != "none":
         teacher, tokenizer = common.load_text_model(args.teacher)
@@ -284,7 +284,7 @@ def main(argv=None):
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} "
-        f"parameters, {sum(p.numel() for p in learns):,} learn, projections included; teacher {teacher.num_parameters() if teacher else 0:,}")
+        f"parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
     say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
     if pairs:
@@ -356,7 +356,7 @@ def main(argv=None):
                 raise SystemExit(f"step {done}: the loss is not finite ({sums}); lower --lr, and go on from the last checkpoint in {out}")
             if args.divergence == "kl" and "top" in sums:
                 if usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top:
-                    say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}; it has no bound, use --divergence jsd")
+                    say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}: use --divergence jsd")
                 usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
             line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "seconds": taken,
                     "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, "memory_gb": common.peak_memory_gb(device)}
