@@ -735,7 +735,7 @@ def pretrain_listening(student, processor, records, mels, frames, *, steps, seed
 def share_right(model, tokenizer, inputs, answers, *, whole=False):
     """Greedy answers to left-padded prompts -> per cent whose <RESPONSE> is right (whole: fraction of its words in place)."""
     model.eval()
-    said = model.generate(**inputs, max_new_tokens=96, do_sample=False, eos_token_id=turn_end_id(tokenizer),
+    said = model.generate(**inputs, max_new_tokens=80, do_sample=False, eos_token_id=turn_end_id(tokenizer),
                           pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     responses = [parse_response(text)["response"] or "" for text in texts]

@@ -96,7 +96,7 @@ def parse_flags(argv=None):
     # evaluation
     parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
     parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens an answer may have, trace included (7B with CoTA: 2048)")
+    parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens an answer may have, trace included (7B with CoTA: 2048)")
     # the run: the same flags in both training scripts
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/source_layer", help="folder for config, log, checkpoints, samples, results and figure")
