@@ -837,10 +837,10 @@ def main():
     parser.add_argument("command", choices=["data", "pretrain"])
     parser.add_argument("--seed", type=int, default=0)
     # optimiser steps of the four parts of pretraining
-    parser.add_argument("--ear-steps", type=int, default=3000, help="CTC of the audio tower, batches of 16 clips")
-    parser.add_argument("--teacher-steps", type=int, default=1200, help="next token, batches of 24 texts")
-    parser.add_argument("--reading-steps", type=int, default=800, help="the student's next token, batches of 24 texts")
-    parser.add_argument("--listening-steps", type=int, default=500, help="the student's next token, text and audio")
+    parser.add_argument("--ear-steps", type=int, default=5000, help="CTC of the audio tower, batches of 16 clips")
+    parser.add_argument("--teacher-steps", type=int, default=3500, help="next token, batches of 24 texts")
+    parser.add_argument("--reading-steps", type=int, default=2400, help="the student's next token, batches of 24 texts")
+    parser.add_argument("--listening-steps", type=int, default=900, help="the student's next token, text and audio")
     args = parser.parse_args()
     if args.command == "pretrain":
         pretrain(args)

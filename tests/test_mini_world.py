@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 import data
+import evaluate
 import mini_world
 from mini_world import MINI, NUMBERS, SAMPLE_RATE, make_record, synthesise
 
@@ -66,6 +67,14 @@ def test_answers_are_right_and_traces_lead_to_them(task):
         assert record["answer"] in record["reasoning"]["summary"]
         seen.add(record["sub-category"])
     assert len(seen) >= 3
+
+
+def test_mmaus_rule_tells_every_answer_from_every_wrong_choice():
+    for task in TASKS:
+        for i in range(300):
+            record = make_record(task, i, "test", 0)
+            for choice in record["choices"]:
+                assert evaluate.mmau_correct(record["answer"], choice, record["choices"]) == (choice == record["answer"]), (record["id"], choice)
 
 
 def test_answers_are_not_given_away_by_their_place():
@@ -151,6 +160,23 @@ def test_mini_models_are_the_papers_pair_in_small():
     assert data.text_prompt(tokenizer, "words", "question").endswith("<think>\n\n</think>\n\n")       # Qwen3 with thinking off
     response = data.response_text(mini_world.as_example(make_record("speech", 0, "train", 0)))
     assert data.encode_response(processor.tokenizer, response) == data.encode_response(tokenizer, response)
+
+
+def test_pretraining_goes_on_after_a_kill(tmp_path):
+    """What a finished part learnt is found again, to the last bit; a part that was cut off leaves nothing behind."""
+    def learn(module):
+        torch.nn.init.normal_(module.weight)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    with pytest.raises(KeyboardInterrupt):
+        mini_world.stage(tmp_path, "ear", first, killed)
+    assert not list(tmp_path.iterdir())
+    mini_world.stage(tmp_path, "ear", first, lambda: learn(first))
+    mini_world.stage(tmp_path, "ear", second, killed)                                 # not called: the part is there
+    assert torch.equal(first.weight, second.weight) and [p.name for p in tmp_path.iterdir()] == ["ear.safetensors"]
 
 
 def test_what_pretraining_reached():
