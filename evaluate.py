@@ -385,15 +385,16 @@ def report_change(before, after):
 def name_failures(before, after):
     """Two evaluations of one run -> a sentence for each known failure signature that they show (README, Troubleshooting)."""
     said = []
-    gain = {name: after["aqa"][name] - before["aqa"][name] for name in TASKS if before.get("aqa", {}).get(name) is not None}
+    was = {name: before["aqa"][name] for name in TASKS if before.get("aqa", {}).get(name) is not None}
+    gain = {name: after["aqa"][name] - was[name] for name in was}
     lost = before["ser"]["ua"] - after["ser"]["ua"] if "ser" in before else 0
     if lost > 2 and sum(gain.values()) > 0:
         said.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how to hear; raise --alpha-ac")
-    for name in {"sound", "music"} & gain.keys():
-        if gain[name] < gain.get("speech", gain[name]) - 5:
-            said.append(f"{name} gains {gain[name]:+.1f} points, speech {gain['speech']:+.1f}: the descriptions say too little of {name}; "
-                        "read them")
-    return sorted(said)
+    if gain.get("speech", 0) > 5:                       # of what was wrong, how much is right now? (points alone would blame a task near 100)
+        mended = {name: 100 * gain[name] / max(100 - was[name], 1) for name in was}
+        said += [f"{name} loses {mended[name]:.0f} % of its errors, speech {mended['speech']:.0f} %: do the descriptions say too little of {name}? "
+                 "read some" for name in ("sound", "music") if name in was and mended[name] < mended["speech"] / 2]
+    return said
 
 
 def plot_run(folder):

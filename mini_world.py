@@ -555,7 +555,7 @@ def make_models(seed):
 #    listen: guessing from the text is the easier way down, so the audio tower learns to hear before anything reads it.
 
 HARD = {"comparison", "count"}      # still wrong after 50,000 texts, because one token in fifty says which name goes with which number
-MIX = {"text": 6, "describe": 12, "emotion": 5, "ask": 2}      # sequences a step of listening; few questions: there is room to be taught
+MIX = {"text": 6, "describe": 12, "emotion": 5, "ask": 1}      # sequences a step of listening; few questions: there is room to be taught
 
 
 def learning_rate(step, steps, peak):

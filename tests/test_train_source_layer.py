@@ -301,3 +301,4 @@ def test_failures_are_named():
     assert "--alpha-ac" in evaluate.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 70))[0]
     sentence, = evaluate.name_failures(results(50, 50, 50, 80), results(61, 51, 60, 80))
     assert sentence.startswith("music") and "descriptions" in sentence
+    assert evaluate.name_failures(results(50, 90, 50, 80), results(60, 92, 60, 80)) == []         # near 100 two points are as much
