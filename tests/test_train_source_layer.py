@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.spatial.distance
 import scipy.special
 import soundfile
@@ -220,14 +221,32 @@ def test_a_checkpoint_is_an_ordinary_model_with_its_projections_beside_it(one_pr
     assert not list(one_process.glob("partial-*"))
 
 
+def test_everything_that_should_learn_does(one_process):
+    """Student and projections move at every step, at their own learning rates; the audio tower does not."""
+    two, four = ({path.name: safetensors.torch.load_file(path) for path in (one_process / f"step-000000{n}").glob("*.safetensors")} for n in (2, 4))
+    moved = lambda name: {key for key in two[name] if not torch.equal(two[name][key], four[name][key])}
+    assert moved("projections.safetensors") == {key for key in two["projections.safetensors"] if key.startswith("weights")} != set()
+    assert moved("statistics.safetensors") == set()
+    assert moved("model.safetensors") == {key for key in two["model.safetensors"] if "audio_tower" not in key}
+
+
+def test_every_parameter_that_learns_is_in_one_group():
+    module = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 2), "own": torch.nn.Linear(2, 2)})
+    groups = common.parameter_groups(module, lr=1e-3, weight_decay=0.1, special=[(module["own"].parameters(), 1e-2)])      # a generator
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in module.parameters())
+    assert [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups] == [(1, 1e-3, 0.1), (1, 1e-3, 0.0), (2, 1e-2, 0.0)]
+
+
 def test_two_processes_equal_one(world, one_process, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_source_layer.py"),
                     *small_run(world, tmp_path, "--micro-batch", "1")], check=True, cwd=ROOT, capture_output=True, timeout=240)
     one, two = log_of(one_process), log_of(tmp_path)
     assert len(two) == 4
     for a, b in zip(one, two):
-        for name in ("loss", "top", "layer", "acoustic", "sft", "grad_norm"):
+        for name in ("loss", "top", "layer", "acoustic", "sft"):
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), (a["step"], name)
+        # Adam makes steps of full length from gradients that are nearly nothing, so that rounding shows in the next gradient first
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5 if a["step"] == 1 else 1e-3)
 
 
 def test_dry_run_of_everything(tmp_path):
