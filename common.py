@@ -8,6 +8,7 @@ any moment leaves the last checkpoint whole: to a temporary name first, then one
 Plain functions, explicit arguments, explicit returns; no loop, no loss, no globals.
 """
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -39,6 +40,14 @@ def start_distributed():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def stop_distributed():
+    """Wait for every rank, then leave the process group; nothing may hold a DDP module any more."""
+    if dist.is_initialized():
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

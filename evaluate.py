@@ -391,7 +391,7 @@ def name_failures(before, after):
     if lost > 2 and sum(gain.values()) > 0:
         said.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how to hear; raise --alpha-ac")
     if gain.get("speech", 0) > 5:                       # of what was wrong, how much is right now? (points alone would blame a task near 100)
-        mended = {name: 100 * gain[name] / max(100 - was[name], 1) for name in was}
+        mended = {name: max(0, 100 * gain[name] / max(100 - was[name], 1)) for name in was}
         said += [f"{name} loses {mended[name]:.0f} % of its errors, speech {mended['speech']:.0f} %: do the descriptions say too little of {name}? "
                  "read some" for name in ("sound", "music") if name in was and mended[name] < mended["speech"] / 2]
     return said

@@ -64,6 +64,7 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
     for parameter, value in ((ESPEAK_RATE, rate), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range), (ESPEAK_VOLUME, volume)):
         library.espeak_SetParameter(parameter, int(value), 0)
     chunks.clear()
+    library.espeak_ng_SetRandSeed(ctypes.c_long(1))         # the breath of f2 and f3 is noise, and espeak-ng seeds it with the clock
     encoded = text.encode()
     library.espeak_Synth(encoded, len(encoded) + 1, 0, POS_CHARACTER, 0, CHARS_UTF8, None, None)
     library.espeak_Synchronize()

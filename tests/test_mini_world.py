@@ -147,6 +147,15 @@ def test_build_writes_valid_manifests_in_mmaus_layout_and_goes_on_after_a_kill(t
         mini_world.build("tset", root=tmp_path)
 
 
+def test_speech_is_the_same_in_every_build(tmp_path):
+    """espeak-ng's breathy voices (f2, f3) are noise seeded by the clock, unless speak.py seeds it."""
+    one, two = (mini_world.build("train", per_task=12, tasks=["speech"], root=tmp_path / name) for name in ("one", "two"))
+    clips = [json.loads(line) for line in one.read_text().splitlines()]
+    assert {"f2", "f3"} & {clip["speaker"].split("+")[1] for clip in clips}
+    for clip in clips:
+        assert (one.parent / clip["audio"]).read_bytes() == (two.parent / clip["audio"]).read_bytes(), clip["id"]
+
+
 def test_mini_models_are_the_papers_pair_in_small():
     student, teacher = AutoModelForMultimodalLM.from_pretrained(MINI / "student"), AutoModelForCausalLM.from_pretrained(MINI / "teacher")
     assert (type(student).__name__, type(teacher).__name__) == ("Qwen2AudioForConditionalGeneration", "Qwen3ForCausalLM")
