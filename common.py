@@ -88,6 +88,8 @@ def load_audio_model(path, *, dtype=torch.float32):
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
     if processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    if processor.tokenizer.chat_template is None:       # some models keep it with the processor alone; turn ends are read off the tokenizer
+        processor.tokenizer.chat_template = processor.chat_template
     return model, processor
 
 
@@ -97,6 +99,16 @@ def load_text_model(path, *, dtype=torch.float32):
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
     return model, tokenizer
+
+
+def load_same_shape(path, student):
+    """Another acoustic teacher than the student's snapshot: L_ac compares them layer by layer. Raises SystemExit if the shapes differ."""
+    model = load_audio_model(path)[0]
+    ours, theirs = student.config.text_config, model.config.text_config
+    if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
+        raise SystemExit(f"{path} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the student "
+                         f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layers: give a model of the same shape")
+    return model
 
 
 def _load(path, what, model_class, reader_class, dtype):
@@ -110,13 +122,22 @@ def _load(path, what, model_class, reader_class, dtype):
     return model.eval(), reader
 
 
-def choose_trained(student, train):
-    """What learns: "decoder" = decoder, head and projector, audio tower frozen; "all" = the audio tower too.
+def choose_trained(student, train, frozen=()):
+    """What learns: "decoder" = decoder, head and projector, audio tower frozen; "all" = the audio tower too; in any case not `frozen`.
 
     The tower's position embeddings stay frozen either way, as in the original (from_pretrained forgets that): they are sinusoids."""
     student.requires_grad_(True)
     student.model.audio_tower.requires_grad_(train == "all")
     student.model.audio_tower.embed_positions.requires_grad_(False)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def lower_half(student):
+    """What the words and sounds pass first: projector, embeddings and the lower half of the decoder's layers. -> list of parameters"""
+    decoder = student.model.language_model
+    parts = [student.model.multi_modal_projector, decoder.embed_tokens, *decoder.layers[:len(decoder.layers) // 2]]
+    return [p for part in parts for p in part.parameters()]
 
 
 # ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------

@@ -25,8 +25,10 @@ Validate one and see its durations and token lengths:
     python data.py check runs/world/train.jsonl --student mini/student --max-seconds 30
 """
 import argparse
+import dataclasses
 import json
 import math
+import random
 import re
 import string
 import sys
@@ -199,6 +201,21 @@ def load_audio(path, *, where=None, max_seconds=None) -> torch.Tensor:
 def check_audio(examples, max_seconds=None) -> list[float]:
     """The durations in seconds, from the headers; raises DataError at the first clip that training could not use."""
     return [audio_seconds(example.audio, where=example.where, max_seconds=max_seconds) for example in examples]
+
+
+def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
+    """What if the words for the audio were worse? Of every description, `share` of the words go wrong: half of these are dropped, half
+    swapped for a word out of another description of the same task. The fault of an example depends on seed and id alone."""
+    words = defaultdict(list)
+    for example in examples:
+        words[example.task] += example.description.split()
+    corrupted = []
+    for example in examples:
+        rng = random.Random(f"{seed} {example.id}")
+        fate = [(word, rng.random(), rng.choice(words[example.task])) for word in example.description.split()]
+        kept = [word if luck >= share else other for word, luck, other in fate if luck >= share / 2]
+        corrupted.append(dataclasses.replace(example, description=" ".join(kept or [fate[0][2]])))
+    return corrupted
 
 
 # ---------------------------------------------------------- 3. text and prompts ---------------------------------------------------------

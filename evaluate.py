@@ -18,6 +18,7 @@ Where this departs from the papers and from MMAU's own script:
     python evaluate.py --task both --model DIR --data test.jsonl --out runs/eval
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
+    python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl     # which layers are alike? (inside.py)
 """
 
 import argparse
@@ -245,12 +246,12 @@ def chooser(ids, prompt_length, banned, *, max_new_tokens, temperature, top_k, t
 
 @torch.no_grad()
 def generate(model, processor, examples, *, view="audio", tokenizer=None, words=None, batch_size=16, max_new_tokens=512,
-             temperature=0.6, top_k=5, top_p=0.5, seed=0, progress=True):
+             temperature=0.6, top_k=5, top_p=0.5, seed=0, progress=True, with_end=False):
     """What the model says to each example: a list of str in the order of `examples` (list of data.Example), tags included.
 
     view="audio": the model hears; "text": it reads example.<words> instead, through `tokenizer` (default: the processor's own;
-    for a text-only LLM pass its tokenizer as processor). The checkpoint's own sampling settings are put aside: what the
-    arguments say is what happens. Under torch.distributed each rank takes its share, and every rank returns all outputs."""
+    for a text-only LLM pass its tokenizer as processor). with_end: pairs (str, did it end by itself?) instead. The checkpoint's own
+    sampling settings are put aside: what the arguments say is what happens. Under torch.distributed each rank takes its share, and every rank returns all outputs."""
     tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
     audio_token = getattr(processor, "audio_token", None)
     vocabulary = tokenizer.get_vocab()
@@ -281,7 +282,8 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
                                     pad_token_id=stop[0], logits_processor=[choose])       # [batch, prompt + new], left padded
             for i, row in zip(rows, output[:, prompt_length:].tolist()):
                 end = next((k for k, token in enumerate(row) if token in stop), len(row))
-                said[i] = tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)
+                text = tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)
+                said[i] = (text, end < len(row)) if with_end else text
     finally:
         model.generation_config = settings
         for module in training:
@@ -467,14 +469,16 @@ def read_predictions(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["mmau", "aqa", "ser", "both"],
-                        help="mmau: score a file of predictions; the others: run a model, on multiple choice, emotions or both")
+    parser.add_argument("--task", required=True, choices=["mmau", "aqa", "ser", "both", "layers", "features"],
+                        help="mmau: score a file of predictions; aqa, ser, both: run a model, on multiple choice, emotions or both; layers, "
+                             "features: look inside a student and its teacher (inside.py)")
     parser.add_argument("--out", help="mmau: the file for results.json; otherwise a folder (default runs/evaluate)")
     parser.add_argument("--compare", metavar="RESULTS", help="another run's results.json: print how far this run is from it, paired")
     # what is scored
     parser.add_argument("--predictions", metavar="FILE", help="mmau: JSON list of MMAU's records, with the output under model_output")
     parser.add_argument("--model", metavar="DIR", help="an audio language model: a folder or a name on the hub")
     parser.add_argument("--data", metavar="FILE", nargs="+", help="a manifest (JSONL; see data.py); each further one is reported apart")
+    parser.add_argument("--teacher", metavar="DIR", help="layers, features: the text LLM; default: the one that the run of --model names")
     parser.add_argument("--split", help="only the manifest's examples of this split")
     parser.add_argument("--limit", type=int, help="only the first N examples")
     # how the model talks
@@ -492,9 +496,63 @@ def main():
     if args.greedy:
         args.temperature = 0.0
     try:
-        run(args)
+        look_inside(args) if args.task in ("layers", "features") else run(args)
     except data.DataError as error:
         raise SystemExit(f"evaluate.py: {error}") from None
+
+
+def look_inside(args):
+    """--task layers and features: what inside.py has to say, as JSON, a PNG and a few lines. A checkpoint's run tells the rest: its teacher,
+    its map, and the student that it started from. The first half of the examples fits W_i, the second half is looked at."""
+    import common
+    import inside
+    import layer_map
+
+    model = Path(args.model)
+    settings = read_json(model.parent / "config.json", "a run's flags") if (model / "state.pt").exists() else {}
+    teacher_name = args.teacher or settings.get("teacher")
+    if not teacher_name:
+        raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; give --teacher")
+    examples = [e for e in data.read_manifest(args.data[0], split=args.split) if e.reasoning and e.description and e.task in TASKS]
+    examples = examples[::max(1, len(examples) // (args.limit or 80))]                     # of every task
+    if len(examples) < 4:
+        raise data.DataError(f"{args.data[0]}: has {len(examples)} examples with reasoning and description; at least 4 are needed")
+    half = len(examples) // 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher, tokenizer = common.load_text_model(teacher_name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    teacher.to(device)
+
+    def states(name):
+        student, processor = common.load_audio_model(str(name), dtype=teacher.dtype)
+        return [inside.states(student.to(device), processor, teacher, tokenizer, part) for part in (examples[:half], examples[half:])]
+
+    known, found = states(settings.get("student", model) if args.task == "layers" else model)
+    pairs = layer_map.pairs(len(found["student"]), len(found["teacher"]))                  # the whole map, whatever the run distilled
+    projections = inside.fit(pairs, known)
+    out = Path(args.out or "runs/evaluate")
+    out.mkdir(parents=True, exist_ok=True)
+    if args.task == "features":
+        report_ = inside.features_report(found, pairs, projections)
+        inside.plot_features(report_, out / "features.png")
+        for kind in ("natural", "planted"):
+            for name, row in report_[kind].items():
+                print(f"{kind:8} {name:22} largest feature {row['largest']:6.1%} of the gradient; half of it on {row['half']:6.1%} of the features")
+    else:
+        before = inside.layers_report(found, pairs, projections)
+        known, found = states(model)
+        beside = model / "projections.safetensors"
+        trained = inside.trained(beside, pairs, projections) if beside.exists() else inside.fit(pairs, known)
+        report_ = {"pairs": pairs, "before": before, "after": inside.layers_report(found, pairs, trained)}
+        report_["vocabulary"] = report_["after"]["vocabulary"]
+        inside.plot_layers(before, report_["after"], pairs, out / "layers.png")
+        for row, old in zip(report_["after"]["attention"], before["attention"]):
+            print("student {student} <- teacher {teacher}:".format(**row), f"attention on its own token {old['own']:.3f} -> {row['own']:.3f}, "
+                  f"chance {row['chance']:.3f}; CKA {before['cka'][row['student'] - 1][row['teacher'] - 1]:.3f} -> "
+                  f"{report_['after']['cka'][row['student'] - 1][row['teacher'] - 1]:.3f}")
+        for when in ("before", "after"):
+            print("{}: JSD {jsd:.5f}, mass on tokens that the teacher finds improbable {stray:.2e}".format(when, **report_[when]["vocabulary"]))
+    common.write_json(out / f"{args.task}.json", report_)
+    print(f"{out}: {args.task}.json, {args.task}.png")
 
 
 def run(args):

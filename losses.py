@@ -172,4 +172,10 @@ def hidden_cosine(student, teacher, *, mean=None, std=None, denominator=None):
     return _mean(1 - (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1), denominator)
 
 
-HIDDEN = {"jsd": hidden_jsd, "mse": hidden_mse, "cosine": hidden_cosine}   # the training scripts' choice of divergence, by name
+def hidden_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
+    """The JSD of raw features, statistics ignored: what a first reading of the paper would write, kept so that it can be measured."""
+    return hidden_jsd(student, teacher, denominator=denominator)
+
+
+# the training scripts' choice of divergence, by name
+HIDDEN = {"jsd": hidden_jsd, "mse": hidden_mse, "cosine": hidden_cosine, "raw-jsd": hidden_raw_jsd}

@@ -82,9 +82,11 @@ def parse_flags(argv=None):
     parser.add_argument("--divergence", default="jsd", choices=["jsd", "kl"], help="L_top: Jensen-Shannon (paper) or forward KL")
     parser.add_argument("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
     parser.add_argument("--layers", type=int, nargs="+", help="of the mapped student layers, distil only these (counted from 1)")
+    parser.add_argument("--corrupt-descriptions", type=float, default=0.0, metavar="P", help="share of their words dropped or swapped (data.py)")
     parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (head and projector too), or all")
     # optimisation
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
+    parser.add_argument("--lower-lr", type=float, default=1.0, help="share of --lr for projector, embeddings, lower half of the decoder; 0: frozen")
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
@@ -109,6 +111,8 @@ def parse_flags(argv=None):
         parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the paper's 1-in-7 write skip:7")
     if kind == "none" and not args.sft:
         parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
+    if not 0 <= args.corrupt_descriptions <= 1 or not 0 <= args.lower_lr <= 1:
+        parser.error("--corrupt-descriptions and --lower-lr are shares between 0 and 1")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
@@ -243,6 +247,8 @@ def main(argv=None):
             train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
         eval_files = eval_files or made
     examples = data.read_manifest(train_file, require=("reasoning", "description")[:1 if args.text_kd == "none" else 2])
+    if args.corrupt_descriptions:
+        examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
     scored = [example for file in eval_files for example in data.read_manifest(file, limit=16 if args.dry_run and args.data else None)]
 
     # 4.2 models
@@ -251,11 +257,7 @@ def main(argv=None):
     half = torch.bfloat16 if device.type == "cuda" else torch.float32       # frozen models need no master weights
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd:
-        snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_audio_model(args.acoustic_teacher)[0]
-        ours, theirs = student.config.text_config, snapshot.config.text_config
-        if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
-            raise SystemExit(f"{args.acoustic_teacher} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the student "
-                             f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layers: give a model of the same shape")
+        snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_same_shape(args.acoustic_teacher, student)
         snapshot.to(device, half).requires_grad_(False)
     if args.text_kd != "none":
         teacher, tokenizer = common.load_text_model(args.teacher)
@@ -265,7 +267,7 @@ def main(argv=None):
         student_to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
     student.to(device)
-    common.choose_trained(student, args.train)
+    common.choose_trained(student, args.train, frozen=common.lower_half(student) if args.lower_lr == 0 else ())
     depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher or student)]
     pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
@@ -305,6 +307,7 @@ def main(argv=None):
 
     # 4.4 optimizer, checkpoint, calibration
     special = [(step_module.projections.parameters(), args.projection_lr)] if pairs else []
+    special += [(common.lower_half(student), args.lower_lr * args.lr)] if 0 < args.lower_lr < 1 else []
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}

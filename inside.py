@@ -1,0 +1,233 @@
+"""
+What happens inside: which layers of student and teacher are alike, whether W_i finds the right token, and who gets the gradient.
+
+Three questions about paper A that its tables do not answer, asked of two models and a manifest with reasoning and descriptions:
+
+1. Does the proportional map align what it should? Linear CKA between every student layer (hearing) and every teacher layer (reading), over
+   the response's tokens: a heat map, with the map of layer_map.py drawn on it.
+2. Does a hidden state carry its own token? Through W_i, each student token attends over the teacher tokens of its response: how much falls
+   on the token that it is paired with, where 1 / length would be chance?
+3. Which features get the gradient of L_layer, with each divergence of losses.py, and with a "massive" feature planted into both models?
+
+    python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl      # 1 and 2, before and after training
+    python evaluate.py --task features --model mini/student --teacher mini/teacher --data test.jsonl     # 3
+"""
+import torch
+from safetensors.torch import load_file
+
+import data
+import layer_map
+import losses
+
+IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
+PLANTED = 200.0             # arXiv 2402.17762 finds features hundreds of times larger than the median
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1. Both models on the same responses
+
+@torch.no_grad()
+def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
+    """Every layer at every response token -> {"student": {layer: [tokens, hidden]}, "teacher": the same, "rows": tokens of each response
+    [examples], "logits": (student's, teacher's) over the shared tokens [tokens, shared]}, float32 on the CPU.
+
+    Memory: tokens x (layers x hidden of both) x 4 bytes, 1 GB for a thousand tokens of a 7B and an 8B model: give few examples."""
+    student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
+    to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
+    sides = {"student": (student, student.model.language_model.layers), "teacher": (teacher, teacher.model.layers)}
+    taps = {name: layer_map.Tap(layers, {"response": range(1, len(layers) + 1)}) for name, (_, layers) in sides.items()}
+    kept = {name: {layer: [] for layer in range(1, len(layers) + 1)} for name, (_, layers) in sides.items()}
+    rows, logits = [], {"student": [], "teacher": []}
+    for start in range(0, len(examples), batch_size):
+        batch = data.collate(examples[start:start + batch_size], processor, tokenizer, student_to_teacher=to_teacher).to(student.device)
+        rows += [len(data.encode_response(processor.tokenizer, data.response_text(e))) for e in batch.examples]
+        for name, view, ids in (("student", batch.audio, student_ids), ("teacher", batch.text, teacher_ids)):
+            model = sides[name][0]
+            inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
+            with taps[name].at(response=view.predict_positions) as hidden:
+                last = model.model(**inputs, use_cache=False).last_hidden_state
+            said = model.lm_head(last.flatten(0, 1)[view.predict_positions])                # [tokens, vocab]
+            logits[name].append(said.index_select(-1, ids.to(said.device)).float().cpu())
+            for layer, tensor in hidden["response"].items():
+                kept[name][layer].append(tensor.float().cpu())
+    return {**{name: {layer: torch.cat(parts) for layer, parts in layers.items()} for name, layers in kept.items()},
+            "rows": rows, "logits": tuple(torch.cat(logits[name]) for name in sides)}
+
+
+def standardise(hidden):
+    """[tokens, width] -> each feature with mean 0 and deviation 1, or a massive feature would be all that CKA sees."""
+    mean, std = layer_map.feature_statistics(hidden)
+    return (hidden - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2. Alike: linear CKA
+
+def cka(ones, others):
+    """Lists of S and T matrices [tokens, width], widths free -> [S, T]: linear centred kernel alignment, unbiased (arXiv 1905.00414,
+    2010.15327): 1 for a rotation of the same, 0 on average for what has nothing to do with each other. The plain estimate would drift
+    towards 1 as soon as there are more features than tokens. ValueError for fewer than four tokens.
+
+        HSIC(K, L) = [ sum K*L + (sum K)(sum L) / ((n-1)(n-2)) - 2 / (n-2) sum (K 1)*(L 1) ] / (n (n-3)),   K = X X', diagonal zero
+    """
+    n = len(ones[0])
+    if n < 4:
+        raise ValueError(f"{n} tokens are too few to compare layers on: give more examples")
+
+    def kernel(hidden):
+        k = hidden.double() @ hidden.double().T                     # [tokens, tokens]
+        return k.fill_diagonal_(0)
+
+    def hsic(k, l):
+        return (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) * l.sum(0)).sum()
+
+    first = [kernel(x) for x in ones]
+    table = torch.zeros(len(ones), len(others), dtype=torch.float64)
+    own = [hsic(k, k) for k in first]
+    for t, hidden in enumerate(others):                             # one teacher kernel at a time: n * n numbers each
+        l = kernel(hidden)
+        norm = hsic(l, l)
+        table[:, t] = torch.stack([hsic(k, l) / (self_ * norm).clamp(min=1e-300).sqrt() for k, self_ in zip(first, own)])
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. Its own token: attention through W_i
+
+def own_attention(projected, target, rows):
+    """Student states in the teacher's space and teacher states, both standardised [tokens, width]; rows: tokens of each response.
+
+    -> (share, first, chance): softmax(s t' / sqrt(width)) over the teacher tokens of the same response, its mean weight on the paired
+    token; the share of tokens that attend to their own most; and 1 / length, what uniform attention would give."""
+    shares, firsts, chances = [], [], []
+    for s, t in zip(projected.split(rows), target.split(rows)):
+        attention = (s @ t.T / t.shape[1] ** 0.5).softmax(-1)       # [tokens of this response, the same]
+        shares.append(attention.diagonal())
+        firsts.append(attention.argmax(-1) == torch.arange(len(s)))
+        chances.append(torch.full((len(s),), 1 / len(s)))
+    return [torch.cat(x).float().mean().item() for x in (shares, firsts, chances)]
+
+
+def fit(pairs, known):
+    """Projections fitted by least squares on `known` (states' dict), as at the start of training."""
+    widths = [known[side][1].shape[1] for side in ("student", "teacher")]
+    projections = layer_map.Projections(pairs, *widths)
+    for i, (s, t) in enumerate(pairs):
+        projections.fit(i, known["student"][s], known["teacher"][t])
+    return projections
+
+
+def trained(path, pairs, fitted):
+    """A run's saved projections for the pairs that it distilled; for the others, what was `fitted` for them."""
+    saved = load_file(path)
+    rows = {tuple(pair): i for i, pair in enumerate(saved["layers"].tolist())}
+    for i, pair in enumerate(pairs):
+        if pair in rows:
+            with torch.no_grad():
+                fitted.weights[i].copy_(saved[f"weights.{rows[pair]}"])
+                fitted.mean[i], fitted.std[i] = saved["mean"][rows[pair]], saved["std"][rows[pair]]
+    return fitted
+
+
+@torch.no_grad()
+def layers_report(found, pairs, projections):
+    """states' dict of some examples, the map, W_i -> {"cka": [S][T], "attention": one row per pair, "vocabulary": ...}, JSON-ready."""
+    sides = [[standardise(found[side][layer]) for layer in sorted(found[side])] for side in ("student", "teacher")]
+    attention = []
+    for i, (s, t) in enumerate(pairs):
+        mean, std = projections.mean[i], projections.std[i]
+        projected = (projections(i, found["student"][s]) - mean) / std
+        share, first, chance = own_attention(projected, (found["teacher"][t] - mean) / std, found["rows"])
+        attention.append({"student": s, "teacher": t, "own": share, "own_is_first": first, "chance": chance})
+    student, teacher = found["logits"]
+    q, p = student.softmax(-1), teacher.softmax(-1)                 # [tokens, shared]
+    return {"cka": [[round(x, 4) for x in row] for row in cka(*sides).tolist()], "attention": attention,
+            "vocabulary": {"jsd": losses.jsd(student, teacher).item(), "stray": (q * (p < IMPROBABLE)).sum(-1).mean().item()}}
+
+
+def plot_layers(before, after, pairs, path):
+    """CKA before and after as heat maps with the map drawn on, and the attention on the own token for each pair."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True, width_ratios=[1, 1, 1.1])
+    everything = torch.tensor([before["cka"], after["cka"]])
+    for axis, report, title in ((axes[0], before, "CKA before"), (axes[1], after, "CKA after")):
+        table = torch.tensor(report["cka"])                         # [student layers, teacher layers]
+        image = axis.imshow(table, origin="lower", cmap="viridis", vmin=everything.min(), vmax=everything.max(), aspect="auto",
+                            extent=(0.5, table.shape[1] + 0.5, 0.5, table.shape[0] + 0.5))
+        axis.plot([t for _, t in pairs], [s for s, _ in pairs], "-o", color="white", markersize=6, markeredgecolor="black", label="the map")
+        best = (table.argmax(1) + 1).tolist()
+        axis.plot(best, range(1, len(best) + 1), "x", color="#e4572e", markersize=8, markeredgewidth=2, label="most alike")
+        axis.set(xlabel="teacher layer (reads)", ylabel="student layer (hears)", title=title)
+        axis.set_xticks(range(1, table.shape[1] + 1), minor=True)
+    axes[0].legend(loc="upper left", fontsize=8)
+    figure.colorbar(image, ax=axes[1])
+    at = torch.arange(len(pairs))
+    for side, (name, report, colour) in enumerate((("before", before, "#b8c4d6"), ("after", after, "#2f5d9b"))):
+        axes[2].bar(at + 0.4 * side - 0.2, [row["own"] for row in report["attention"]], 0.38, color=colour, label=name)
+    axes[2].axhline(after["attention"][0]["chance"], color="#555555", linestyle="--", linewidth=1, label="chance")
+    axes[2].set_xticks(at, [f"{s}\u2190{t}" for s, t in pairs], rotation=60 if len(pairs) > 12 else 0)
+    axes[2].set(xlabel="pair, student \u2190 teacher", ylabel="attention on the own token", ylim=(0, 1), title="through W: does it find its token?")
+    axes[2].legend(frameon=False)
+    axes[2].spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4. Who gets the gradient
+
+def gradient_shares(loss, student, teacher, **statistics):
+    """|d loss / d feature| x the feature's deviation, summed over tokens, as shares of the whole -> [width]. One deviation is the unit in
+    which features can be compared: how much of the loss's slope is this feature's?"""
+    student = student.detach().clone().requires_grad_()
+    loss(student, teacher, **statistics).backward()
+    pull = student.grad.abs().sum(0) * layer_map.feature_statistics(teacher)[1]
+    return pull / pull.sum()
+
+
+def features_report(found, pairs, projections):
+    """For each divergence, on the models' own features and with feature 0 of both sides multiplied by PLANTED:
+    {"natural" or "planted": {divergence: {"largest": share of the gradient on the largest feature, "half": share of the features that holds
+    half of the gradient (a half if all are equal)}}}, means over the pairs; "curves": the same pair's shares, sorted, cumulative."""
+    scale = torch.ones(projections.mean.shape[1])
+    report = {"curves": {}}
+    for kind, factor in (("natural", 1.0), ("planted", PLANTED)):
+        scale[0] = factor
+        rows = {}
+        for i, (s, t) in enumerate(pairs):
+            student, teacher = projections(i, found["student"][s]).detach() * scale, found["teacher"][t] * scale
+            mean, std = layer_map.feature_statistics(teacher)
+            for name in ("jsd", "mse", "cosine"):
+                for how, statistics in (("raw", {}), ("standardised", {"mean": mean, "std": std})):
+                    shares = gradient_shares(losses.HIDDEN[name], student, teacher, **statistics).sort(descending=True).values
+                    rows.setdefault(f"{name}, {how}", []).append(shares)
+        means = {name: torch.stack(shares).mean(0) for name, shares in rows.items()}                       # [width] each, sorted
+        report[kind] = {name: {"largest": share[0].item(), "half": ((share.cumsum(0) < 0.5).sum().item() + 1) / len(share)}
+                        for name, share in means.items()}
+        report["curves"][kind] = {name: [round(x, 5) for x in share.cumsum(0).tolist()] for name, share in means.items()}
+    return report
+
+
+def plot_features(report, path):
+    """Cumulative share of the gradient over the features, largest first: the diagonal would be fair."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), constrained_layout=True, sharey=True)
+    colours = {"jsd": "#2f5d9b", "mse": "#d98c3f", "cosine": "#5fa55a"}
+    for axis, kind, title in ((axes[0], "natural", "the models' own features"), (axes[1], "planted", f"one feature {PLANTED:.0f} times larger")):
+        for name, curve in report["curves"][kind].items():
+            divergence, how = name.split(", ")
+            axis.plot(range(1, len(curve) + 1), curve, color=colours[divergence], linestyle="-" if how == "standardised" else ":", label=name)
+        width = len(curve)
+        axis.plot(range(1, width + 1), [k / width for k in range(1, width + 1)], color="#999999", linewidth=1, label="all features alike")
+        axis.set(xlabel="features, largest share first", title=title, xscale="log", ylim=(0, 1.02))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="share of L_layer's gradient, cumulative")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
