@@ -143,16 +143,17 @@ def lower_half(student):
 # ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------
 
 def parameter_groups(module, *, lr, weight_decay, special=()):
-    """AdamW groups: matrices decay, vectors (norms, biases) do not; special: [(parameters, lr)] have a learning rate of their own.
+    """AdamW groups: matrices decay, vectors (norms, biases) do not; special: [(parameters, lr, weight decay)] have rates of their own.
 
     Each group remembers its peak as "peak_lr", which the schedule multiplies."""
-    special = [(list(parameters), own) for parameters, own in special]          # parameters() is a generator: read it once
-    apart = {id(p) for parameters, _ in special for p in parameters}
-    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay, "peak_lr": lr},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak_lr": lr}]
-    groups += [{"params": parameters, "weight_decay": 0.0, "peak_lr": own} for parameters, own in special]
-    return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
+    special = [([p for p in parameters if p.requires_grad], *rates) for parameters, *rates in special]  # a generator can be read only once
+    apart = {id(p) for parameters, *_ in special for p in parameters}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    groups = []
+    for parameters, own, decay in [(rest, lr, weight_decay), *special]:
+        groups += [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay, "lr": own, "peak_lr": own},
+                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr": own, "peak_lr": own}]
+    return [group for group in groups if group["params"]]
 
 
 # --------------------------------------------------------- 4. checkpoints ---------------------------------------------------------------

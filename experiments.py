@@ -56,8 +56,9 @@ EXPERIMENTS = {
         "against": BASELINE, "columns": ["minutes"]},
     "alpha-ac": {
         "asks": "How much acoustic distillation? Drift: the divergence of hidden states at audio tokens, mean of the last 20 steps",
-        "rows": {"0": "--alpha-ac 0", "0.01": "--alpha-ac 0.01", "0.05 (default)": "", "0.1": "--alpha-ac 0.1", "0.5": "--alpha-ac 0.5"},
-        "against": "0.05 (default)", "columns": ["drift"]},
+        "rows": {"0": "--alpha-ac 0", "0.01": "--alpha-ac 0.01", "0.05": "--alpha-ac 0.05", "0.1": "--alpha-ac 0.1", "0.5 (default)": "",
+                 "2": "--alpha-ac 2"},
+        "against": "0.5 (default)", "columns": ["drift"]},
     "skip": {
         "asks": "How many layers?",
         "rows": {"every layer": "", "1 in 2": "--text-kd skip:2", "1 in 3": "--text-kd skip:3", "1 in 7": "--text-kd skip:7"},
@@ -67,10 +68,11 @@ EXPERIMENTS = {
         "rows": {"JSD": "", "forward KL": "--divergence kl"},
         "against": "JSD", "columns": ["stray"]},
     "hidden": {
-        "asks": "Which divergence between hidden states?",
-        "rows": {"JSD, standardised": "", "JSD, raw": "--hidden-divergence raw-jsd", "mse": "--hidden-divergence mse",
-                 "cosine": "--hidden-divergence cosine"},
-        "against": "JSD, standardised", "columns": []},
+        "asks": "Which divergence between hidden states? (A small difference of mean square e costs e in mse, e/2 in cosine, e/8 in JSD)",
+        "rows": {"mse": "", "cosine": "--hidden-divergence cosine", "JSD": "--hidden-divergence jsd", "JSD, raw": "--hidden-divergence raw-jsd",
+                 "cosine, as strong": "--hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1",
+                 "JSD, as strong": "--hidden-divergence jsd --alpha-ac 4 --alpha-layer 0.4"},
+        "against": "mse", "columns": []},
     "acoustic-teacher": {
         "asks": "Is a stronger acoustic teacher better than the snapshot? (This one also learnt from 4,000 more clips, emotion among them)",
         "rows": {"snapshot": "", "stronger": "--acoustic-teacher {stronger}"},
@@ -86,8 +88,9 @@ EXPERIMENTS = {
         "against": "true", "columns": []},
     "keep": {
         "asks": "Can SER be kept without an acoustic teacher?",
-        "rows": {"with it (default)": "", "without": "--no-acoustic-kd", "lower half at a tenth of the rate": "--no-acoustic-kd --lower-lr 0.1",
-                 "lower half frozen": "--no-acoustic-kd --lower-lr 0"},
+        "rows": {"with it (default)": "", "without": "--text-kd layer --no-acoustic-kd", "without, audio tower frozen": "--no-acoustic-kd --train decoder",
+                 "tower and lower half frozen": "--no-acoustic-kd --train decoder --lower-lr 0",
+                 "tower frozen, lower half at a tenth of the rate": "--no-acoustic-kd --train decoder --lower-lr 0.1"},
         "against": "with it (default)", "columns": []},
 }
 

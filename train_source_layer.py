@@ -77,15 +77,16 @@ def parse_flags(argv=None):
     parser.add_argument("--acoustic-kd", action=boolean, default=True, help="L_ac: keep the hidden states at audio tokens")
     parser.add_argument("--sft", action=boolean, default=True, help="L_SFT: cross-entropy on trace and answer")
     parser.add_argument("--alpha-layer", type=float, default=0.05, help="weight of L_layer (paper: 0.05)")
-    parser.add_argument("--alpha-ac", type=float, default=0.05, help="weight of L_ac (paper: 0.05)")
+    parser.add_argument("--alpha-ac", type=float, default=0.5, help="weight of L_ac (paper: 0.05, of an unknown divergence)")
     parser.add_argument("--alpha-sft", type=float, default=0.5, help="weight of L_SFT (paper: 0.5)")
     parser.add_argument("--divergence", default="jsd", choices=["jsd", "kl"], help="L_top: Jensen-Shannon (paper) or forward KL")
-    parser.add_argument("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
+    parser.add_argument("--hidden-divergence", default="mse", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
     parser.add_argument("--layers", type=int, nargs="+", help="of the mapped student layers, distil only these (counted from 1)")
     parser.add_argument("--corrupt-descriptions", type=float, default=0.0, metavar="P", help="share of their words dropped or swapped (data.py)")
-    parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (head and projector too), or all")
+    parser.add_argument("--train", default="all", choices=["decoder", "all"], help="decoder (head and projector too), or all: the audio tower too")
     # optimisation
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
+    parser.add_argument("--tower-lr", type=float, default=2.5e-3, help="peak learning rate of the audio tower, with --train all")
     parser.add_argument("--lower-lr", type=float, default=1.0, help="share of --lr for projector, embeddings, lower half of the decoder; 0: frozen")
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
@@ -306,8 +307,9 @@ def main(argv=None):
         before = json.loads((out / "before.json").read_text()) if known else score("before")
 
     # 4.4 optimizer, checkpoint, calibration
-    special = [(step_module.projections.parameters(), args.projection_lr)] if pairs else []
-    special += [(common.lower_half(student), args.lower_lr * args.lr)] if 0 < args.lower_lr < 1 else []
+    special = [(common.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
+               (student.model.audio_tower.parameters(), args.tower_lr, args.weight_decay)]
+    special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
@@ -332,8 +334,7 @@ def main(argv=None):
     usual_top = None
     try:
         for step in range(done, stop):
-            clock = time.time()
-            mine = slice(rank * args.micro_batch * accumulation, (rank + 1) * args.micro_batch * accumulation)
+            clock, mine = time.time(), slice(rank * args.micro_batch * accumulation, (rank + 1) * args.micro_batch * accumulation)
             batches = micro_batches(common.examples_of_step(examples, step, args.batch_size, args.seed)[mine])
             tokens = data.denominators(batches)
             for group in optimizer.param_groups:

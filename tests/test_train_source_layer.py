@@ -232,9 +232,28 @@ def test_everything_that_should_learn_does(one_process):
 
 def test_every_parameter_that_learns_is_in_one_group():
     module = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 2), "own": torch.nn.Linear(2, 2)})
-    groups = common.parameter_groups(module, lr=1e-3, weight_decay=0.1, special=[(module["own"].parameters(), 1e-2)])      # a generator
+    groups = common.parameter_groups(module, lr=1e-3, weight_decay=0.1, special=[(module["own"].parameters(), 1e-2, 0.0)])    # a generator
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in module.parameters())
-    assert [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups] == [(1, 1e-3, 0.1), (1, 1e-3, 0.0), (2, 1e-2, 0.0)]
+    assert [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups] == [(1, 1e-3, 0.1), (1, 1e-3, 0.0), (1, 1e-2, 0.0), (1, 1e-2, 0.0)]
+
+
+def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
+    """--tower-lr, --lower-lr and --lr reach the optimizer: what each part moves by in AdamW's first step is its own rate."""
+    student, _ = common.load_audio_model(mini_world.MINI / "student")
+    parts = {"tower": student.model.audio_tower.layers, "lower": student.model.language_model.layers[:3],
+             "upper": student.model.language_model.layers[3:], "head": student.lm_head}
+
+    def moved(*flags):
+        main(small_run(world, tmp_path / "run", "--max-steps", "1", "--weight-decay", "0", *flags))
+        after = common.load_audio_model(tmp_path / "run" / "step-0000001")[0].state_dict()
+        before = student.state_dict()
+        names = {id(p): name for name, p in student.named_parameters()}
+        return {part: max((after[names[id(p)]] - before[names[id(p)]]).abs().max().item() for p in module.parameters()) for part, module in parts.items()}
+
+    rates = moved("--lr", "1e-3", "--train", "all", "--tower-lr", "4e-3", "--lower-lr", "0.1")
+    assert rates == pytest.approx({"tower": 4e-3, "lower": 1e-4, "upper": 1e-3, "head": 1e-3}, rel=0.02)
+    rates = moved("--lr", "1e-3", "--train", "decoder", "--lower-lr", "0")
+    assert rates == pytest.approx({"tower": 0, "lower": 0, "upper": 1e-3, "head": 1e-3}, rel=0.02)
 
 
 def test_two_processes_equal_one(world, one_process, tmp_path):
