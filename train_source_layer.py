@@ -14,7 +14,7 @@ All but L_ac are taken at the positions that predict the response's tokens, whic
     python train_source_layer.py                                  # laptop: the mini world, audio synthesised on the first run
     python train_source_layer.py --dry-run                        # two steps and a small evaluation of everything
     torchrun --nproc_per_node 8 train_source_layer.py --student Qwen/Qwen2-Audio-7B-Instruct --teacher Qwen/Qwen3-8B \\
-        --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --batch-size 64 --micro-batch 1 --max-seconds 30
+        --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --tower-lr 1 --batch-size 64 --micro-batch 1 --max-seconds 30
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_source_layer.py ...   # on each node
 
 Table 1 of the paper, row by row:
@@ -26,12 +26,12 @@ Table 1 of the paper, row by row:
     layer-wise + acoustic KD + SFT        (the default)
 
 Where the paper is silent, and what we do:
-1. Divergence of hidden states: JSD between softmaxes over features, each standardised with the frozen teacher's mean and deviation; raw,
-   a few "massive" features would own it (losses.py). --hidden-divergence offers mse and cosine.
+1. Divergence of hidden states: squared error of features, each standardised with the frozen teacher's mean and deviation; raw, a few
+   "massive" features would own it (losses.py). It won on the mini world against JSD and cosine (README); --hidden-divergence has all.
 2. W_i maps student to teacher width, starts from least squares on a calibration batch, has its own learning rate and is saved
    beside the model, never inside it (layer_map.py).
 3. Mean over layer pairs, and over layers in L_ac, so that alpha_layer and alpha_ac mean the same at any skip.
-4. AdamW, linear warm-up over 3 % of the steps, cosine to zero; decoder, head and projector learn, the audio tower is frozen (--train).
+4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the mini world's audio tower fastest: frozen, it has no hearing to lose.
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
 """
 import argparse
@@ -86,8 +86,8 @@ def parse_flags(argv=None):
     parser.add_argument("--train", default="all", choices=["decoder", "all"], help="decoder (head and projector too), or all: the audio tower too")
     # optimisation
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
-    parser.add_argument("--tower-lr", type=float, default=2.5e-3, help="peak learning rate of the audio tower, with --train all")
-    parser.add_argument("--lower-lr", type=float, default=1.0, help="share of --lr for projector, embeddings, lower half of the decoder; 0: frozen")
+    parser.add_argument("--tower-lr", type=float, default=5.0, help="audio tower's learning rate over --lr (with --train all; 1 for large models)")
+    parser.add_argument("--lower-lr", type=float, default=1.0, help="the same for projector, embeddings, lower half of the decoder; 0: frozen")
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
@@ -112,8 +112,8 @@ def parse_flags(argv=None):
         parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the paper's 1-in-7 write skip:7")
     if kind == "none" and not args.sft:
         parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
-    if not 0 <= args.corrupt_descriptions <= 1 or not 0 <= args.lower_lr <= 1:
-        parser.error("--corrupt-descriptions and --lower-lr are shares between 0 and 1")
+    if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
+        parser.error("--corrupt-descriptions is a share between 0 and 1, --lower-lr and --tower-lr are factors of 0 or more")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
@@ -234,7 +234,6 @@ def main(argv=None):
     say = print if rank == 0 else (lambda *a, **k: None)
     out = Path(args.out)
     torch.manual_seed(args.seed)
-
     # 4.1 data: the whole manifest and every clip's header are checked before anything trains
     part = args.micro_batch * world
     if args.batch_size % part:
@@ -308,7 +307,7 @@ def main(argv=None):
 
     # 4.4 optimizer, checkpoint, calibration
     special = [(common.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
-               (student.model.audio_tower.parameters(), args.tower_lr, args.weight_decay)]
+               (student.model.audio_tower.parameters(), args.tower_lr * args.lr, args.weight_decay)]
     special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
