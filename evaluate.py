@@ -534,9 +534,6 @@ def look_inside(args):
     if args.task == "features":
         report_ = inside.features_report(found, pairs, projections)
         inside.plot_features(report_, out / "features.png")
-        for kind in ("natural", "planted"):
-            for name, row in report_[kind].items():
-                print(f"{kind:8} {name:22} largest feature {row['largest']:6.1%} of the gradient; half of it on {row['half']:6.1%} of the features")
     else:
         before = inside.layers_report(found, pairs, projections)
         known, found = states(model)
@@ -545,12 +542,7 @@ def look_inside(args):
         report_ = {"pairs": pairs, "before": before, "after": inside.layers_report(found, pairs, trained)}
         report_["vocabulary"] = report_["after"]["vocabulary"]
         inside.plot_layers(before, report_["after"], pairs, out / "layers.png")
-        for row, old in zip(report_["after"]["attention"], before["attention"]):
-            print("student {student} <- teacher {teacher}:".format(**row), f"attention on its own token {old['own']:.3f} -> {row['own']:.3f}, "
-                  f"chance {row['chance']:.3f}; CKA {before['cka'][row['student'] - 1][row['teacher'] - 1]:.3f} -> "
-                  f"{report_['after']['cka'][row['student'] - 1][row['teacher'] - 1]:.3f}")
-        for when in ("before", "after"):
-            print("{}: JSD {jsd:.5f}, mass on tokens that the teacher finds improbable {stray:.2e}".format(when, **report_[when]["vocabulary"]))
+    print(*(inside.features_lines if args.task == "features" else inside.layers_lines)(report_), sep="\n")
     common.write_json(out / f"{args.task}.json", report_)
     print(f"{out}: {args.task}.json, {args.task}.png")
 

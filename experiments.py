@@ -32,12 +32,8 @@ import evaluate
 import mini_world
 
 HERE = Path(__file__).parent
-PYTHON = [sys.executable, "-W", "ignore"]
 RUNS = Path("runs") / "experiments"
 STRONGER = RUNS / "stronger"
-WORLD = f"{mini_world.CACHE}/world{mini_world.WORLD}-seed"
-TEST = WORLD + "{seed}/test-speech300-sound300-music300-emotion300.jsonl"
-DESCRIBED = WORLD + "{seed}/train-speech300-sound300-music300-described.jsonl"
 BASELINE = "baseline"           # no run of its own: what every run's evaluation before training says
 FULL = "layer-wise + acoustic KD + SFT"
 NO_ACOUSTIC = "layer-wise text KD + SFT"
@@ -103,27 +99,38 @@ def folder_of(flags, seed):
     return RUNS / f"{re.sub(r'[^a-z0-9.]+', '-', flags.lower()).strip('-') or 'default'}-seed{seed}"
 
 
-def call(command, log, threads):
-    """Run a command with its output in a file. Raises SystemExit with the last line of what it said."""
+def call(log, threads, script, *arguments):
+    """Run a script of ours with its output in a file. Raises SystemExit with the last line of what it said."""
+    command = [sys.executable, "-W", "ignore", str(HERE / script), *map(str, arguments)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
-        raise SystemExit(f"{shlex.join(command)} failed: {said[-1]}; all of its output is in {log}")
+        raise SystemExit(f"{script} {shlex.join(map(str, arguments))} failed: {said[-1]}; all of its output is in {log}")
 
 
 def run(flags, seed, *, threads, dry_run, look):
     """Train one row with one seed unless its results are there; look: also at its layers and vocabulary (evaluate.py --task layers)."""
     folder = folder_of(flags, seed)
     if dry_run or not (folder / "results.json").exists():
-        extra = ["--dry-run"] if dry_run else ["--resume", "auto"]
-        flags = flags.format(stronger=newest(STRONGER), described=DESCRIBED.format(seed=seed), test=TEST.format(seed=seed))
-        call([*PYTHON, "train_source_layer.py", *shlex.split(flags), "--seed", str(seed), "--out", str(folder), *extra], folder / "run.txt", threads)
+        flags = flags.format(stronger=newest(STRONGER), described=described(seed, dry_run), test=world("test", seed, dry_run))
+        call(folder / "run.txt", threads, "train_source_layer.py", *shlex.split(flags), "--seed", seed, "--out", folder,
+             *["--dry-run"] if dry_run else ["--resume", "auto"])
     if look and not (folder / "layers.json").exists():
-        limit = ["--limit", "8"] if dry_run else []
-        call([*PYTHON, "evaluate.py", "--task", "layers", "--model", str(newest(folder)), "--data", TEST.format(seed=seed), "--out", str(folder),
-              *limit], folder / "layers.txt", threads)
+        call(folder / "layers.txt", threads, "evaluate.py", "--task", "layers", "--model", newest(folder), "--data", world("test", seed, dry_run),
+             "--out", folder, *["--limit", "8"] * dry_run)
+
+
+def world(split, seed, dry_run):
+    """The manifest that train_source_layer.py takes by default, or a small one; made unless it is there."""
+    return mini_world.build(split, seed=seed, per_task={"train": 16, "test": 8}[split] if dry_run else {"train": None, "test": 300}[split])
+
+
+def described(seed, dry_run):
+    """What textualize.py makes of it."""
+    path = world("train", seed, dry_run)
+    return path.with_name(f"{path.stem}-described.jsonl")
 
 
 def newest(folder):
@@ -132,12 +139,12 @@ def newest(folder):
 
 def prepare(flags, seeds, threads, dry_run):
     """What rows name in braces: a stronger acoustic teacher, textualize.py's descriptions."""
-    if any("{stronger}" in f for f in flags) and newest(STRONGER) == "missing":
+    if any("{stronger}" in f for f in flags) and not (STRONGER / "results.json").exists():
         clips = mini_world.build("pretrain", per_task=8 if dry_run else 1000, seed=9)
-        call([*PYTHON, "train_source_layer.py", "--text-kd", "none", "--no-acoustic-kd", "--lr", "5e-4", "--epochs", "1", "--data", str(clips),
-              "--eval-data", TEST.format(seed=0), "--out", str(STRONGER), *["--dry-run"] * dry_run], STRONGER / "run.txt", threads)
+        call(STRONGER / "run.txt", threads, "train_source_layer.py", "--text-kd", "none", "--no-acoustic-kd", "--epochs", 1, "--data", clips,
+             "--eval-data", world("test", 0, dry_run), "--out", STRONGER, *["--dry-run"] * dry_run)
     for seed in seeds if any("{described}" in f for f in flags) else []:
-        call([*PYTHON, "textualize.py", "--check", "--seed", str(seed)], RUNS / f"textualize-seed{seed}.txt", threads)
+        call(RUNS / f"textualize-seed{seed}.txt", threads, "textualize.py", "--check", "--data", world("train", seed, dry_run))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -295,8 +302,7 @@ def main():
                 wanted[flags, seed] = wanted.get((flags, seed), False) or "stray" in EXPERIMENTS[name]["columns"]
     if not args.collect:
         for seed in args.seeds:                         # before the runs, which would make it side by side
-            mini_world.build("train", seed=seed)
-            mini_world.build("test", seed=seed, per_task=300)
+            world("train", seed, args.dry_run), world("test", seed, args.dry_run)
         prepare([flags for flags, _ in wanted], args.seeds, threads, args.dry_run)
         with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="runs") as bar:
             for done in [pool.submit(run, *row, threads=threads, dry_run=args.dry_run, look=look) for row, look in wanted.items()]:

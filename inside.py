@@ -145,6 +145,20 @@ def layers_report(found, pairs, projections):
             "vocabulary": {"jsd": losses.jsd(student, teacher).item(), "stray": (q * (p < IMPROBABLE)).sum(-1).mean().item()}}
 
 
+def layers_lines(report):
+    """What `before` and `after` say of each pair, as text."""
+    before, after = report["before"], report["after"]
+    lines = ["student <- teacher     CKA before -> after     attention on the own token     own token first"]
+    for old, new in zip(before["attention"], after["attention"]):
+        s, t = new["student"], new["teacher"]
+        lines.append(f"{s:7} <- {t:<7}        {before['cka'][s - 1][t - 1]:.3f} -> {after['cka'][s - 1][t - 1]:.3f}               "
+                     f"{old['own']:.3f} -> {new['own']:.3f}            {old['own_is_first']:.1%} -> {new['own_is_first']:.1%}")
+    lines.append(f"(uniform attention would give {after['attention'][0]['chance']:.3f})")
+    for when, found in (("before", before["vocabulary"]), ("after", after["vocabulary"])):
+        lines.append(f"{when}: JSD {found['jsd']:.4f}, mass on tokens that the teacher gives less than {IMPROBABLE:g}: {found['stray']:.4f}")
+    return lines
+
+
 def plot_layers(before, after, pairs, path):
     """CKA before and after as heat maps with the map drawn on, and the attention on the own token for each pair."""
     import matplotlib
@@ -207,8 +221,15 @@ def features_report(found, pairs, projections):
         means = {name: torch.stack(shares).mean(0) for name, shares in rows.items()}                       # [width] each, sorted
         report[kind] = {name: {"largest": share[0].item(), "half": ((share.cumsum(0) < 0.5).sum().item() + 1) / len(share)}
                         for name, share in means.items()}
-        report["curves"][kind] = {name: [round(x, 5) for x in share.cumsum(0).tolist()] for name, share in means.items()}
+        report["curves"][kind] = {name: [round(x, 4) for x in share.cumsum(0).tolist()] for name, share in means.items()}
     return report
+
+
+def features_lines(report):
+    lines = [f"{'':24}{'largest feature holds':>24}{'half of it lies on':>24}"]
+    for kind in ("natural", "planted"):
+        lines += [f"{kind:10}{name:22}{row['largest']:10.1%} of the gradient{row['half']:10.1%} of the features" for name, row in report[kind].items()]
+    return lines
 
 
 def plot_features(report, path):

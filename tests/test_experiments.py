@@ -50,7 +50,7 @@ def test_the_command_itself(tmp_path):
 
 def test_a_run_that_fails_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"--text-kd sideways failed: .*--text-kd sideways is none of none.*out.txt"):
-        experiments.call([*experiments.PYTHON, "train_source_layer.py", "--text-kd", "sideways"], tmp_path / "out.txt", 1)
+        experiments.call(tmp_path / "out.txt", 1, "train_source_layer.py", "--text-kd", "sideways")
 
 
 # ------------------------------------------------------------- the numbers mean what they say --------------------------------------------
