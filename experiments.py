@@ -166,6 +166,8 @@ def collect(name, seeds):
         rows[row] = {"flags": flags, "runs": {}}
         for seed in map(str, seeds):
             folder = folder_of(flags, seed)
+            if not (folder / "results.json").exists():
+                continue
             results = json.loads((folder / "results.json").read_text())
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             measured = {"minutes": results["minutes"], "seconds": statistics.median(line["seconds"] for line in log),
@@ -177,6 +179,8 @@ def collect(name, seeds):
             rows[row]["runs"][seed] = {**verdicts(results["after"]), **{k: round(v, 4) for k, v in measured.items()}}
             if BASELINE in rows:
                 rows[BASELINE]["runs"][seed] = verdicts(results["before"])
+    if empty := [row for row in rows if not rows[row]["runs"]]:
+        raise SystemExit(f"{name}: nothing was run for the rows {', '.join(empty)} with the seeds {seeds}; leave --collect out")
     return {"asks": experiment["asks"], "against": experiment["against"], "columns": experiment["columns"], "rows": rows}
 
 
@@ -188,8 +192,8 @@ def accuracy(run, part):
 
 
 def difference(row, other, part):
-    """(points, [low, high]) of one row over another, paired by question over the seeds that both have; SER within each emotion."""
-    pairs = [(a, b, group) for seed in row["runs"].keys() & other["runs"].keys() for group in row["runs"][seed][part]
+    """(points, [low, high]) of one row over another, paired by question over the seeds that both have; SER within each seed's emotions."""
+    pairs = [(a, b, f"{seed} {group}") for seed in row["runs"].keys() & other["runs"].keys() for group in row["runs"][seed][part]
              for a, b in zip(row["runs"][seed][part][group], other["runs"][seed][part][group], strict=True)]
     mine, theirs, groups = zip(*sorted(pairs, key=lambda pair: pair[2]))
     return evaluate.paired_bootstrap([int(a) for a in mine], [int(b) for b in theirs], labels=groups if part == "ser" else None)

@@ -152,3 +152,11 @@ def test_features_on_the_mini_models_and_a_teacher_nobody_named(world, tmp_path,
     report = json.loads((tmp_path / "features.json").read_text())
     assert report["planted"]["mse, raw"]["largest"] > 0.9 and report["planted"]["jsd, standardised"]["largest"] < 0.05
     assert (tmp_path / "features.png").exists() and "planted" in capsys.readouterr().out
+
+
+def test_readme_shows_what_was_seen():
+    readme = (ROOT / "README.md").read_text()
+    for name, lines in (("features", inside.features_lines), ("layers", inside.layers_lines)):
+        assert f"figures/{name}.png" in readme
+        for line in lines(json.loads((ROOT / "figures" / f"{name}.json").read_text())):
+            assert line in readme, f"README lacks a line of {name}: {line}"

@@ -316,11 +316,13 @@ def test_hidden_losses_against_sklearn_and_scipy():
     want = {"jsd": (scipy.spatial.distance.jensenshannon(scipy.special.softmax(s, -1), scipy.special.softmax(t, -1), axis=-1) ** 2).mean(),
             "mse": sklearn.metrics.mean_squared_error(t, s),
             "cosine": cosine(t, s).mean()}
+    p, q = (scipy.special.softmax(x.numpy(), -1) for x in (student, teacher))
+    want["raw-jsd"] = (scipy.spatial.distance.jensenshannon(p, q, axis=-1) ** 2).mean()        # statistics or not
     assert losses.HIDDEN.keys() == want.keys()
     for name, loss in losses.HIDDEN.items():
         np.testing.assert_allclose(loss(student, teacher, mean=mean, std=std), want[name], rtol=1e-9)
         own = (student - student.mean(0)) / student.std(0, correction=0)       # the planted error: the student's own statistics
-        assert abs(loss(own, torch.from_numpy(t)) - want[name]) > 1e-3
+        assert name == "raw-jsd" or abs(loss(own, torch.from_numpy(t)) - want[name]) > 1e-3
     np.testing.assert_allclose(losses.hidden_cosine(student, teacher), cosine(teacher, student).mean())
 
 
@@ -386,3 +388,13 @@ def test_raw_cosine_sees_no_difference_between_tokens():
     shuffled = teacher.roll(1, 0)
     assert losses.hidden_cosine(shuffled, teacher) < 0.01
     assert losses.hidden_cosine(shuffled, teacher, mean=mean, std=std) > 0.9
+
+
+def test_what_a_small_difference_of_hidden_states_costs():
+    """e, e / 2 and e / 8: README compares the three at equal alpha and at equal strength."""
+    torch.manual_seed(0)
+    teacher = torch.randn(40, 2048, dtype=torch.float64)
+    student = teacher + 0.05 * torch.randn_like(teacher)
+    mse = losses.hidden_mse(student, teacher)
+    assert mse / losses.hidden_cosine(student, teacher) == pytest.approx(2, rel=0.02)
+    assert mse / losses.hidden_jsd(student, teacher) == pytest.approx(8, rel=0.02)
