@@ -17,7 +17,7 @@ All but L_ac are taken at the positions that predict the response's tokens, whic
         --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --tower-lr 1 --batch-size 64 --micro-batch 1 --max-seconds 30
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_source_layer.py ...   # on each node
 
-Table 1 of the paper, row by row:
+Table 1 of the paper, row by row (python experiments.py table: all of them, three seeds each):
 
     SFT only                              --text-kd none --no-acoustic-kd
     top-layer text KD + SFT               --text-kd top --no-acoustic-kd
