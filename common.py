@@ -194,11 +194,11 @@ def load_checkpoint(path, model, optimizer):
     try:                        # through the class, because save_pretrained writes other names than the module's own
         saved = type(model).from_pretrained(path, dtype=model.dtype, use_safetensors=True)
         model.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError) as error:
+        state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])           # ValueError: other parameters learnt (--train, --lower-lr)
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"{path} was saved by another model ({reason}); resume with the flags of its config.json") from None
-    state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
 
@@ -235,10 +235,20 @@ def run_facts():
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
+def forget_peak_memory(device):
+    """What was needed up to here (an evaluation, say) shall not count. On a CPU only Linux can forget."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gb(device):
     """Peak memory so far: the GPU's allocator, or the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if Path("/proc/self/status").exists():              # as getrusage's, but it can be made to forget
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
     import resource   # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)

@@ -205,15 +205,17 @@ def check_audio(examples, max_seconds=None) -> list[float]:
 
 def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
     """What if the words for the audio were worse? Of every description, `share` of the words go wrong: half of these are dropped, half
-    swapped for a word out of another description of the same task. The fault of an example depends on seed and id alone."""
-    words = defaultdict(list)
+    swapped for a word out of another description of the same task (so that some words come back by chance)."""
+    by_task = defaultdict(list)
     for example in examples:
-        words[example.task] += example.description.split()
+        by_task[example.task].append(example.description)
     corrupted = []
     for example in examples:
         rng = random.Random(f"{seed} {example.id}")
-        fate = [(word, rng.random(), rng.choice(words[example.task])) for word in example.description.split()]
-        kept = [word if luck >= share else other for word, luck, other in fate if luck >= share / 2]
+        drawn = (rng.choice(by_task[example.task]) for _ in range(20))
+        other = next((text for text in drawn if text != example.description), "something").split()
+        fate = [(word, rng.random(), rng.choice(other)) for word in example.description.split()]
+        kept = [word if luck >= share else swapped for word, luck, swapped in fate if luck >= share / 2]
         corrupted.append(dataclasses.replace(example, description=" ".join(kept or [fate[0][2]])))
     return corrupted
 

@@ -480,7 +480,7 @@ def main():
     parser.add_argument("--data", metavar="FILE", nargs="+", help="a manifest (JSONL; see data.py); each further one is reported apart")
     parser.add_argument("--teacher", metavar="DIR", help="layers, features: the text LLM; default: the one that the run of --model names")
     parser.add_argument("--split", help="only the manifest's examples of this split")
-    parser.add_argument("--limit", type=int, help="only the first N examples")
+    parser.add_argument("--limit", type=int, help="only the first N examples; layers, features: N of them, spread over the file")
     # how the model talks
     parser.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6")
     parser.add_argument("--top-k", type=int, default=5, help="paper: 5; 0: all tokens")
@@ -503,7 +503,7 @@ def main():
 
 def look_inside(args):
     """--task layers and features: what inside.py has to say, as JSON, a PNG and a few lines. A checkpoint's run tells the rest: its teacher,
-    its map, and the student that it started from. The first half of the examples fits W_i, the second half is looked at."""
+    its map, and the student that it started from. Every second example fits W_i, the others are looked at."""
     import common
     import inside
     import layer_map
@@ -514,17 +514,19 @@ def look_inside(args):
     if not teacher_name:
         raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; give --teacher")
     examples = [e for e in data.read_manifest(args.data[0], split=args.split) if e.reasoning and e.description and e.task in TASKS]
-    examples = examples[::max(1, len(examples) // (args.limit or 80))]                     # of every task
+    if len(args.data) > 1:
+        raise data.DataError(f"{args.data[1]}: --task {args.task} looks at one manifest; give the first alone")
+    most = min(len(examples), args.limit or 80)
+    examples = [examples[i * len(examples) // most] for i in range(most)]                  # of every task, however the file is sorted
     if len(examples) < 4:
         raise data.DataError(f"{args.data[0]}: has {len(examples)} examples with reasoning and description; at least 4 are needed")
-    half = len(examples) // 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher, tokenizer = common.load_text_model(teacher_name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     teacher.to(device)
 
     def states(name):
         student, processor = common.load_audio_model(str(name), dtype=teacher.dtype)
-        return [inside.states(student.to(device), processor, teacher, tokenizer, part) for part in (examples[:half], examples[half:])]
+        return [inside.states(student.to(device), processor, teacher, tokenizer, part) for part in (examples[::2], examples[1::2])]
 
     known, found = states(settings.get("student", model) if args.task == "layers" else model)
     pairs = layer_map.pairs(len(found["student"]), len(found["teacher"]))                  # the whole map, whatever the run distilled
@@ -538,7 +540,8 @@ def look_inside(args):
         before = inside.layers_report(found, pairs, projections)
         known, found = states(model)
         beside = model / "projections.safetensors"
-        trained = inside.trained(beside, pairs, projections) if beside.exists() else inside.fit(pairs, known)
+        refitted = inside.fit(pairs, known)                                                # for pairs that the run did not distil
+        trained = inside.trained(beside, pairs, refitted) if beside.exists() else refitted
         report_ = {"pairs": pairs, "before": before, "after": inside.layers_report(found, pairs, trained)}
         report_["vocabulary"] = report_["after"]["vocabulary"]
         inside.plot_layers(before, report_["after"], pairs, out / "layers.png")

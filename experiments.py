@@ -1,7 +1,7 @@
 """
 Every number in README's tables, each by one command: paper A's Table 1 in miniature, and the questions that the paper leaves open.
 
-    python experiments.py table                     # the six rows of Table 1, three seeds each: about an hour on two cores
+    python experiments.py table                     # the six rows of Table 1, three seeds each: half an hour on two cores
     python experiments.py alpha-ac skip             # some of the others, by name
     python experiments.py all --seeds 0             # everything, one seed
     python experiments.py table --dry-run           # two steps of every run, and a small evaluation
@@ -10,8 +10,8 @@ A row is a set of flags of train_source_layer.py and nothing else. A seed is ano
 and another order of training; the two pretrained models are the same. What has run is not run again (runs/experiments/ holds it);
 rows that several tables share run once.
 
-An experiment leaves figures/NAME.json with every answer's verdict, from which tests/test_experiments.py computes README's numbers again,
-and where a picture helps, figures/NAME.png. Differences are paired, question by question, over all seeds together, with 95 % bootstrap
+An experiment leaves runs/experiments/NAME.json with every answer's verdict and, where a picture helps, NAME.png; with --publish both go to
+figures/, from where tests/test_experiments.py computes README's numbers again. Differences are paired, question by question, over all seeds together, with 95 % bootstrap
 intervals: they say how far the questions decide, not how far another three seeds might; so the seeds' own values stand beside them.
 """
 import argparse
@@ -30,6 +30,7 @@ from tqdm import tqdm
 import common
 import evaluate
 import mini_world
+import train_source_layer
 
 HERE = Path(__file__).parent
 RUNS = Path("runs") / "experiments"
@@ -55,6 +56,10 @@ EXPERIMENTS = {
         "rows": {"0": "--alpha-ac 0", "0.01": "--alpha-ac 0.01", "0.05": "--alpha-ac 0.05", "0.1": "--alpha-ac 0.1", "0.5 (default)": "",
                  "2": "--alpha-ac 2"},
         "against": "0.5 (default)", "columns": ["drift"]},
+    "alpha-layer": {
+        "asks": "How much layer-wise distillation?",
+        "rows": {"0": "--alpha-layer 0", "0.05 (default)": "", "0.5": "--alpha-layer 0.5", "2": "--alpha-layer 2"},
+        "against": "0.05 (default)", "columns": []},
     "skip": {
         "asks": "How many layers?",
         "rows": {"every layer": "", "1 in 2": "--text-kd skip:2", "1 in 3": "--text-kd skip:3", "1 in 7": "--text-kd skip:7"},
@@ -110,13 +115,30 @@ def call(log, threads, script, *arguments):
         raise SystemExit(f"{script} {shlex.join(map(str, arguments))} failed: {said[-1]}; all of its output is in {log}")
 
 
+def arguments_of(flags, seed, dry_run=False):
+    """A row's flags as train_source_layer.py takes them: what stands in braces is named, seed and folder are added."""
+    named = flags.format(stronger=newest(STRONGER), described=described(seed, dry_run), test=world("test", seed, dry_run))
+    return [*shlex.split(named), "--seed", str(seed), "--out", str(folder_of(flags, seed))] + ["--dry-run"] * dry_run
+
+
+def results_of(flags, seed, dry_run=False):
+    """A finished run's results.json, or None. Raises SystemExit if the folder holds a run with other settings than these flags now mean."""
+    folder = folder_of(flags, seed)
+    if not (folder / "results.json").exists():
+        return None
+    had, wants = json.loads((folder / "config.json").read_text()), vars(train_source_layer.parse_flags(arguments_of(flags, seed, dry_run)))
+    if other := [f"{name} {had.get(name)}, not {value}" for name, value in wants.items() if name not in ("out", "resume") and had.get(name) != value]:
+        raise SystemExit(f"{folder} holds a run with {'; '.join(other)}: move it away, and this one will be run again")
+    return json.loads((folder / "results.json").read_text())
+
+
 def run(flags, seed, *, threads, dry_run, look):
     """Train one row with one seed unless its results are there; look: also at its layers and vocabulary (evaluate.py --task layers)."""
     folder = folder_of(flags, seed)
-    if dry_run or not (folder / "results.json").exists():
-        flags = flags.format(stronger=newest(STRONGER), described=described(seed, dry_run), test=world("test", seed, dry_run))
-        call(folder / "run.txt", threads, "train_source_layer.py", *shlex.split(flags), "--seed", seed, "--out", folder,
-             *["--dry-run"] if dry_run else ["--resume", "auto"])
+    if not results_of(flags, seed, dry_run):
+        call(folder / "run.txt", threads, "train_source_layer.py", *arguments_of(flags, seed, dry_run), *["--resume", "auto"] * (not dry_run))
+        if not results_of(flags, seed, dry_run):        # Ctrl-C reaches the run first, which saves and stops as it should
+            raise SystemExit(f"{folder} was interrupted; the same command goes on with it")
     if look and not (folder / "layers.json").exists():
         call(folder / "layers.txt", threads, "evaluate.py", "--task", "layers", "--model", newest(folder), "--data", world("test", seed, dry_run),
              "--out", folder, *["--limit", "8"] * dry_run)
@@ -165,10 +187,9 @@ def collect(name, seeds):
     for row, flags in experiment["rows"].items():
         rows[row] = {"flags": flags, "runs": {}}
         for seed in map(str, seeds):
-            folder = folder_of(flags, seed)
-            if not (folder / "results.json").exists():
-                continue
-            results = json.loads((folder / "results.json").read_text())
+            folder, results = folder_of(flags, seed), results_of(flags, seed)
+            if not results:
+                raise SystemExit(f"{folder} holds no finished run; leave --collect out, or choose other --seeds")
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             measured = {"minutes": results["minutes"], "seconds": statistics.median(line["seconds"] for line in log),
                         "memory": max(line["memory_gb"] for line in log)}
@@ -179,8 +200,6 @@ def collect(name, seeds):
             rows[row]["runs"][seed] = {**verdicts(results["after"]), **{k: round(v, 4) for k, v in measured.items()}}
             if BASELINE in rows:
                 rows[BASELINE]["runs"][seed] = verdicts(results["before"])
-    if empty := [row for row in rows if not rows[row]["runs"]]:
-        raise SystemExit(f"{name}: nothing was run for the rows {', '.join(empty)} with the seeds {seeds}; leave --collect out")
     return {"asks": experiment["asks"], "against": experiment["against"], "columns": experiment["columns"], "rows": rows}
 
 
@@ -235,7 +254,7 @@ def markdown(name, found):
 
 
 def plot_table(found, path):
-    """AQA against SER, the paper's six rows beside ours: the same colours, arrows along the order of the table."""
+    """AQA against SER, the paper's six rows beside ours, small dots for the seeds; the arrow is what acoustic KD does."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -292,8 +311,11 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side; each takes its share of the cores")
     parser.add_argument("--dry-run", action="store_true", help="every command with --dry-run, in a folder of its own; no tables")
+    parser.add_argument("--publish", action="store_true", help="write tables and figures to figures/, which README shows; else to runs/experiments")
     parser.add_argument("--collect", action="store_true", help="no training: tables and figures from the runs that are there")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     names = list(EXPERIMENTS) if "all" in args.names else args.names
     if args.dry_run:
         global RUNS, STRONGER
@@ -309,14 +331,19 @@ def main():
             world("train", seed, args.dry_run), world("test", seed, args.dry_run)
         prepare([flags for flags, _ in wanted], args.seeds, threads, args.dry_run)
         with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="runs") as bar:
-            for done in [pool.submit(run, *row, threads=threads, dry_run=args.dry_run, look=look) for row, look in wanted.items()]:
-                done.result()
-                bar.update()
+            try:
+                for done in [pool.submit(run, *row, threads=threads, dry_run=args.dry_run, look=look) for row, look in wanted.items()]:
+                    done.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)      # what has not begun never will; what runs is finished first
+                raise
+    place = HERE / "figures" if args.publish else RUNS
     for name in names if not args.dry_run else []:
         found = collect(name, args.seeds)
-        common.write_json(HERE / "figures" / f"{name}.json", found)
+        common.write_json(place / f"{name}.json", found)
         if name in PLOTS:
-            PLOTS[name](found, HERE / "figures" / f"{name}.png")
+            PLOTS[name](found, place / f"{name}.png")
         print(f"\n{found['asks']}\n\n{markdown(name, found)}")
 
 

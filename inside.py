@@ -20,6 +20,7 @@ import layer_map
 import losses
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
+MOST_TOKENS = 2000          # CKA compares every two tokens: 32 MB a layer
 PLANTED = 200.0             # arXiv 2402.17762 finds features hundreds of times larger than the median
 
 
@@ -28,30 +29,37 @@ PLANTED = 200.0             # arXiv 2402.17762 finds features hundreds of times 
 
 @torch.no_grad()
 def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
-    """Every layer at every response token -> {"student": {layer: [tokens, hidden]}, "teacher": the same, "rows": tokens of each response
-    [examples], "logits": (student's, teacher's) over the shared tokens [tokens, shared]}, float32 on the CPU.
+    """Every layer at every response token -> {"student": {layer: [tokens, hidden]}, "teacher": the same, "rows": tokens of each response,
+    "jsd", "stray": per token, of the next-token distributions over the shared tokens [tokens]}, float32 on the CPU.
 
-    Memory: tokens x (layers x hidden of both) x 4 bytes, 1 GB for a thousand tokens of a 7B and an 8B model: give few examples."""
+    Memory: tokens x (layers x hidden of both) x 4 bytes, 1 GB for a thousand tokens of a 7B and an 8B model; so no batch is begun after
+    MOST_TOKENS."""
     student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
     to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
     sides = {"student": (student, student.model.language_model.layers), "teacher": (teacher, teacher.model.layers)}
     taps = {name: layer_map.Tap(layers, {"response": range(1, len(layers) + 1)}) for name, (_, layers) in sides.items()}
     kept = {name: {layer: [] for layer in range(1, len(layers) + 1)} for name, (_, layers) in sides.items()}
-    rows, logits = [], {"student": [], "teacher": []}
+    rows, divergence, stray = [], [], []
     for start in range(0, len(examples), batch_size):
+        if sum(rows) >= MOST_TOKENS:
+            break
         batch = data.collate(examples[start:start + batch_size], processor, tokenizer, student_to_teacher=to_teacher).to(student.device)
         rows += [len(data.encode_response(processor.tokenizer, data.response_text(e))) for e in batch.examples]
+        logits = []
         for name, view, ids in (("student", batch.audio, student_ids), ("teacher", batch.text, teacher_ids)):
             model = sides[name][0]
             inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
             with taps[name].at(response=view.predict_positions) as hidden:
                 last = model.model(**inputs, use_cache=False).last_hidden_state
             said = model.lm_head(last.flatten(0, 1)[view.predict_positions])                # [tokens, vocab]
-            logits[name].append(said.index_select(-1, ids.to(said.device)).float().cpu())
+            logits.append(said.index_select(-1, ids.to(said.device)))                        # [tokens, shared]
             for layer, tensor in hidden["response"].items():
                 kept[name][layer].append(tensor.float().cpu())
+        divergence.append(losses.token_divergence(*logits).cpu())
+        q, p = (z.float().softmax(-1) for z in logits)
+        stray.append((q * (p < IMPROBABLE)).sum(-1).cpu())
     return {**{name: {layer: torch.cat(parts) for layer, parts in layers.items()} for name, layers in kept.items()},
-            "rows": rows, "logits": tuple(torch.cat(logits[name]) for name in sides)}
+            "rows": rows, "jsd": torch.cat(divergence), "stray": torch.cat(stray)}
 
 
 def standardise(hidden):
@@ -84,7 +92,7 @@ def cka(ones, others):
     first = [kernel(x) for x in ones]
     table = torch.zeros(len(ones), len(others), dtype=torch.float64)
     own = [hsic(k, k) for k in first]
-    for t, hidden in enumerate(others):                             # one teacher kernel at a time: n * n numbers each
+    for t, hidden in enumerate(others):                             # one teacher kernel at a time
         l = kernel(hidden)
         norm = hsic(l, l)
         table[:, t] = torch.stack([hsic(k, l) / (self_ * norm).clamp(min=1e-300).sqrt() for k, self_ in zip(first, own)])
@@ -139,10 +147,8 @@ def layers_report(found, pairs, projections):
         projected = (projections(i, found["student"][s]) - mean) / std
         share, first, chance = own_attention(projected, (found["teacher"][t] - mean) / std, found["rows"])
         attention.append({"student": s, "teacher": t, "own": share, "own_is_first": first, "chance": chance})
-    student, teacher = found["logits"]
-    q, p = student.softmax(-1), teacher.softmax(-1)                 # [tokens, shared]
     return {"cka": [[round(x, 4) for x in row] for row in cka(*sides).tolist()], "attention": attention,
-            "vocabulary": {"jsd": losses.jsd(student, teacher).item(), "stray": (q * (p < IMPROBABLE)).sum(-1).mean().item()}}
+            "vocabulary": {name: found[name].mean().item() for name in ("jsd", "stray")}}
 
 
 def layers_lines(report):

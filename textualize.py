@@ -6,8 +6,8 @@ them (1), and measures them twice: can the text teacher answer from the descript
 the clip (3)?
 
     python textualize.py --check                    # laptop: the mini world's training clips, described by mini/student
-    python textualize.py --model Qwen/Qwen2.5-Omni-7B --data cota.jsonl --out cota-described.jsonl --check --teacher Qwen/Qwen3-8B
-    torchrun --nproc_per_node 8 textualize.py --model Qwen/Qwen2.5-Omni-7B --data cota.jsonl --out cota-described.jsonl
+    torchrun --nproc_per_node 8 textualize.py --model Qwen/Qwen2-Audio-7B-Instruct --data cota.jsonl --out cota-described.jsonl
+    python textualize.py --model Qwen/Qwen2-Audio-7B-Instruct --data cota.jsonl --out cota-described.jsonl --check --teacher Qwen/Qwen3-8B
     python textualize.py --rating-sheet runs/sheet.html            # one page: open it, listen, tick, save; its key lies beside it
     python textualize.py --score-ratings anna.json ben.json --rating-sheet runs/sheet.html
 
@@ -31,6 +31,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
@@ -96,10 +97,16 @@ def written(path, name):
     return ids
 
 
-def textualize(examples, lines, model, processor, out, *, prompts, grounding, chunk, max_new_tokens, rank, name):
-    """Describe `examples` into the manifest `out`, `chunk` at a time over all ranks. lines: id -> the example's JSON line.
+def say_failed(failed):
+    """What was left out so far, in this run or an earlier one -> a sentence or two."""
+    why = Counter(json.loads(line)["fault"] for line in failed.read_bytes().splitlines()) if failed.exists() else {}
+    return [f"left out, {fault}: {n} (see {failed}; delete it to try them again)" for fault, n in sorted(why.items())]
 
-    Rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most. -> Counter of what was retried, and left out, and why"""
+
+def textualize(examples, records, model, processor, out, *, prompts, grounding, chunk, max_new_tokens, rank, name):
+    """Describe `examples` into the manifest `out`, `chunk` at a time over all ranks. records: id -> its line of the source.
+
+    Rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most. -> Counter of why descriptions were tried again"""
     counts, failed = Counter(), out.with_suffix(".failed.jsonl")
     done = written(out, name) | written(failed, name)
     todo = [e for e in examples if e.id not in done]
@@ -114,17 +121,16 @@ def textualize(examples, lines, model, processor, out, *, prompts, grounding, ch
                                                                           max_new_tokens=max_new_tokens, **listen))}
             said = {i: (evaluate.final_answer(text).strip(), end) for i, (text, end) in said.items()}
             if again := [e for e in rows if fault(*said[e.id])]:
-                counts.update(f"retried: {fault(*said[e.id])}" for e in again)
+                counts.update(fault(*said[e.id]) for e in again)
                 second = evaluate.generate(model, processor, again, temperature=0.6, top_k=0, top_p=0.9,
                                            max_new_tokens=2 * max_new_tokens, **listen)
                 said |= {e.id: (evaluate.final_answer(text).strip(), end) for e, (text, end) in zip(again, second)}
             good, bad = [], []
             for e in rows:
                 if why := fault(*said[e.id]):
-                    counts[f"left out: {why}"] += 1
                     bad.append(json.dumps({"id": e.id, "fault": why, "said": said[e.id][0], "described_by": name}, ensure_ascii=False) + "\n")
                 else:
-                    record = {**json.loads(lines[e.id]), "description": said[e.id][0], "described_by": name}
+                    record = {**records[e.id], "description": said[e.id][0], "described_by": name}
                     good.append(json.dumps(record, ensure_ascii=False) + "\n")
             if rank == 0:
                 for path, texts in ((failed, bad), (out, good)):
@@ -132,6 +138,8 @@ def textualize(examples, lines, model, processor, out, *, prompts, grounding, ch
                         with open(path, "a", encoding="utf-8") as file:
                             file.write("".join(texts))
             bar.update(len(rows))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()                     # nobody reads the output before rank 0 has written the last chunk
     return counts
 
 
@@ -142,9 +150,13 @@ def check(examples, described, teacher, tokenizer, *, batch_size):
     """Teacher, greedy, on the questions of both lists -> {"described", "true", "nothing": {task: per cent, ..., "average"}, "questions": n}.
 
     examples: with the true descriptions, if there are any (else "true" is left out); described: the same ones with ours. "nothing" is what
-    guessing from question and choices gives: a description is worth what it adds to that."""
+    guessing from question and choices gives: a description is worth what it adds to that. Open questions, without choices, cannot be scored
+    and are left out. Raises data.DataError if there is no other."""
+    described = [e for e in described if e.choices]
     ids = {e.id for e in described}
     same = [e for e in examples if e.id in ids]
+    if not same:
+        raise data.DataError("no described example has choices, so nothing can be checked; give multiple choice questions")
     views = {"described": (described, "description"), "true": (same, "description"), "nothing": (same, None)}
     if not all(e.description for e in same):
         del views["true"]
@@ -241,12 +253,11 @@ def write_sheet(described, page, *, clips, seed):
             by_task.setdefault(example.task, []).append(example)
     items, key = [], {}
     for task, examples in by_task.items():
-        if len({e.description for e in examples}) < 2:
-            raise data.DataError(f"{examples[0].where}: the task {task} has a single description, so that there is no foil; describe more clips")
         chosen = rng.sample(examples, min(len(examples), clips))
         for n, example in enumerate(chosen):
-            foil = n < FOILS * len(chosen)
-            other = rng.choice([e for e in examples if e.description != example.description]) if foil else example
+            foil = n < round(FOILS * len(chosen))
+            strangers = [e for e in examples if e.description != example.description and e.audio != example.audio]
+            other = rng.choice(strangers) if foil and strangers else example
             sound = io.BytesIO()
             soundfile.write(sound, data.load_audio(example.audio, where=example.where).numpy(), data.SAMPLE_RATE, format="WAV")
             name = f"{rng.randrange(16 ** 8):08x}"                         # says nothing about what the item is
@@ -263,18 +274,21 @@ def write_sheet(described, page, *, clips, seed):
 
 
 def score_ratings(files, page):
-    """Saved answers -> {task: {category: {"description" and "foil": {verdict: count}}}}, over all raters.
+    """Saved answers -> {task: {category: {"description" and "foil": {item: [one verdict per rater]}}}}.
 
-    Raises data.DataError for a file that is no ratings, of another sheet, or with items, categories or verdicts that the sheet lacks."""
+    Raises data.DataError for a file that is no ratings, given twice, of another sheet, or with items, categories or verdicts the sheet lacks."""
     key = evaluate.read_json(key_path(page), "the key that was written beside the rating sheet")
-    counts = {task: {c: {kind: dict.fromkeys(VERDICTS, 0) for kind in ("description", "foil")} for c in categories}
-              for task, categories in CATEGORIES.items()}
+    found, raters = {task: {c: {"description": {}, "foil": {}} for c in categories} for task, categories in CATEGORIES.items()}, {}
     for file in files:
         ratings = evaluate.read_json(file, "the answers that the rating sheet saved")
         if not isinstance(ratings, dict) or not isinstance(ratings.get("answers"), dict):
             raise data.DataError(f"{file}: holds no answers; give the file that the rating sheet's button saved")
         if ratings.get("sheet") != key["sheet"]:
             raise data.DataError(f"{file}: rates the sheet {ratings.get('sheet')!r}, not {page} ({key['sheet']!r}); name the sheet that was rated")
+        rater = str(ratings.get("rater"))
+        if rater in raters:
+            raise data.DataError(f"{file}: is by {rater!r}, as is {raters[rater]}; give each rater's answers once")
+        raters[rater] = file
         for item, answer in ratings["answers"].items():
             if item not in key["items"]:
                 raise data.DataError(f"{file}: rates the item {item!r}, which {page} does not have; use the file as the page saved it")
@@ -287,23 +301,32 @@ def score_ratings(files, page):
                 if category not in CATEGORIES[known["task"]] or verdict not in VERDICTS:
                     raise data.DataError(f"{file}: the item {item!r} says {verdict!r} of {category!r}, which the page does not offer; use the "
                                          "file as the page saved it")
-                counts[known["task"]][category][kind][verdict] += 1
-    return counts
+                found[known["task"]][category][kind].setdefault(item, []).append(verdict)
+    return found
 
 
-def ratings_table(counts):
-    """score_ratings' counts as text: of what is in the clip, how much does the text keep, per cent with Wilson's 95 % interval?"""
-    lines = [f"{'':28}{'kept':>6}   95 % interval    kept or partly    in foils    verdicts"]
-    for task, categories in counts.items():
+def retention(items, wanted):
+    """{item: verdicts} -> (per cent of what is in the clip that has one of the `wanted` verdicts, its 95 % bootstrap interval, items counted).
+
+    Raters are averaged within an item, and items are drawn again, not verdicts: five raters of one clip are not five clips."""
+    heard = [[v for v in verdicts if v != VERDICTS[-1]] for verdicts in items.values()]
+    shares = np.array([sum(v in wanted for v in verdicts) / len(verdicts) for verdicts in heard if verdicts])
+    if not len(shares):
+        return None, [None, None], 0
+    draws = np.random.default_rng(0).choice(shares, (10_000, len(shares))).mean(1)
+    return 100 * shares.mean(), evaluate.percentiles(100 * draws), len(shares)
+
+
+def ratings_table(found):
+    """score_ratings' dict as text: of what is in the clip, how much does the text keep? Foils say what a generous rater would find anyway."""
+    lines = [f"{'':28}{'kept':>6}   95 % interval    kept or partly    kept in foils    clips"]
+    for task, categories in found.items():
         for category, kinds in categories.items():
-            shares = {kind: [n for verdict, n in verdicts.items() if verdict != VERDICTS[-1]] for kind, verdicts in kinds.items()}
-            total, foils = sum(shares["description"]), sum(shares["foil"])
-            if total:
-                kept, partly = shares["description"][:2]
-                low, high = evaluate.wilson(kept, total)
-                false = f"{100 * shares['foil'][0] / foils:8.0f} %" if foils else f"{'-':>10}"
-                lines.append(f"{task:8}{category:20}{100 * kept / total:4.0f} %   [{low:3.0f}, {high:3.0f}]  {100 * (kept + partly) / total:12.0f} % "
-                             f"{false}  {total + foils:10}")
+            kept, (low, high), clips = retention(kinds["description"], VERDICTS[:1])
+            if clips:
+                foil = retention(kinds["foil"], VERDICTS[:1])[0]
+                lines.append(f"{task:8}{category:20}{kept:4.0f} %   [{low:3.0f}, {high:3.0f}]  {retention(kinds['description'], VERDICTS[:2])[0]:12.0f} %"
+                             + (f"{foil:15.0f} %" if foil is not None else f"{'-':>17}") + f"{clips:9}")
     return "\n".join(lines) if len(lines) > 1 else "no item of a true description was rated yet"
 
 
@@ -329,6 +352,8 @@ def parse_flags(argv=None):
     parser.add_argument("--clips", type=int, default=10, help="clips of each task on the page; a third of them with another's description")
     parser.add_argument("--score-ratings", metavar="JSON", nargs="+", help="saved answers: what was kept? needs --rating-sheet, the page rated")
     args = parser.parse_args(argv)
+    if min(args.batch_size, args.clips, args.max_new_tokens) < 1:
+        parser.error("--batch-size, --clips and --max-new-tokens must be at least 1")
     if args.score_ratings and not args.rating_sheet:
         parser.error("--score-ratings needs --rating-sheet PAGE, the page that was rated: its key lies beside it")
     return args
@@ -349,19 +374,22 @@ def main(argv=None):
     if out.resolve().parent != source.resolve().parent or out.resolve() == source.resolve():
         raise data.DataError(f"{out}: must be another file in the folder of {source}, because audio paths are relative to it; change --out")
     examples = data.read_manifest(source, limit=args.limit)
-    seconds = data.check_audio(examples)
-    lines = {json.loads(line)["id"]: line for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+    records = [json.loads(line.decode("utf-8-sig")) for line in source.read_bytes().split(b"\n") if line.strip()]
+    records = {record["id"]: record for record in records}
 
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if {e.id for e in examples} - written(out, args.model) - written(out.with_suffix(".failed.jsonl"), args.model):
+    mini = Path(args.model).resolve() == (mini_world.MINI / "student").resolve()
+    grounding = args.grounding or ("none" if mini else "reasoning")
+    name, failed = f"{args.model}, grounding: {grounding}", out.with_suffix(".failed.jsonl")
+    if {e.id for e in examples} - written(out, name) - written(failed, name):
         model, processor = common.load_audio_model(args.model, dtype=half)
-        mini = Path(args.model).resolve() == (mini_world.MINI / "student").resolve()
-        grounding = args.grounding or ("none" if mini else "reasoning")
-        say(f"{len(examples):,} clips, {sum(seconds) / 3600:.2f} hours; {args.model} describes them on {device} x {world}, grounding: {grounding}")
-        counts = textualize(examples, lines, model.to(device), processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
-                            grounding=grounding, chunk=args.batch_size, max_new_tokens=args.max_new_tokens, rank=rank, name=args.model)
+        seconds = data.check_audio(examples, processor.feature_extractor.n_samples / data.SAMPLE_RATE)      # what the model hears at most
+        say(f"{len(examples):,} clips, {sum(seconds) / 3600:.2f} hours, described on {device} x {world} by {name}")
+        counts = textualize(examples, records, model.to(device), processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
+                            grounding=grounding, chunk=args.batch_size, max_new_tokens=args.max_new_tokens, rank=rank, name=name)
         del model
-        say("\n".join(f"{what}: {n}" for what, n in sorted(counts.items())) or "no description was empty, cut or repeated itself")
+        say("\n".join(f"tried again, {why}: {n}" for why, n in sorted(counts.items())) or "no description had to be tried again")
+    say(*say_failed(failed), sep="\n", end="\n" * failed.exists())
     ids = {e.id for e in examples}
     described = [e for e in data.read_manifest(out, require=("description",)) if e.id in ids]
     say(f"{out}: {len(described):,} described clips; train with --data {out}")
@@ -369,9 +397,10 @@ def main(argv=None):
         teacher, tokenizer = common.load_text_model(args.teacher, dtype=half)
         found = check(examples, described, teacher.to(device), tokenizer, batch_size=args.batch_size)
         tasks = list(found["nothing"])
-        say(f"\n{args.teacher} answers {found.pop('questions'):,} questions right, per cent, when it reads\n{'':12}" + "".join(f"{t:>10}" for t in tasks))
-        for name, row in found.items():
-            say(f"{name:12}" + "".join(f"{row[t]:10.1f}" for t in tasks))
+        say(f"\n{args.teacher} answers {found['questions']:,} questions right, per cent, when it reads\n{'':12}" + "".join(f"{t:>10}" for t in tasks))
+        for view in ("described", "true", "nothing"):
+            if view in found:
+                say(f"{view:12}" + "".join(f"{found[view][t]:10.1f}" for t in tasks))
         if rank == 0:
             common.write_json(out.with_suffix(".check.json"), found)
     if args.rating_sheet and rank == 0:

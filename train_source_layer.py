@@ -112,8 +112,8 @@ def parse_flags(argv=None):
         parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the paper's 1-in-7 write skip:7")
     if kind == "none" and not args.sft:
         parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
-    if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
-        parser.error("--corrupt-descriptions is a share between 0 and 1, --lower-lr and --tower-lr are factors of 0 or more")
+    if not 0 <= args.corrupt_descriptions <= (kind != "none") or min(args.lower_lr, args.tower_lr) < 0:
+        parser.error("--corrupt-descriptions is a share between 0 and 1 (0 with --text-kd none); --lower-lr and --tower-lr are 0 or more")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
@@ -287,8 +287,7 @@ def main(argv=None):
         f"parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
     say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
-    if pairs:
-        say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs))
+    say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
     out.mkdir(parents=True, exist_ok=True)
 
     def score(when):
@@ -331,6 +330,7 @@ def main(argv=None):
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
     usual_top = None
+    common.forget_peak_memory(device)
     try:
         for step in range(done, stop):
             clock, mine = time.time(), slice(rank * args.micro_batch * accumulation, (rank + 1) * args.micro_batch * accumulation)

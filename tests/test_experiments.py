@@ -15,7 +15,6 @@ from test_train_source_layer import write_world
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMITTED = [name for name in EXPERIMENTS if (ROOT / "figures" / f"{name}.json").exists()]
 
 
 def committed(name):
@@ -40,12 +39,64 @@ def test_every_row_trains(world, flags, tmp_path):
 
 
 def test_the_command_itself(tmp_path):
-    """Two rows side by side, with their look inside; and the tables from what is there (the dry run's few questions)."""
-    command = [sys.executable, "-W", "ignore", str(ROOT / "experiments.py"), "divergence", "--seeds", "0"]
-    subprocess.run([*command, "--dry-run"], check=True, capture_output=True, timeout=400, cwd=tmp_path)
+    """The rows that need something prepared (another acoustic teacher, textualize.py's descriptions) or looked at, as a user runs them."""
+    subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "experiments.py"), "divergence", "acoustic-teacher", "descriptions", "--seeds", "0",
+                    "--dry-run"], check=True, capture_output=True, timeout=600, cwd=tmp_path)
     runs = tmp_path / "runs" / "experiments-dry"
-    assert sorted(path.name for path in runs.iterdir()) == ["default-seed0", "divergence-kl-seed0"]
-    assert all((run / "layers.png").exists() and (run / "results.json").exists() for run in runs.iterdir())
+    folders = {path.name for path in runs.iterdir() if path.is_dir()}
+    assert {"default-seed0", "divergence-kl-seed0", "stronger", "acoustic-teacher-stronger-seed0", "data-described-eval-data-test-seed0"} <= folders
+    assert all((runs / name / "results.json").exists() for name in folders)
+    assert all((runs / name / "layers.png").exists() for name in ("default-seed0", "divergence-kl-seed0"))
+    config = json.loads((runs / "acoustic-teacher-stronger-seed0" / "config.json").read_text())
+    assert config["acoustic_teacher"].endswith("stronger/step-0000002") and config["dry_run"]
+
+
+def finished_run(folder, flags, seed, before, after):
+    """What a run leaves that the tables are made of."""
+    folder.mkdir(parents=True)
+    config = vars(train_source_layer.parse_flags([*flags.split(), "--seed", str(seed)]))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "seconds": i, "memory_gb": 1 + i, "acoustic": 0.5}) + "\n" for i in (1, 2, 3)))
+    (folder / "results.json").write_text(json.dumps({"before": before, "after": after, "minutes": 4.0}))
+
+
+@pytest.fixture
+def three_rows(tmp_path, monkeypatch):
+    """An experiment of two rows, run with one seed, in a folder of its own."""
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr(experiments, "world", lambda split, seed, dry_run: Path(f"{split}.jsonl"))
+    monkeypatch.setitem(EXPERIMENTS, "skip", {"asks": "?", "rows": {"one": "--text-kd skip:2", "two": "--text-kd top"}, "against": BASELINE,
+                                              "columns": ["drift", "seconds", "memory", "minutes"]})
+    for seed, flags in ((1, "--text-kd skip:2"), (2, "--text-kd top")):
+        finished_run(experiments.folder_of(flags, 0), flags, 0, fake_results(0), fake_results(seed))
+    return tmp_path
+
+
+def test_tables_are_made_of_what_runs_left(three_rows):
+    found = experiments.collect("skip", [0])
+    assert found["rows"][BASELINE]["runs"]["0"] == experiments.verdicts(fake_results(0))
+    one = found["rows"]["one"]["runs"]["0"]
+    assert {k: one[k] for k in ("aqa", "ser")} == experiments.verdicts(fake_results(1))
+    assert (one["drift"], one["seconds"], one["memory"], one["minutes"]) == (0.5, 2, 4, 4)
+    table = experiments.markdown("skip", found).splitlines()
+    points, (low, high) = experiments.difference(found["rows"]["two"], found["rows"][BASELINE], "ser")
+    assert len(table) == 5 and table[4].startswith("| two | ") and table[4].endswith("| 0.5000 | 2.00 | 4.00 | 4.0 | `--text-kd top` |")
+    assert f"| {experiments.accuracy(found['rows']['two']['runs']['0'], 'ser'):.1f} | {points:+.1f} [{low:+.1f}, {high:+.1f}] |" in table[4]
+
+
+def test_a_run_that_is_missing_or_was_another_one_is_refused(three_rows):
+    with pytest.raises(SystemExit, match="text-kd-skip-2-seed1 holds no finished run; leave --collect out"):
+        experiments.collect("skip", [0, 1])
+    path = experiments.folder_of("--text-kd top", 0) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_sft": 0.7}))
+    with pytest.raises(SystemExit, match="holds a run with alpha_sft 0.7, not 0.5: move it away"):
+        experiments.collect("skip", [0])
+
+
+def test_an_interrupted_run_stops_the_rest(three_rows, monkeypatch):
+    monkeypatch.setattr(experiments, "call", lambda *a: None)                                # as after Ctrl-C: it saves, and ends without an error
+    with pytest.raises(SystemExit, match="seed7 was interrupted; the same command goes on"):
+        experiments.run("--text-kd top", 7, threads=1, dry_run=False, look=False)
 
 
 def test_a_run_that_fails_is_named(tmp_path):
@@ -90,7 +141,7 @@ def test_seeds_are_pooled():
 
 # ------------------------------------------------------------- README says what was measured ---------------------------------------------
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_readme_shows_the_committed_table(name):
     for line in experiments.markdown(name, committed(name)).splitlines():
         assert line in README, f"README lacks a line of {name}: {line}"

@@ -103,13 +103,17 @@ def test_states_are_the_layers_that_lead_to_the_logits(world, models):
     examples = data.read_manifest(world)[:3]
     found = inside.states(student, processor, teacher, tokenizer, examples, batch_size=2)
     ids = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
+    said = {}
     for side, model, decoder, index in (("student", student, student.model.language_model, 0), ("teacher", teacher, teacher.model, 1)):
         assert sorted(found[side]) == list(range(1, len(decoder.layers) + 1))
         logits = model.lm_head(decoder.norm(found[side][len(decoder.layers)]))
-        torch.testing.assert_close(logits[:, ids[index]], found["logits"][index], atol=1e-4, rtol=1e-4)
+        said[side] = logits[:, ids[index]]
     labels = torch.cat([torch.tensor(data.encode_response(processor.tokenizer, data.response_text(e))) for e in examples])
     assert sum(found["rows"]) == len(labels)
-    best = ids[0][found["logits"][0].argmax(-1)]
+    best = ids[0][said["student"].argmax(-1)]
+    torch.testing.assert_close(found["jsd"], losses.token_divergence(said["student"], said["teacher"]), atol=1e-5, rtol=1e-3)
+    improbable = said["teacher"].softmax(-1) < inside.IMPROBABLE
+    torch.testing.assert_close(found["stray"], (said["student"].softmax(-1) * improbable).sum(-1), atol=1e-5, rtol=1e-3)
     assert (best == labels).float().mean() > 0.9                               # the positions are those that predict the response
 
 

@@ -64,7 +64,7 @@ def test_quoted_numbers_are_the_measured_ones():
 
 ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": set(), "speak": {"data", "common"}, "mini_world": {"data", "common", "speak"},
            "inside": {"data", "losses", "layer_map"}, "evaluate": {"data", "common", "layer_map", "inside"},
-           "textualize": {"data", "common", "mini_world", "evaluate"}, "experiments": {"common", "mini_world", "evaluate"},
+           "textualize": {"data", "common", "mini_world", "evaluate"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer"},
            "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate"}}
 
 

@@ -81,13 +81,13 @@ def test_descriptions_are_what_the_model_says_greedily(world, described):
     assert data.parse_response(text)["response"] == written[0].description
     assert sum(a.description == b.description for a, b in zip(truth, written)) >= 12        # 95 % of clips of this kind, measured
     line = json.loads(described.read_text().splitlines()[0])
-    assert line["described_by"].endswith("student") and line["audio_id"] == json.loads(world.read_text().splitlines()[0])["audio_id"]
+    assert line["described_by"].endswith("student, grounding: none") and line["audio_id"] == json.loads(world.read_text().splitlines()[0])["audio_id"]
 
 
 def test_killed_half_way_and_resumed_gives_the_same_file(world, described, tmp_path):
     path = copy_of(world, tmp_path / "w")
     out = path.with_name("world-described.jsonl")
-    command = [sys.executable, "-W", "ignore", str(ROOT / "textualize.py"), "--data", str(path), "--batch-size", "3"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "textualize.py"), "--data", str(path), "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
     while not (out.exists() and out.stat().st_size) and process.poll() is None and time.time() < deadline:
@@ -104,7 +104,7 @@ def test_killed_half_way_and_resumed_gives_the_same_file(world, described, tmp_p
 def test_two_ranks_write_what_one_writes(world, described, tmp_path):
     path = copy_of(world, tmp_path / "w")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617", str(ROOT / "textualize.py"),
-                    "--data", str(path), "--batch-size", "3"], check=True, capture_output=True, timeout=300)
+                    "--data", str(path), "--batch-size", "32", "--check"], check=True, capture_output=True, timeout=300)
     assert path.with_name("world-described.jsonl").read_text() == described.read_text()
 
 
@@ -133,20 +133,20 @@ def test_a_broken_description_is_retried_once_then_reported(world, tmp_path, mon
     assert [ids for ids, k in calls if k["temperature"] > 0] == [["train-music-00001", "train-music-00003", "train-music-00005"]]
     assert {k["max_new_tokens"] for _, k in calls} == {7, 14}
     said = capsys.readouterr().out
-    assert "retried: empty: 1" in said and "left out: repeats itself: 1" in said and "left out: cut at the token limit: 1" in said
+    assert "tried again, empty: 1" in said and "left out, repeats itself: 1" in said and "left out, cut at the token limit: 1" in said
     kept = [e.id for e in data.read_manifest(path.with_name("world-described.jsonl"))]
     assert len(kept) == 14 and "train-music-00001" in kept and "train-music-00003" not in kept
     failed = [json.loads(line) for line in path.with_name("world-described.failed.jsonl").open()]
     assert {(r["id"], r["fault"]) for r in failed} == {("train-music-00003", "repeats itself"), ("train-music-00005", "cut at the token limit")}
     calls.clear()
     textualize.main(["--data", str(path)])                                  # nothing is tried a third time
-    assert calls == []
+    assert calls == [] and "left out, repeats itself: 1" in capsys.readouterr().out          # but it is said again
 
 
 def test_an_output_by_another_model_or_of_another_kind_is_refused(world, described, tmp_path):
     path = copy_of(world, tmp_path / "w")
     shutil.copy(described, path.with_name("world-described.jsonl"))
-    with pytest.raises(data.DataError, match="holds descriptions by .*student, not somebody; give another --out"):
+    with pytest.raises(data.DataError, match="holds descriptions by .*student, grounding: none, not somebody, grounding: reasoning; give another --out"):
         textualize.main(["--data", str(path), "--model", "somebody"])
     with pytest.raises(data.DataError, match="is not what an earlier run of this command wrote"):
         textualize.main(["--data", str(path), "--out", str(shutil.copy(path, path.with_name("other.jsonl")))])
@@ -206,10 +206,10 @@ def sheet(described, tmp_path):
     return page, key, json.loads(re.search(r"const sheet = (.*?), place", page.read_text())[1].replace("\\u003c", "<"))
 
 
-def answers(sheet, key, choose, path):
+def answers(sheet, key, choose, path, rater="test"):
     """A rater: choose(item's key, category) -> verdict."""
     verdicts = {i["item"]: {"verdicts": {c: choose(key["items"][i["item"]], c) for c in i["categories"]}} for i in sheet["items"]}
-    path.write_text(json.dumps({"sheet": sheet["sheet"], "rater": "test", "answers": verdicts}))
+    path.write_text(json.dumps({"sheet": sheet["sheet"], "rater": rater, "answers": verdicts}))
     return path
 
 
@@ -232,15 +232,24 @@ def test_ratings_become_retention(sheet, tmp_path, capsys):
     page, key, shown = sheet
     honest = lambda known, category: ("lost" if known["id"] != known["description_of"] else "partly" if category == "tempo" else "kept")
     careless = lambda known, category: "kept"
-    one, two = answers(shown, key, honest, tmp_path / "1.json"), answers(shown, key, careless, tmp_path / "2.json")
-    counts = textualize.score_ratings([one, two], page)
-    assert counts["music"]["tempo"] == {"description": {"kept": 4, "partly": 4, "lost": 0, "not in the clip": 0},
-                                        "foil": {"kept": 2, "partly": 0, "lost": 2, "not in the clip": 0}}
-    assert sum(counts["speech"]["the words"]["description"].values()) == 0
+    one, two = answers(shown, key, honest, tmp_path / "1.json"), answers(shown, key, careless, tmp_path / "2.json", "another")
+    found = textualize.score_ratings([one, two], page)
+    tempo = found["music"]["tempo"]
+    assert sorted(map(sorted, tempo["description"].values())) == [["kept", "partly"]] * 4
+    assert sorted(map(sorted, tempo["foil"].values())) == [["kept", "lost"]] * 2
+    assert found["speech"]["the words"] == {"description": {}, "foil": {}}
     textualize.main(["--score-ratings", str(one), str(two), "--rating-sheet", str(page)])
     row = next(line for line in capsys.readouterr().out.splitlines() if "tempo" in line)
-    low, high = evaluate.wilson(4, 8)
-    assert "50 %" in row and "100 %" in row and f"[{low:3.0f}, {high:3.0f}]" in row
+    assert row.split()[2:] == "50 % [ 50, 50] 100 % 50 % 4".split()
+    with pytest.raises(data.DataError, match="is by 'test', as is .*1.json; give each rater's answers once"):
+        textualize.score_ratings([one, answers(shown, key, careless, tmp_path / "again.json", "test")], page)
+
+
+def test_retention_draws_clips_and_leaves_out_what_nobody_can_hear():
+    items = {"a": ["kept", "kept", "not in the clip"], "b": ["lost", "kept"], "c": ["not in the clip"], "d": ["partly"]}
+    share, (low, high), clips = textualize.retention(items, ["kept"])
+    assert share == pytest.approx(50) and clips == 3 and low == 0 and high == 100           # (1 + 1/2 + 0) / 3
+    assert textualize.retention({"c": ["not in the clip"]}, ["kept"])[0] is None
 
 
 @pytest.mark.parametrize("spoil, message", [
