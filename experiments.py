@@ -58,7 +58,7 @@ EXPERIMENTS = {
         "against": "0.5 (default)", "columns": ["drift"]},
     "alpha-layer": {
         "asks": "How much layer-wise distillation?",
-        "rows": {"0": "--alpha-layer 0", "0.05 (default)": "", "0.5": "--alpha-layer 0.5", "2": "--alpha-layer 2"},
+        "rows": {"0 (top-layer)": "--text-kd top", "0.05 (default)": "", "0.5": "--alpha-layer 0.5", "2": "--alpha-layer 2"},
         "against": "0.05 (default)", "columns": []},
     "skip": {
         "asks": "How many layers?",
@@ -74,11 +74,15 @@ EXPERIMENTS = {
                  "cosine, as strong": "--hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1",
                  "JSD, as strong": "--hidden-divergence jsd --alpha-ac 4 --alpha-layer 0.4"},
         "against": "mse", "columns": []},
+    "hidden-seeds": {
+        "asks": "mse or JSD between hidden states, at equal strength and with three seeds?",
+        "rows": {"mse": "", "JSD, as strong": "--hidden-divergence jsd --alpha-ac 4 --alpha-layer 0.4"},
+        "against": "mse", "columns": ["drift"]},
     "acoustic-teacher": {
         "asks": "Is a stronger acoustic teacher better than the snapshot? (This one also learnt from 4,000 more clips, emotion among them)",
         "rows": {"snapshot": "", "stronger": "--acoustic-teacher {stronger}"},
         "against": "snapshot", "columns": []},
-    "layers": {
+    "which-layers": {
         "asks": "Which layers carry the gain?",
         "rows": {"all 7": "", "1, 2": "--layers 1 2", "3, 4, 5": "--layers 3 4 5", "6, 7": "--layers 6 7", "none (top-layer)": "--text-kd top"},
         "against": "all 7", "columns": []},
