@@ -412,7 +412,7 @@ def plot_run(folder):
         values = [line[name] for line in log if name in line]
         if values:
             left.plot([line["step"] for line in log if name in line], np.maximum(values, 1e-6), label=name, linewidth=1.5)
-    left.set(xlabel="step", ylabel="loss term, unweighted (nats)", yscale="log", title="what the student learns from")
+    left.set(xlabel="step", ylabel="loss term, unweighted", yscale="log", title="what the student learns from")
     left.legend(frameon=False)
     bars = [(name, *((r["aqa"][name], r["aqa"]["intervals"][name]) for r in (results["before"], results["after"])))
             for name in (*TASKS, "average") if results["before"].get("aqa", {}).get(name) is not None]
