@@ -251,7 +251,8 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
 
     view="audio": the model hears; "text": it reads example.<words> instead, through `tokenizer` (default: the processor's own;
     for a text-only LLM pass its tokenizer as processor). with_end: pairs (str, did it end by itself?) instead. The checkpoint's own
-    sampling settings are put aside: what the arguments say is what happens. Under torch.distributed each rank takes its share, and every rank returns all outputs."""
+    sampling settings are put aside: what the arguments say is what happens. Under torch.distributed each rank takes its share, and every
+    rank returns all outputs."""
     tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
     audio_token = getattr(processor, "audio_token", None)
     vocabulary = tokenizer.get_vocab()

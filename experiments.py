@@ -11,8 +11,9 @@ and another order of training; the two pretrained models are the same. What has 
 rows that several tables share run once.
 
 An experiment leaves runs/experiments/NAME.json with every answer's verdict and, where a picture helps, NAME.png; with --publish both go to
-figures/, from where tests/test_experiments.py computes README's numbers again. Differences are paired, question by question, over all seeds together, with 95 % bootstrap
-intervals: they say how far the questions decide, not how far another three seeds might; so the seeds' own values stand beside them.
+figures/, from where tests/test_experiments.py computes README's numbers again. Differences are paired, question by question, over all seeds
+together, with 95 % bootstrap intervals: they say how far the questions decide, not how far another three seeds might; so the seeds' own values
+stand beside them.
 """
 import argparse
 import json
@@ -88,12 +89,13 @@ EXPERIMENTS = {
         "against": "all 7", "columns": []},
     "descriptions": {
         "asks": "How good must the descriptions be?",
-        "rows": {"true": "", "textualize.py's": "--data {described} --eval-data {test}", "a quarter of the words corrupted": "--corrupt-descriptions 0.25",
-                 "half": "--corrupt-descriptions 0.5", "all": "--corrupt-descriptions 1"},
+        "rows": {"true": "", "textualize.py's": "--data {described} --eval-data {test}",
+                 "a quarter of the words corrupted": "--corrupt-descriptions 0.25", "half": "--corrupt-descriptions 0.5", "all": "--corrupt-descriptions 1"},
         "against": "true", "columns": []},
     "keep": {
         "asks": "Can SER be kept without an acoustic teacher?",
-        "rows": {"with it (default)": "", "without": "--text-kd layer --no-acoustic-kd", "without, audio tower frozen": "--no-acoustic-kd --train decoder",
+        "rows": {"with it (default)": "", "without": "--text-kd layer --no-acoustic-kd",
+                 "without, audio tower frozen": "--no-acoustic-kd --train decoder",
                  "tower and lower half frozen": "--no-acoustic-kd --train decoder --lower-lr 0",
                  "tower frozen, lower half at a tenth of the rate": "--no-acoustic-kd --train decoder --lower-lr 0.1"},
         "against": "with it (default)", "columns": []},
