@@ -117,6 +117,15 @@ def test_faults(text, finished, why):
     assert textualize.fault(text, finished) == why
 
 
+def test_a_real_model_that_is_cut_is_seen_to_be(world):
+    model, processor = common.load_audio_model(mini_world.MINI / "student")
+    asked = [dataclasses.replace(e, question="Describe the audio.", choices=[]) for e in data.read_manifest(world)[:2]]
+    listen = lambda n: evaluate.generate(model, processor, asked, temperature=0, max_new_tokens=n, with_end=True, progress=False)
+    whole, cut = listen(60), listen(4)
+    assert [end for _, end in whole] == [True, True] and [end for _, end in cut] == [False, False]
+    assert all(long.startswith(short) and len(short) < len(long) for (long, _), (short, _) in zip(whole, cut))
+
+
 def test_a_broken_description_is_retried_once_then_reported(world, tmp_path, monkeypatch, capsys):
     path, calls = copy_of(world, tmp_path / "w"), []
 
