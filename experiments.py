@@ -54,13 +54,13 @@ EXPERIMENTS = {
         "against": BASELINE, "columns": ["minutes"]},
     "alpha-ac": {
         "asks": "How much acoustic distillation? Drift: the divergence of hidden states at audio tokens, mean of the last 20 steps",
-        "rows": {"0": "--alpha-ac 0", "0.01": "--alpha-ac 0.01", "0.05": "--alpha-ac 0.05", "0.1": "--alpha-ac 0.1", "0.5 (default)": "",
-                 "2": "--alpha-ac 2"},
-        "against": "0.5 (default)", "columns": ["drift"]},
+        "rows": {"0": "--alpha-ac 0", "0.01": "--alpha-ac 0.01", "0.05": "--alpha-ac 0.05", "0.1": "--alpha-ac 0.1", "0.5": "--alpha-ac 0.5",
+                 "4 (default)": "", "16": "--alpha-ac 16"},
+        "against": "4 (default)", "columns": ["drift"]},
     "alpha-layer": {
         "asks": "How much layer-wise distillation?",
-        "rows": {"0 (top-layer)": "--text-kd top", "0.05 (default)": "", "0.5": "--alpha-layer 0.5", "2": "--alpha-layer 2"},
-        "against": "0.05 (default)", "columns": []},
+        "rows": {"0 (top-layer)": "--text-kd top", "0.05": "--alpha-layer 0.05", "0.4 (default)": "", "4": "--alpha-layer 4", "16": "--alpha-layer 16"},
+        "against": "0.4 (default)", "columns": []},
     "skip": {
         "asks": "How many layers?",
         "rows": {"every layer": "", "1 in 2": "--text-kd skip:2", "1 in 3": "--text-kd skip:3", "1 in 7": "--text-kd skip:7"},
@@ -71,14 +71,14 @@ EXPERIMENTS = {
         "against": "JSD", "columns": ["stray"]},
     "hidden": {
         "asks": "Which divergence between hidden states? (A small difference of mean square e costs e in mse, e/2 in cosine, e/8 in JSD)",
-        "rows": {"mse": "", "cosine": "--hidden-divergence cosine", "JSD": "--hidden-divergence jsd", "JSD, raw": "--hidden-divergence raw-jsd",
-                 "cosine, as strong": "--hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1",
-                 "JSD, as strong": "--hidden-divergence jsd --alpha-ac 4 --alpha-layer 0.4"},
-        "against": "mse", "columns": []},
+        "rows": {"JSD": "", "JSD, raw": "--hidden-divergence raw-jsd", "mse": "--hidden-divergence mse", "cosine": "--hidden-divergence cosine",
+                 "mse, as strong": "--hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05",
+                 "cosine, as strong": "--hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1"},
+        "against": "JSD", "columns": []},
     "hidden-seeds": {
-        "asks": "mse or JSD between hidden states, at equal strength and with three seeds?",
-        "rows": {"mse": "", "JSD, as strong": "--hidden-divergence jsd --alpha-ac 4 --alpha-layer 0.4"},
-        "against": "mse", "columns": ["drift"]},
+        "asks": "JSD or mse between hidden states, at equal strength and with three seeds?",
+        "rows": {"JSD": "", "mse, as strong": "--hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05"},
+        "against": "JSD", "columns": ["drift"]},
     "acoustic-teacher": {
         "asks": "Is a stronger acoustic teacher better than the snapshot? (This one also learnt from 4,000 more clips, emotion among them)",
         "rows": {"snapshot": "", "stronger": "--acoustic-teacher {stronger}"},
