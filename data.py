@@ -67,6 +67,7 @@ class Example:
     speaker: str | None = None
     split: str | None = None
     where: str = ""                     # "manifest.jsonl:12", for messages
+    kind: str | None = None             # MMAU's "sub-category": the audio-text gap is reported by it
 
 
 def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> list[Example]:
@@ -135,7 +136,8 @@ def _parse(line: bytes, where: str, folders: list[Path]) -> Example:
         reasoning = {stage: text(stage, reasoning) for stage in STAGES}
     example = Example(
         text("id"), _inside(text("audio"), folders, where), text("question", blank=True), choices, text("answer"), text("task"), reasoning,
-        *(text(name, optional=True, blank=True) for name in ("description", "transcript", "speaker", "split")), where)
+        *(text(name, optional=True, blank=True) for name in ("description", "transcript", "speaker", "split")), where,
+        text("sub-category", optional=True, blank=True))
     for part in (example.answer, *(example.reasoning or {}).values()):
         if tag := re.search(TAG, part, re.IGNORECASE):
             raise DataError(f"{where}: the text {part[:60]!r} contains the tag {tag[0]}, which marks the response's parts; remove the tag")
@@ -275,6 +277,14 @@ def turn_end_id(tokenizer) -> int:
     return ids[0]
 
 
+def control_ids(tokenizer, size, *, keep=()) -> list[int]:
+    """What a model of `size` output rows must never say: special tokens (placeholders, turn marks) but those in `keep`, and rows that are no
+    token at all. A sampled audio placeholder would ask the next forward for audio that is not there."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unused = set(range(size)) - set(tokenizer.get_vocab().values())
+    return sorted((special | unused) - set(keep))
+
+
 def encode_response(tokenizer, text: str) -> list[int]:
     """Ids of the response with the turn's end token, which is trained like any other: without it a model never learns to stop."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [turn_end_id(tokenizer)]
@@ -386,8 +396,34 @@ def _view(prompts, responses, tokenizer, *, audio_id=None, extra={}) -> View:
     return View({**inputs, **extra}, torch.tensor(predict, dtype=torch.int64), torch.tensor(audio, dtype=torch.int64))
 
 
+@dataclass
+class Prompts:
+    """Both views' prompts of some examples, encoded once: responses are appended to them, the reference's (collate) or sampled ones (CORD)."""
+    examples: list[Example]
+    audio: list[list[int]]              # ids of each audio prompt, placeholders included
+    text: list[list[int]]               # ids of each text prompt, in the text view's vocabulary
+    features: dict[str, torch.Tensor]   # what the audio tower takes, one row per example
+
+
+def encode_prompts(examples, processor, tokenizer, *, words, max_seconds=None) -> Prompts:
+    """Examples -> Prompts, reading the audio files; arguments as in collate. Raises DataError."""
+    audio, features = _audio_prompts(examples, processor, max_seconds)
+    return Prompts(list(examples), audio, _text_prompts(examples, processor, tokenizer, words), features)
+
+
+def audio_view(prompts: Prompts, rows, responses, processor) -> View:
+    """Response i (list of ids) behind the audio prompt of example rows[i], and with that example's sound: several responses may share one."""
+    features = {name: tensor[torch.as_tensor(rows)] for name, tensor in prompts.features.items()}
+    return _view([prompts.audio[row] for row in rows], responses, processor.tokenizer, audio_id=_audio_id(processor), extra=features)
+
+
+def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
+    """The same behind the text prompts; the responses in the text view's vocabulary."""
+    return _view([prompts.text[row] for row in rows], responses, tokenizer)
+
+
 def collate(examples, processor, tokenizer, *, words="description", student_to_teacher=None, max_seconds=None) -> Batch:
-    """Examples -> Batch, reading the audio files.
+    """Examples -> Batch with their reference responses, reading the audio files.
 
     processor: the student's. tokenizer: the text view's (the text teacher's in paper A, the student's own in CORD). words: the field that
     holds words for the audio, "description" (A) or "transcript" (CORD). student_to_teacher: [student vocabulary] int64, the teacher's id of
@@ -411,22 +447,26 @@ def collate(examples, processor, tokenizer, *, words="description", student_to_t
         raise DataError(f"the text view's tokenizer ({tokenizer.name_or_path or 'unnamed'}) closes turns with another token than the "
                         "student's; choose a teacher with the student's chat format")
 
-    audio_prompts, features = _audio_prompts(examples, processor, max_seconds)
-    return Batch(audio=_view(audio_prompts, responses, processor.tokenizer, audio_id=audio_id, extra=features),
-                 text=_view(_text_prompts(examples, processor, tokenizer, words), teacher_responses, tokenizer),
+    prompts, rows = encode_prompts(examples, processor, tokenizer, words=words, max_seconds=max_seconds), range(len(examples))
+    return Batch(audio=audio_view(prompts, rows, responses, processor), text=text_view(prompts, rows, teacher_responses, tokenizer),
                  labels=torch.tensor([token for response in responses for token in response]),
                  ids=[example.id for example in examples], examples=list(examples))
 
 
+def pad_left(prompts, tokenizer) -> dict[str, torch.Tensor]:
+    """Lists of ids -> {"input_ids", "attention_mask"} [batch, seq] for generation: every row's first new token follows its last prompt token."""
+    return _pad(prompts, tokenizer, "left")
+
+
 def prompt_batch(examples, processor, *, view="audio", tokenizer=None, words=None, max_seconds=None) -> dict[str, torch.Tensor]:
-    """Inputs for model.generate: prompts only, LEFT padded, so that every row's first new token follows its last prompt token.
+    """Inputs for model.generate: prompts only, left padded.
 
     view "text": tokenizer (default: the student's) and the field of `words`; without words the question alone."""
     if view == "audio":
         prompts, features = _audio_prompts(examples, processor, max_seconds)
-        return {**_pad(prompts, processor.tokenizer, "left"), **features}
+        return {**pad_left(prompts, processor.tokenizer), **features}
     tokenizer = tokenizer or processor.tokenizer
-    return _pad(_text_prompts(examples, processor, tokenizer, words), tokenizer, "left")
+    return pad_left(_text_prompts(examples, processor, tokenizer, words), tokenizer)
 
 
 def audio_prefix(view: View) -> View:

@@ -24,85 +24,23 @@ Where this departs from the papers and from MMAU's own script:
 import argparse
 import json
 import re
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
-from transformers import GenerationConfig
 
 import data
+import judge
+from judge import extract_choice
+from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's tasks: what is scored as multiple choice
 SER_TASK = "emotion"                    # the task name of emotion recognition in a manifest
 NO_ANSWER = "no answer"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. What did the model choose?
-
-TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)                    # the stages' tags and control tokens
-STATEMENT = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,40}?(?:\bis\b|[:=])(?=\W*?((?:[(\[-]\s*)?\w.*))", re.I)
-SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?]\s|\n")                 # but the full stop of "B. gold" ends no sentence
-LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]]|[.:](?=\s|$)|\s+[-–—]\s|$)", re.I)     # "B", "(B)", "B.", "b) gold", "B - gold"
-NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Z])\b")           # "... is (B)", "option B"
-BARE_LETTER = re.compile(r"([A-Z])\s")                                  # "B because ..."
-
-
-def final_answer(output_text):
-    """The part of a four-stage answer that is meant to be scored, without tags: <RESPONSE>, closed or not; without one, what
-    follows </THINK>; of a trace that never ended, only its last "the answer is ..."; of plain text, everything."""
-    text = re.split("</THINK>", output_text, maxsplit=1, flags=re.I)[-1]
-    response = data.parse_response(text)["response"]
-    if response is not None:
-        text = response
-    elif re.search("<THINK>", text, re.I):
-        text = (STATEMENT.findall(text) or [""])[-1]
-    return TAGS.sub(" ", text)
-
-
-def plain(text):
-    """One line, without quotes, markdown stars and closing punctuation."""
-    return " ".join(re.sub(r"[*\"“”`]", "", text).split()).strip(" .,;!")
-
-
-def named_choice(text, choices):
-    """The one choice that `text` names by its words or its letter. None when it names none, or several: letter and words that
-    contradict each other are not an answer."""
-    heads = {plain(text).casefold(), plain(SENTENCE_END.split(text.strip(), maxsplit=1)[0]).casefold()}      # all of it; its first sentence
-    by_words, rest = set(), plain(text)
-    # Longest first, and what was found is cut out: "white gold" does not also name "gold", the letter in "B minor" not option B.
-    for choice in sorted(filter(None, map(plain, choices)), key=len, reverse=True):
-        if choice.casefold() in heads:
-            return next(c for c in choices if plain(c) == choice)
-        words = r"(?<![\w-])(?<!\d[.,])(?<!\bnot )(?<!\bno )" + re.escape(choice) + r"(?![\w#]|[.,-]\d|-\w)"
-        rest, found = re.subn(words, "\0", rest, flags=re.I if len(choice) > 1 else 0)     # "a dog" does not name the note A
-        if found:
-            by_words.add(choice.casefold())
-    letters = {a or b for a, b in NAMED_LETTER.findall(rest)}
-    if lead := LEADING_LETTER.match(rest):
-        letters.add(lead[1].upper())
-    elif (bare := BARE_LETTER.match(rest)) and not (bare[1] == "A" and by_words):      # "A dog barks": an article, not option A
-        letters |= {bare[1], *re.findall(r"\b[B-Z]\b", rest)}             # "A and B" is two
-    by_letter = {plain(choices[i]).casefold() for i in range(len(choices)) if chr(ord("A") + i) in letters}
-    named = by_words | by_letter
-    return next(c for c in choices if plain(c).casefold() in named) if len(named) == 1 else None
-
-
-def extract_choice(output_text, choices):
-    """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`, or None; never a guess.
-
-    The last "the answer is ..." counts before the rest of the answer, and its first sentence before the rest of its line."""
-    answer = final_answer(output_text)
-    statement = (STATEMENT.findall(answer) or [""])[-1]
-    return (named_choice(SENTENCE_END.split(statement, maxsplit=1)[0], choices) or named_choice(statement, choices)
-            or named_choice(answer, choices))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Was it right?
+# 1. Was it right?
 
 def tokens(text):
     return set(re.findall(r"\b\w+\b", text.lower()))
@@ -181,7 +119,7 @@ def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. How sure are we?
+# 2. How sure are we?
 
 def percentiles(draws):
     return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
@@ -220,84 +158,7 @@ def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Making the model talk
-
-def chooser(ids, prompt_length, banned, *, max_new_tokens, temperature, top_k, top_p, seed):
-    """The whole decoding rule as one logits processor: it leaves one token possible, so that generate's argmax takes it.
-
-    ids: names of the batch's rows. The number that decides row r's token at position t depends on (seed, ids[r], t) alone:
-    not on the batch around it, the rank, or what was sampled before. temperature 0: the most probable token."""
-    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
-                           for name in ids])                              # [batch, max_new_tokens]
-
-    def choose(input_ids, scores):                                        # [batch, prompt + t], [batch, vocab]
-        scores = scores.float().index_fill(1, torch.tensor(banned, dtype=torch.long, device=scores.device), -torch.inf)
-        if temperature == 0:
-            return scores
-        logits, candidates = (scores / temperature).topk(min(top_k or scores.shape[1], scores.shape[1]))     # [batch, k], best first
-        p = logits.softmax(-1)
-        p = p * (p.cumsum(-1) - p < top_p)                                # a token stays while those before it hold less than top_p
-        u = uniform[:, input_ids.shape[1] - prompt_length, None].to(p.device) * p.sum(-1, keepdim=True)       # [batch, 1]
-        pick = (p.cumsum(-1) <= u).sum(-1, keepdim=True).minimum((p > 0).sum(-1, keepdim=True) - 1)          # inverse of the cumulative sum
-        return torch.full_like(scores, -torch.inf).scatter(1, candidates.gather(1, pick), 0.0)
-
-    return choose
-
-
-@torch.no_grad()
-def generate(model, processor, examples, *, view="audio", tokenizer=None, words=None, batch_size=16, max_new_tokens=512,
-             temperature=0.6, top_k=5, top_p=0.5, seed=0, progress=True, with_end=False):
-    """What the model says to each example: a list of str in the order of `examples` (list of data.Example), tags included.
-
-    view="audio": the model hears; "text": it reads example.<words> instead, through `tokenizer` (default: the processor's own;
-    for a text-only LLM pass its tokenizer as processor). with_end: pairs (str, did it end by itself?) instead. The checkpoint's own
-    sampling settings are put aside: what the arguments say is what happens. Under torch.distributed each rank takes its share, and every
-    rank returns all outputs."""
-    tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
-    audio_token = getattr(processor, "audio_token", None)
-    vocabulary = tokenizer.get_vocab()
-    banned = [vocabulary[audio_token]] if audio_token in vocabulary else []               # it stands for sound; nobody can say it
-    stop = sorted({data.turn_end_id(tokenizer), tokenizer.eos_token_id} - {None})          # base models close with <|endoftext|>
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-    mine = list(range(rank, len(examples), world))
-    # The rows of a batch should be about as long: in tokens, roughly, 25 a second of audio and one for 4 characters of text.
-    lengths = {i: len(examples[i].question + (getattr(examples[i], words) or "" if words else "")) / 4 for i in mine}
-    if view == "audio":
-        lengths = {i: lengths[i] + 25 * s for i, s in zip(mine, data.check_audio([examples[i] for i in mine]))}
-    mine.sort(key=lengths.get, reverse=True)                              # longest first: out of memory shows at once, not at the end
-    # generate() fills what it is not told from model.generation_config (repetition_penalty, top_p, ...): lend it an empty one.
-    settings, training = model.generation_config, [module for module in model.modules() if module.training]
-    model.generation_config = GenerationConfig()
-    model.eval()
-    said = {}
-    try:
-        for start in tqdm(range(0, len(mine), batch_size), desc="answers", disable=not progress or rank > 0, leave=False):
-            rows = mine[start:start + batch_size]
-            inputs = data.prompt_batch([examples[i] for i in rows], processor, view=view, tokenizer=tokenizer, words=words)
-            inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-            prompt_length = inputs["input_ids"].shape[1]
-            choose = chooser([examples[i].id for i in rows], prompt_length, banned, max_new_tokens=max_new_tokens,
-                             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop,
-                                    pad_token_id=stop[0], logits_processor=[choose])       # [batch, prompt + new], left padded
-            for i, row in zip(rows, output[:, prompt_length:].tolist()):
-                end = next((k for k, token in enumerate(row) if token in stop), len(row))
-                text = tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)
-                said[i] = (text, end < len(row)) if with_end else text
-    finally:
-        model.generation_config = settings
-        for module in training:
-            module.training = True
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, said)
-        said = {i: text for share in shares for i, text in share.items()}
-    return [said[i] for i in range(len(examples))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. All of it together
+# 3. All of it together
 
 def score(examples, outputs):
     """Multiple choice and emotion examples, and what was said: {"aqa": score_mmau's dict, "ser": score_ser's and "correct":
@@ -385,6 +246,74 @@ def report_change(before, after):
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The audio-text gap (paper B): the same questions, heard and read
+
+def spoken(examples):
+    """The examples that can be asked in both views: those with a transcript, but for emotion, which no transcript holds."""
+    return [e for e in examples if e.transcript and e.task != SER_TASK]
+
+
+def gap_of(text, audio):
+    """{id: right?} of both views -> accuracies in per cent, their gap in points, and 95 % intervals (Wilson's; the gap's paired)."""
+    (n, t, a), (_, gap) = (len(text), sum(text.values()), sum(audio.values())), paired_bootstrap([*text.values()], [audio[i] for i in text])
+    return {"text_accuracy": 100 * t / n, "audio_accuracy": 100 * a / n, "gap": 100 * (t - a) / n, "questions": n,
+            "intervals": {"text": wilson(t, n), "audio": wilson(a, n), "gap": gap}}
+
+
+def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.0, **decoding):
+    """Ask every spoken question twice, as audio and as text; greedy by default. elsewhere: also score what only audio can ask (Table 2).
+
+    Returns gap_of's dict; "kinds": the same for each kind of question; "correct": {"text", "audio"} -> id -> bool; "elsewhere":
+    evaluate_model's dict on the other examples, if there are any; "samples": list of dicts. Raises data.DataError without a spoken question."""
+    asked, samples, correct = spoken(examples), [], {"text": {}, "audio": {}}
+    if not asked:
+        raise data.DataError("no example has a transcript, so the audio-text gap cannot be measured; add transcripts to the manifest")
+    for view, words in ("text", "transcript"), ("audio", None):
+        said = generate(model, processor, asked, view=view, words=words, temperature=temperature, **decoding)
+        for e, output in zip(asked, said):
+            correct[view][e.id] = judge.agree(output, e.answer, e.choices)
+            samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": e.choices, "answer": e.answer,
+                            "kind": e.kind or e.task, "model_output": output, "correct": correct[view][e.id]})
+    kinds = {kind: [e.id for e in asked if (e.kind or e.task) == kind] for kind in sorted({e.kind or e.task for e in asked})}
+    results = {**gap_of(*correct.values()), "correct": correct, "samples": samples,
+               "kinds": {kind: gap_of(*({i: right[i] for i in ids} for right in correct.values())) for kind, ids in kinds.items()}}
+    rest = [e for e in examples if e not in asked]
+    if elsewhere and rest:
+        found = evaluate_model(model, processor, rest, temperature=temperature, **decoding)
+        results["samples"] += [{"view": "audio", **s} for s in found.pop("samples")]
+        results["elsewhere"] = found
+    return results
+
+
+def gap_reduction(before, after):
+    """(audio after - audio before) / (text before - audio before), per cent; None where there was no gap. Text AFTER has no part in it, so that
+    a model whose text view rots cannot look good."""
+    gap = before["text_accuracy"] - before["audio_accuracy"]
+    return 100 * (after["audio_accuracy"] - before["audio_accuracy"]) / gap if gap > 0 else None
+
+
+def report_gap(results, before=None):
+    """The gap as a table, by kind of question; with `before` (another such dict) also its reduction and paired differences."""
+    lines = [f"{'':14}{'text':>8}{'audio':>8}{'gap':>8}   95 % interval of the gap" + "   reduction" * bool(before)]
+    for name, row in [*results["kinds"].items(), ("together", results)]:
+        low, high = row["intervals"]["gap"]
+        was = before and (before if name == "together" else before["kinds"].get(name))
+        share = gap_reduction(was, row) if was else None
+        lines.append(f"{name:14}{row['text_accuracy']:8.1f}{row['audio_accuracy']:8.1f}{row['gap']:8.1f}   [{low:+.1f}, {high:+.1f}]"
+                     + (f"{share:18.1f} %" if share is not None else ""))
+    if before:
+        for view in ("text", "audio"):
+            mine, theirs = results["correct"][view], before["correct"][view]
+            if shared := [i for i in mine if i in theirs]:
+                points, (low, high) = paired_bootstrap([mine[i] for i in shared], [theirs[i] for i in shared])
+                lines.append(f"{view:6}{before[f'{view}_accuracy']:7.1f} -> {results[f'{view}_accuracy']:.1f}   {points:+.1f} points, paired "
+                             f"[{low:+.1f}, {high:+.1f}], {len(shared)} questions")
+        if "elsewhere" in results and "elsewhere" in before:
+            lines += ["elsewhere (heard only):", report_change(before["elsewhere"], results["elsewhere"])]
+    return "\n".join(lines)
+
+
 def name_failures(before, after):
     """Two evaluations of one run -> a sentence for each known failure signature that they show (README, Troubleshooting)."""
     said = []
@@ -436,6 +365,41 @@ def plot_run(folder):
     plt.close(figure)
 
 
+def plot_cord(folder):
+    """A CORD run's folder (log.jsonl, before, step-N and after.json) -> run.png: both views' accuracy over the steps, and what drove them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder = Path(folder)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    points = [(0, "before")] + [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")] + [(log[-1]["step"], "after")]
+    scores = [(step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for view, colour in (("text", "#d98c3f"), ("audio", "#2f5d9b")):
+        values = [found[f"{view}_accuracy"] for _, found in scores]
+        low, high = zip(*(found["intervals"][view] for _, found in scores))
+        left.plot([step for step, _ in scores], values, "-o", color=colour, label=f"{view} view")
+        left.fill_between([step for step, _ in scores], low, high, color=colour, alpha=0.15, linewidth=0)
+    left.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title="the same questions, read and heard")
+    left.legend(frameon=False, loc="lower right")
+    lines = []
+    for name, label, axis, colour in (("kl", "KL per token (nats)", right, "#2f5d9b"), ("reward", "reward, mean of the groups", right.twinx(), "#b04a5a")):
+        if values := [(line["step"], line[name]) for line in log if name in line]:
+            steps, raw = zip(*values)
+            width = max(1, len(raw) // 20)
+            smooth = np.convolve(np.pad(raw, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+            axis.plot(steps, raw, color=colour, alpha=0.25, linewidth=0.8)
+            lines += axis.plot(steps, smooth, color=colour, label=label)
+        axis.set_ylabel(label, color=colour)
+        axis.set_ylim(bottom=0)
+    right.set(xlabel="step", title="what the student learns from")
+    left.spines[["top", "right"]].set_visible(False)
+    right.spines["top"].set_visible(False)
+    figure.savefig(folder / "run.png", dpi=130)
+    plt.close(figure)
+
+
 def read_json(path, kind):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -470,11 +434,12 @@ def read_predictions(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["mmau", "aqa", "ser", "both", "layers", "features"],
-                        help="mmau: score a file of predictions; aqa, ser, both: run a model, on multiple choice, emotions or both; layers, "
-                             "features: look inside a student and its teacher (inside.py)")
+    parser.add_argument("--task", required=True, choices=["mmau", "aqa", "ser", "both", "gap", "layers", "features", "kl"],
+                        help="mmau: score a file of predictions; aqa, ser, both: run a model, on multiple choice, emotions or both; gap: the same "
+                             "questions heard and read; layers, features, kl: look inside a student and its teacher (inside.py)")
     parser.add_argument("--out", help="mmau: the file for results.json; otherwise a folder (default runs/evaluate)")
     parser.add_argument("--compare", metavar="RESULTS", help="another run's results.json: print how far this run is from it, paired")
+    parser.add_argument("--baseline", metavar="RESULTS", help="gap: the results.json of the model before training: print the gap's reduction")
     # what is scored
     parser.add_argument("--predictions", metavar="FILE", help="mmau: JSON list of MMAU's records, with the output under model_output")
     parser.add_argument("--model", metavar="DIR", help="an audio language model: a folder or a name on the hub")
@@ -483,7 +448,7 @@ def main():
     parser.add_argument("--split", help="only the manifest's examples of this split")
     parser.add_argument("--limit", type=int, help="only the first N examples; layers, features: N of them, spread over the file")
     # how the model talks
-    parser.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6")
+    parser.add_argument("--temperature", type=float, help="default: 0.6 (paper A); gap: 0, the most probable token")
     parser.add_argument("--top-k", type=int, default=5, help="paper: 5; 0: all tokens")
     parser.add_argument("--top-p", type=float, default=0.5, help="paper: 0.5; 1: all of the probability")
     parser.add_argument("--greedy", action="store_true", help="the most probable token, always")
@@ -494,10 +459,10 @@ def main():
     for flag in ["predictions"] if args.task == "mmau" else ["model", "data"]:
         if not getattr(args, flag):
             parser.error(f"--task {args.task} needs --{flag}")
-    if args.greedy:
-        args.temperature = 0.0
+    if args.greedy or args.temperature is None:
+        args.temperature = 0.0 if args.greedy or args.task == "gap" else 0.6
     try:
-        look_inside(args) if args.task in ("layers", "features") else run(args)
+        {"layers": look_inside, "features": look_inside, "gap": run_gap, "kl": run_kl}.get(args.task, run)(args)
     except data.DataError as error:
         raise SystemExit(f"evaluate.py: {error}") from None
 
@@ -549,6 +514,67 @@ def look_inside(args):
     print(*(inside.features_lines if args.task == "features" else inside.layers_lines)(report_), sep="\n")
     common.write_json(out / f"{args.task}.json", report_)
     print(f"{out}: {args.task}.json, {args.task}.png")
+
+
+def run_gap(args):
+    """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone."""
+    from common import load_audio_model, write_json
+    baseline = read_json(args.baseline, "the results.json of a gap evaluation or of a CORD run") if args.baseline else {}
+    baseline = baseline.get("before", baseline) if isinstance(baseline, dict) else {}     # a training run holds "before" and "after"
+    if args.baseline and "text_accuracy" not in baseline:
+        raise data.DataError(f"{args.baseline}: holds no gap; give a results.json that --task gap or train_cord.py wrote")
+    gpu = torch.cuda.is_available()
+    sets = [(Path(file).stem, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for file in args.data]
+    if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
+        raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
+    model, processor = load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
+    model.to("cuda" if gpu else "cpu")
+    out = Path(args.out or "runs/evaluate")
+    out.mkdir(parents=True, exist_ok=True)
+    found, samples = {}, []
+    for name, examples in sets:
+        found[name] = evaluate_views(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+                                     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+        samples += [{"set": name, **s} for s in found[name].pop("samples")]
+        before = baseline if name == sets[0][0] else baseline.get("splits", {}).get(name)
+        if before:
+            found[name]["gap_reduction_percent"] = gap_reduction(before, found[name])
+        print(f"-- {name}\n{report_gap(found[name], before)}")
+    first = found.pop(sets[0][0])
+    (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
+
+
+def run_kl(args):
+    """--task kl: the spread of D_t over rollouts, as JSON, a PNG and a few lines. A checkpoint's run names the student that it started from, which
+    is the teacher before and after training."""
+    import common
+    import inside
+
+    model = Path(args.model)
+    settings = read_json(model.parent / "config.json", "a run's flags") if (model / "state.pt").exists() else {}
+    if len(args.data) > 1:
+        raise data.DataError(f"{args.data[1]}: --task kl looks at one manifest; give the first alone")
+    examples = spoken(data.read_manifest(args.data[0], split=args.split))[:args.limit or 200]
+    if not examples:
+        raise data.DataError(f"{args.data[0]}: has no example with a transcript, so no text view can be compared; add transcripts")
+    gpu = torch.cuda.is_available()
+
+    def load(name):
+        student, processor = common.load_audio_model(str(name), dtype=torch.bfloat16 if gpu else torch.float32)
+        return student.to("cuda" if gpu else "cpu"), processor
+
+    teacher, processor = load(settings.get("student", model))
+    reports = {}
+    for when, student in [("before", teacher)] + [("after", load(model)[0])] * bool(settings):
+        pairs = inside.divergences(student, processor, teacher, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed)
+        reports[when] = inside.kl_report(pairs, processor.tokenizer)
+    out = Path(args.out or "runs/evaluate")
+    out.mkdir(parents=True, exist_ok=True)
+    common.write_json(out / "kl.json", reports)
+    inside.plot_kl(reports, out / "kl.png")
+    print(*inside.kl_lines(reports), sep="\n")
+    print(f"{out}: kl.json, kl.png")
 
 
 def run(args):

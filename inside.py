@@ -11,13 +11,21 @@ Three questions about paper A that its tables do not answer, asked of two models
 
     python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl      # 1 and 2, before and after training
     python evaluate.py --task features --model mini/student --teacher mini/teacher --data test.jsonl     # 3
+
+And one about CORD (the paper's Figure 3): where along a rollout, and on which tokens, do hearing and reading part ways?
+
+    python evaluate.py --task kl --model runs/cord/step-0000125 --data test.jsonl                  # before and after training
 """
+import math
+
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 import data
 import layer_map
 import losses
+import rollout
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
 MOST_TOKENS = 2000          # CKA compares every two tokens: 32 MB a layer
@@ -256,5 +264,92 @@ def plot_features(report, path):
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="share of L_layer's gradient, cumulative")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 5. CORD: where do hearing and reading part ways?
+
+@torch.no_grad()
+def divergences(student, processor, teacher, examples, *, batch_size=32, max_new_tokens=200, seed=0):
+    """One rollout at temperature 1 to each example's audio -> [(its token ids, D_t of each against what `teacher` says reading the transcript)]."""
+    banned, pairs = torch.tensor(rollout.banned_ids(student, processor), device=student.device), []
+    for start in range(0, len(examples), batch_size):
+        prompts = data.encode_prompts(examples[start:start + batch_size], processor, processor.tokenizer, words="transcript")
+        said = [r.ids for r in rollout.roll_out(student, processor, prompts, [(1.0, True, False)], key=f"{seed} kl", max_new_tokens=max_new_tokens)]
+        logits = []
+        for model, view in ((student, data.audio_view(prompts, range(len(said)), said, processor)),
+                            (teacher, data.text_view(prompts, range(len(said)), said, processor.tokenizer))):
+            view = view.to(model.device)
+            inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
+            last = model.model(**inputs, use_cache=False).last_hidden_state                      # [rollouts, seq, hidden]
+            logits.append(model.lm_head(last.flatten(0, 1)[view.predict_positions]).index_fill(-1, banned, losses.FLOOR))
+        kl = losses.token_divergence(*logits, beta=1).split([len(ids) for ids in said])          # D_t [tokens]
+        pairs += [(ids, row.tolist()) for ids, row in zip(said, kl)]
+    return pairs
+
+
+def kl_report(pairs, tokenizer, *, bins=20, least=5):
+    """What divergences() found -> percentiles, mean by position with its correlation, share of all D_t that the largest tenth holds, and the
+    tokens with the largest mean D_t (said at least `least` times)."""
+    kl = np.array([d for _, row in pairs for d in row])
+    place = np.array([t / max(len(row) - 1, 1) for _, row in pairs for t in range(len(row))])    # 0 first token, 1 last
+    slot = np.minimum((place * bins).astype(int), bins - 1)
+    edges = np.concatenate([[0], np.logspace(-6, 2, 33)])
+    said = {}
+    for ids, row in pairs:
+        for token, d in zip(ids, row):
+            said.setdefault(token, []).append(d)
+    ranked = sorted(((float(np.mean(d)), token) for token, d in said.items() if len(d) >= least), reverse=True)
+    return {"rollouts": len(pairs), "tokens": len(kl), "mean": float(kl.mean()),
+            "percentiles": {str(p): float(np.percentile(kl, p)) for p in (50, 80, 90, 95, 99)},
+            "tenth": float(np.sort(kl)[-math.ceil(len(kl) / 10):].sum() / max(kl.sum(), 1e-12)),
+            "by_position": [float(kl[slot == b].mean()) if (slot == b).any() else None for b in range(bins)],
+            "correlation": float(np.corrcoef(kl, place)[0, 1]) if kl.std() and place.std() else 0.0,
+            "histogram": {"edges": edges.tolist(), "counts": np.histogram(kl.clip(0, edges[-1]), edges)[0].tolist()},
+            "by_token": [{"token": tokenizer.decode([token]), "mean": mean, "count": len(said[token]), "share": sum(said[token]) / max(kl.sum(), 1e-12)}
+                         for mean, token in ranked[:15]]}
+
+
+def kl_lines(reports):
+    """{"before", "after"} -> lines."""
+    lines = []
+    for when, r in reports.items():
+        p = r["percentiles"]
+        lines.append(f"{when}: D_t mean {r['mean']:.3f}, half below {p['50']:.4f}, 80 % below {p['80']:.3f}, 95 % below {p['95']:.2f}; the largest tenth "
+                     f"holds {100 * r['tenth']:.0f} % of it; correlation with position {r['correlation']:+.3f} ({r['rollouts']} rollouts)")
+        lines.append("    largest on: " + ", ".join(f"{t['token'].strip() or repr(t['token'])} {t['mean']:.2f}" for t in r["by_token"][:10]))
+    return lines
+
+
+def plot_kl(reports, path):
+    """How D_t is spread, where along the rollout it lies, and on which tokens."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    colours = dict(zip(reports, ("#b8c4d6", "#2f5d9b") if len(reports) > 1 else ("#2f5d9b",)))
+    for when, r in reports.items():
+        edges, counts = np.array(r["histogram"]["edges"]), np.array(r["histogram"]["counts"])
+        edges[0] = edges[1] / 2
+        left.stairs(100 * counts / counts.sum(), edges, fill=True, alpha=0.6, color=colours[when], label=f"{when}: mean {r['mean']:.3f}")
+        left.axvline(r["percentiles"]["80"], color=colours[when], linestyle="--", linewidth=1.2, label=f"80 % below {r['percentiles']['80']:.3f}")
+        at = [(b + 0.5) / len(r["by_position"]) for b in range(len(r["by_position"]))]
+        middle.plot(at, [v if v is not None else np.nan for v in r["by_position"]], "-o", markersize=3, color=colours[when],
+                    label=f"{when}: correlation {r['correlation']:+.2f}")
+    left.set(xscale="log", xlabel="D_t (nats)", ylabel="tokens (%)", title="most tokens agree, few do not")
+    middle.set(xlabel="position in the rollout (0 first token, 1 last)", ylabel="mean D_t (nats)", title="where", ylim=(0, None))
+    first = next(iter(reports.values()))["by_token"]
+    for when, r in reversed(reports.items()):
+        means = {t["token"]: t["mean"] for t in r["by_token"]}
+        right.barh(range(len(first)), [means.get(t["token"], 0) for t in first], color=colours[when], alpha=0.9 if when == "after" else 1, label=when)
+    right.set_yticks(range(len(first)), [t["token"].strip() or repr(t["token"]) for t in first])
+    right.invert_yaxis()
+    right.set(xlabel="mean D_t (nats)", title="on which tokens")
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -131,6 +131,52 @@ def cross_entropy(logits, labels, *, denominator=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# CORD (B): which tokens of a rollout count more, and which rollouts were better than their siblings
+#
+#     L_tok = sum_t w_t D_t        D_t = KL(q_t || p_t), reverse: token_divergence(student, teacher, beta=1)
+#     L_seq = - A log q(y | audio)
+#
+# Tokens of all rollouts lie behind each other in one flat axis; `lengths` says how many belong to each.
+
+def largest_share(kl, lengths, share):
+    """The K = share * T (rounded up) tokens of each rollout with the largest D_t: kl [tokens], lengths: list of ints that sum to tokens ->
+    [tokens] bool. Of equal ones the earlier counts as larger."""
+    if sum(lengths) != len(kl):
+        raise ValueError(f"lengths add up to {sum(lengths)}, but there are {len(kl)} tokens")
+    mask, start = torch.zeros_like(kl, dtype=torch.bool), 0
+    for length in lengths:
+        order = kl[start:start + length].argsort(descending=True, stable=True)
+        mask[start + order[:math.ceil(share * length - 1e-9)]] = True
+        start += length
+    return mask
+
+
+def cord_weights(kl, lengths, *, alpha=2.0, beta=2.0, top_share=0.1):
+    """w_t = w_t^KL * w_t^pos of flat tokens: kl [tokens], lengths: list of ints that sum to tokens -> [tokens], constants (no gradient).
+
+        w_t^KL  = alpha for the K tokens of a rollout with the largest D_t, else 1
+        w_t^pos = beta - (beta - 1) (t - 1) / (T - 1)              from beta at the first token down to 1 at the last
+
+    The paper has K = 20 for rollouts of at most 200 tokens; we keep the share, K = top_share * T, so that short rollouts are weighted alike.
+    A rollout of one token is its own start: w^pos = beta.
+    """
+    largest = largest_share(kl.detach(), lengths, top_share)
+    position = [beta - (beta - 1) * t / max(length - 1, 1) for length in lengths for t in range(length)]
+    return torch.where(largest, alpha, 1.0) * torch.tensor(position, dtype=kl.dtype, device=kl.device)
+
+
+def group_advantages(rewards):
+    """A_i = r_i - mean of its group: [prompts, rollouts] -> the same shape. No division by the deviation, as in the paper (and Dr. GRPO):
+    it would blow up groups that nearly all agree. A group whose rewards are all equal has no signal."""
+    return rewards - rewards.mean(-1, keepdim=True)
+
+
+def log_probability(logits, tokens, temperature):
+    """log q(token) of the distribution that was sampled from: [tokens, vocab], [tokens] int64, temperature [tokens] -> [tokens]."""
+    return _log_softmax(logits, temperature[:, None]).gather(-1, tokens[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # divergences between hidden states (A: L_layer, L_ac)
 #
 # The paper says "divergence" and leaves it open. All three below work on features standardised with the TEACHER's mean and standard

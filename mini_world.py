@@ -49,10 +49,11 @@ MINI = Path(__file__).parent / "mini"
 CACHE = Path("runs") / "mini_world"
 MAX_SECONDS = 3.0               # what the student's audio tower holds: 300 mel frames, 75 audio tokens
 TAUGHT, KEPT = ("speech", "sound", "music"), "emotion"
-# split -> examples per task. "pretrain" is heard by the student before any distillation; "train" is the distillation set.
+# split -> examples per task. "pretrain" is heard by the student before any distillation; "train" is paper A's distillation set, "spoken" CORD's.
 SPLITS = {
     "pretrain": {"speech": 4000, "sound": 2000, "music": 2000, "emotion": 2000},
     "train": {"speech": 300, "sound": 300, "music": 300},
+    "spoken": {"speech": 1000},
     "test": {"speech": 1000, "sound": 1000, "music": 1000, "emotion": 1000},
     "test-voices": {"speech": 300, "emotion": 300},
     "test-rates": {"speech": 300, "sound": 300, "emotion": 300},
@@ -258,7 +259,7 @@ def make_record(task, index, split, seed):
     accent, voice = rng.choice(voices)
     pace = rng.uniform(0.9, 1.15) if split != "test-rates" else rng.choice([rng.uniform(0.75, 0.82), rng.uniform(1.25, 1.35)])
     condition = {"test-noise": "noise", "test-telephone": "telephone"}.get(split, "clean")
-    if split in ("pretrain", "train"):                  # hearing must carry over: train in noise and over the telephone too
+    if split in ("pretrain", "train", "spoken"):        # hearing must carry over: train in noise and over the telephone too
         condition = rng.choice(["clean", "clean", "noise", "telephone"])
     recipe = {"task": task, "seed": rng.randrange(2 ** 31), "pace": pace, "condition": condition}
     transcript = None

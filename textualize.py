@@ -39,7 +39,9 @@ from tqdm import tqdm
 import common
 import data
 import evaluate
+import judge
 import mini_world
+import rollout
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Writing: one prompt per kind of sound, because what a reader must know differs
@@ -117,14 +119,14 @@ def textualize(examples, records, model, processor, out, *, prompts, grounding, 
     with tqdm(total=len(examples), initial=len(examples) - len(todo), desc="descriptions", unit="clip", disable=rank > 0) as bar:
         for start in range(0, len(asked), chunk):
             rows = asked[start:start + chunk]
-            said = {e.id: text for e, text in zip(rows, evaluate.generate(model, processor, rows, temperature=0,
+            said = {e.id: text for e, text in zip(rows, rollout.generate(model, processor, rows, temperature=0,
                                                                           max_new_tokens=max_new_tokens, **listen))}
-            said = {i: (evaluate.final_answer(text).strip(), end) for i, (text, end) in said.items()}
+            said = {i: (judge.final_answer(text).strip(), end) for i, (text, end, _) in said.items()}
             if again := [e for e in rows if fault(*said[e.id])]:
                 counts.update(fault(*said[e.id]) for e in again)
-                second = evaluate.generate(model, processor, again, temperature=0.6, top_k=0, top_p=0.9,
+                second = rollout.generate(model, processor, again, temperature=0.6, top_k=0, top_p=0.9,
                                            max_new_tokens=2 * max_new_tokens, **listen)
-                said |= {e.id: (evaluate.final_answer(text).strip(), end) for e, (text, end) in zip(again, second)}
+                said |= {e.id: (judge.final_answer(text).strip(), end) for e, (text, end, _) in zip(again, second)}
             good, bad = [], []
             for e in rows:
                 if why := fault(*said[e.id]):
@@ -162,7 +164,7 @@ def check(examples, described, teacher, tokenizer, *, batch_size):
         del views["true"]
     found = {"questions": len(same)}
     for name, (chosen, words) in views.items():
-        outputs = evaluate.generate(teacher, tokenizer, chosen, view="text", words=words, temperature=0, batch_size=batch_size)
+        outputs = rollout.generate(teacher, tokenizer, chosen, view="text", words=words, temperature=0, batch_size=batch_size)
         right = {}
         for sample in evaluate.score(chosen, outputs)[1]:
             right.setdefault(sample["task"], []).append(sample["correct"])

@@ -369,7 +369,7 @@ def main(argv=None):
             if rank == 0 and (done % args.save_every == 0 or done == stop):
                 save(step=done)
             if args.eval_every and done % args.eval_every == 0 and done < stop and before:
-                for sentence in evaluate.name_failures(before, score(f"step-{done}")):
+                for sentence in evaluate.name_failures(before, score(f"eval-{done:07d}")):
                     say(f"step {done}: {sentence}")
     except KeyboardInterrupt:
         if rank == 0:

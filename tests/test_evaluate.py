@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import balanced_accuracy_score
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -16,7 +17,9 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 import data
 import evaluate
-from evaluate import extract_choice, mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
+import rollout
+from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
+from judge import extract_choice
 
 ROOT = Path(__file__).parent.parent
 METALS = ["gold", "silver", "white gold", "a ring"]
@@ -241,7 +244,7 @@ def test_chooser_samples_what_transformers_would():
     for temperature, top_k, top_p in (0.6, 5, 0.5), (1.3, 8, 0.9), (1.0, 0, 1.0), (1.0, 0, 0.3):
         warped = TemperatureLogitsWarper(temperature)(prompt, logits)
         warped = TopPLogitsWarper(top_p)(prompt, TopKLogitsWarper(top_k)(prompt, warped) if top_k else warped)
-        choose = evaluate.chooser(range(rows), 7, [], max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, seed=0)
+        choose = rollout.chooser(range(rows), 7, [], max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
         scores = choose(prompt.expand(rows, -1), logits.expand(rows, -1))
         assert (scores > -torch.inf).sum(1).eq(1).all()                     # one token is left: argmax takes it
         share = torch.bincount(scores.argmax(1), minlength=30) / rows
@@ -252,16 +255,32 @@ def test_chooser_samples_what_transformers_would():
 
 def test_chooser_is_keyed_by_seed_name_and_position():
     def pick(names, seed=0, position=0):
-        choose = evaluate.chooser(names, 4, [], max_new_tokens=50, temperature=1.0, top_k=0, top_p=1.0, seed=seed)
+        choose = rollout.chooser([f"{seed} {name}" for name in names], 4, [], max_new_tokens=50, temperature=1.0)
         return choose(torch.zeros(len(names), 4 + position), torch.zeros(len(names), 1000)).argmax(1).tolist()
     assert pick(["a", "b", "c"]) == pick(["a"]) + pick(["b"]) + pick(["c"])
     assert len({pick(["a"])[0], pick(["b"])[0], pick(["a"], seed=1)[0], pick(["a"], position=1)[0], pick(["a"], position=2)[0]}) == 5
 
 
+def test_every_row_of_the_full_softmax_has_its_own_temperature():
+    """Chi-square of 40,000 draws a temperature against the softmax, banned ids left out; one call for both, rows mixed."""
+    torch.manual_seed(1)
+    logits, rows = 2 * torch.randn(40), 40_000
+    heat = [0.7, 1.5] * rows
+    choose = rollout.chooser(range(2 * rows), 1, [3, 39], max_new_tokens=2, temperature=heat)
+    for position in (0, 1):
+        drawn = choose(torch.zeros(2 * rows, 1 + position), logits.expand(2 * rows, -1)).argmax(1)
+        for n, temperature in enumerate((0.7, 1.5)):
+            counts = torch.bincount(drawn[n::2], minlength=40)
+            expected = rows * (logits.double().index_fill(0, torch.tensor([3, 39]), -torch.inf) / temperature).softmax(-1)
+            assert counts[3] == counts[39] == 0
+            kept = expected > 0
+            assert scipy.stats.chisquare(counts[kept].numpy(), expected[kept].numpy()).pvalue > 0.001
+
+
 def test_chooser_bans():
     scores = torch.tensor([[9.0, 1.0, 0.0]])
     for temperature in 0, 1.0:
-        choose = evaluate.chooser(["a"], 1, [0], max_new_tokens=1, temperature=temperature, top_k=1, top_p=0.5, seed=0)
+        choose = rollout.chooser(["a"], 1, [0], max_new_tokens=1, temperature=temperature, top_k=1, top_p=0.5)
         assert choose(torch.zeros(1, 1), scores).argmax(1).item() == 1
     assert scores[0, 0] == 9                                                # the model's own tensor is left alone
 
@@ -283,7 +302,7 @@ def examples(tmp_path_factory, make_wav):
 @pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=1.0, top_k=0, top_p=1.0)])
 def test_batched_equals_single_and_keeps_the_order(tiny_student_model, tiny_processor, examples, how):
     def answers(rows, **more):
-        return evaluate.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=12, progress=False, **{**how, **more})
+        return rollout.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=12, progress=False, **{**how, **more})
     alone = [answers([e])[0] for e in examples]
     assert len(set(alone)) > 3                                              # else order could not show
     before = torch.get_rng_state()
@@ -308,7 +327,7 @@ def test_generate_is_transformers_greedy_search_without_the_checkpoints_settings
     modes = set()
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: modes.add(module.training))
     try:
-        assert evaluate.generate(model, tiny_processor, examples[:1], max_new_tokens=12, temperature=0, progress=False) == [expected]
+        assert rollout.generate(model, tiny_processor, examples[:1], max_new_tokens=12, temperature=0, progress=False) == [expected]
         assert modes == {False}                                             # no dropout while answering
         assert model.generation_config is settings and model.training and not model.model.audio_tower.training         # all put back
     finally:
@@ -326,16 +345,16 @@ def test_generate_stops_at_the_turn_end_and_never_says_the_audio_placeholder(tin
     try:
         for temperature in 0, 0.6:
             how = dict(max_new_tokens=5, temperature=temperature, progress=False)
-            assert evaluate.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["xxxxx"] * 2
+            assert rollout.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["xxxxx"] * 2
         bias[data.turn_end_id(tokenizer)] = 1500
-        assert evaluate.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["", ""]
+        assert rollout.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["", ""]
     finally:
         hook.remove()
 
 
 def test_text_view(tiny_student_model, tiny_processor, examples):
     def read(rows, **how):
-        return evaluate.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=8, temperature=0, progress=False, **how)
+        return rollout.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=8, temperature=0, progress=False, **how)
     alone = [read([e], view="text", words="transcript")[0] for e in examples]
     assert read(examples, view="text", words="transcript") == alone != read(examples)
 
@@ -349,7 +368,7 @@ def tiny_reader(tiny_teacher_tokenizer):
 
 def test_text_model(tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples):
     how = dict(view="text", words="transcript", max_new_tokens=8, temperature=0, progress=False)
-    said = evaluate.generate(tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
+    said = rollout.generate(tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
     inputs = data.prompt_batch(examples[:1], tiny_processor, view="text", tokenizer=tiny_teacher_tokenizer, words="transcript")
     expected = tiny_reader.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     assert said[0] == tiny_teacher_tokenizer.decode(expected).split("<|im_end|>")[0] and len(set(said)) > 1
@@ -357,7 +376,7 @@ def test_text_model(tiny_reader, tiny_processor, tiny_teacher_tokenizer, example
 
 def test_text_model_with_its_tokenizer_alone(tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples):
     how = dict(view="text", words="transcript", max_new_tokens=8, temperature=0, progress=False)
-    assert evaluate.generate(tiny_reader, tiny_teacher_tokenizer, examples, **how) == evaluate.generate(
+    assert rollout.generate(tiny_reader, tiny_teacher_tokenizer, examples, **how) == rollout.generate(
         tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
 
 
@@ -365,13 +384,13 @@ def test_bad_audio_is_named_before_the_model_runs(tiny_student_model, tiny_proce
     monkeypatch.setattr(tiny_student_model, "generate", None)
     missing = data.Example("m", examples[0].audio.parent / "gone.wav", "?", ["a", "b"], "a", "sound", where="manifest.jsonl:8")
     with pytest.raises(data.DataError, match="manifest.jsonl:8.*gone.wav"):
-        evaluate.generate(tiny_student_model, tiny_processor, [*examples, missing], batch_size=2, progress=False)
+        rollout.generate(tiny_student_model, tiny_processor, [*examples, missing], batch_size=2, progress=False)
 
 
 def test_two_ranks_share_the_work_and_say_what_one_says(tiny_student_model, tiny_processor, examples, monkeypatch):
     """Two ranks played one after the other; tests/test_train_source_layer.py runs real ones."""
     how = dict(max_new_tokens=8, temperature=1.0, top_k=0, top_p=1.0, batch_size=2, progress=False)
-    alone = evaluate.generate(tiny_student_model, tiny_processor, examples, **how)
+    alone = rollout.generate(tiny_student_model, tiny_processor, examples, **how)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     for rows, sizes in (examples, [4, 3]), (examples[:1], [1, 0]):          # the second: a rank without work
@@ -385,7 +404,7 @@ def test_two_ranks_share_the_work_and_say_what_one_says(tiny_student_model, tiny
         for rank in 0, 1, 0:                                                # rank 0 once more: by then both have given their share
             monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
             try:
-                answers = evaluate.generate(tiny_student_model, tiny_processor, rows, **how)
+                answers = rollout.generate(tiny_student_model, tiny_processor, rows, **how)
             except KeyError:
                 assert len(said) == 1 < len(rows)
         assert answers == alone[:len(rows)]
@@ -473,7 +492,7 @@ def test_command_line_runs_a_model(tmp_path, monkeypatch, capsys, tiny_student_m
     assert results["aqa"].keys() >= {"sound", "music", "speech", "average", "official", "intervals", "correct"}
     assert results["ser"].keys() >= {"ua", "confusion", "interval"} and results["settings"]["temperature"] == 0
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    expected = evaluate.generate(tiny_student_model, tiny_processor, examples, temperature=0, max_new_tokens=4, progress=False)
+    expected = rollout.generate(tiny_student_model, tiny_processor, examples, temperature=0, max_new_tokens=4, progress=False)
     assert {s["id"]: s["model_output"] for s in samples} == {e.id: text for e, text in zip(examples, expected)}
     again = score_mmau(evaluate.read_predictions(out / "predictions.json"))                 # what is written can be scored again
     assert again == results["aqa"]

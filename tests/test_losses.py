@@ -398,3 +398,48 @@ def test_what_a_small_difference_of_hidden_states_costs():
     mse = losses.hidden_mse(student, teacher)
     assert mse / losses.hidden_cosine(student, teacher) == pytest.approx(2, rel=0.02)
     assert mse / losses.hidden_jsd(student, teacher) == pytest.approx(8, rel=0.02)
+
+
+# --------------------------------------------------------- CORD: weights and advantages --------------------------------------------------
+
+def weights(kl, lengths, **how):
+    return losses.cord_weights(torch.tensor(kl, dtype=torch.float64), lengths, **how).tolist()
+
+
+def test_cord_weights_by_hand():
+    # T = 5, K = 2: the largest D_t are the third and the first
+    np.testing.assert_allclose(weights([0.5, 0.1, 0.9, 0.2, 0.0], [5], alpha=2, beta=2, top_share=0.4), [2 * 2, 1.75, 2 * 1.5, 1.25, 1])
+    np.testing.assert_allclose(weights([0.7], [1], alpha=3, beta=2, top_share=0.1), [6])                  # T = 1: the start, and the largest
+    np.testing.assert_allclose(weights([0.1, 0.2], [2], alpha=2, beta=1, top_share=1.0), [2, 2])          # T < K of the paper: all of them
+    np.testing.assert_allclose(weights([0.3] * 4, [4], alpha=2, beta=1, top_share=0.5), [2, 2, 1, 1])     # ties: the earlier ones
+    np.testing.assert_allclose(weights([0.3] * 3, [3], alpha=1, beta=1), [1, 1, 1])                       # uniform
+    np.testing.assert_allclose(weights([1.0, 0, 0, 9], [4], alpha=2, beta=1, top_share=0), [1, 1, 1, 1])
+    # two rollouts behind each other: each has its own K and its own positions
+    two = weights([5.0, 4, 3, 2, 0.1, 0.2], [4, 2], alpha=2, beta=3, top_share=0.25)
+    np.testing.assert_allclose(two, [2 * 3, 3 - 2 / 3, 3 - 4 / 3, 1, 3, 2 * 1])
+    assert weights([], []) == []
+
+
+def test_the_papers_top_20_of_200():
+    kl = torch.rand(200, dtype=torch.float64)
+    assert losses.largest_share(kl, [200], 0.1).sum() == 20 and set(kl.topk(20).indices.tolist()) == set(losses.largest_share(kl, [200], 0.1).nonzero()[:, 0].tolist())
+    with pytest.raises(ValueError, match="lengths add up to 199"):
+        losses.cord_weights(kl, [199])
+
+
+def test_weights_carry_no_gradient():
+    kl = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    assert not losses.cord_weights(kl, [4, 2]).requires_grad
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    np.testing.assert_allclose(losses.group_advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [0] * 4, [0] * 4, [0.5, 0.5, -0.5, -0.5]])
+
+
+def test_log_probability_is_torchs_and_its_gradient_too():
+    torch.manual_seed(0)
+    logits, tokens, heat = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.tensor([0, 6, 3, 3, 1]), torch.tensor([1.0, 1.5, 0.5, 2, 1], dtype=torch.float64)
+    expected = torch.distributions.Categorical(logits=logits / heat[:, None]).log_prob(tokens)
+    torch.testing.assert_close(losses.log_probability(logits, tokens, heat), expected)
+    assert torch.autograd.gradcheck(lambda z: losses.log_probability(z, tokens, heat), (logits,))

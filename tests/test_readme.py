@@ -63,9 +63,11 @@ def test_quoted_numbers_are_the_measured_ones():
 
 
 ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": set(), "speak": {"data", "common"}, "mini_world": {"data", "common", "speak"},
-           "inside": {"data", "losses", "layer_map"}, "evaluate": {"data", "common", "layer_map", "inside"},
-           "textualize": {"data", "common", "mini_world", "evaluate"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer"},
-           "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate"}}
+           "rollout": {"data"}, "judge": {"data", "common"}, "inside": {"data", "losses", "layer_map", "rollout"},
+           "evaluate": {"data", "common", "layer_map", "inside", "judge", "rollout"},
+           "textualize": {"data", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer"},
+           "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate"},
+           "train_cord": {"data", "common", "losses", "mini_world", "evaluate", "judge", "rollout"}}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ import common
 import data
 import evaluate
 import mini_world
+import rollout
 import textualize
 from test_train_source_layer import write_world
 
@@ -62,7 +63,7 @@ def test_without_traces_there_is_nothing_to_ground_on(world, tmp_path):
 
 def test_grounding_reaches_the_model(world, tmp_path, monkeypatch):
     path, heard = copy_of(world, tmp_path / "w"), []
-    monkeypatch.setattr(evaluate, "generate", lambda model, processor, examples, **k: heard.extend(examples) or [("A bell.", True)] * len(examples))
+    monkeypatch.setattr(rollout, "generate", lambda model, processor, examples, **k: heard.extend(examples) or [("A bell.", True, [])] * len(examples))
     textualize.main(["--data", str(path), "--grounding", "caption", "--model", str(mini_world.MINI / "student")])
     first = data.read_manifest(path)[0]
     assert first.reasoning["caption"] in heard[0].question and not heard[0].choices
@@ -120,10 +121,10 @@ def test_faults(text, finished, why):
 def test_a_real_model_that_is_cut_is_seen_to_be(world):
     model, processor = common.load_audio_model(mini_world.MINI / "student")
     asked = [dataclasses.replace(e, question="Describe the audio.", choices=[]) for e in data.read_manifest(world)[:2]]
-    listen = lambda n: evaluate.generate(model, processor, asked, temperature=0, max_new_tokens=n, with_end=True, progress=False)
+    listen = lambda n: rollout.generate(model, processor, asked, temperature=0, max_new_tokens=n, with_end=True, progress=False)
     whole, cut = listen(60), listen(4)
-    assert [end for _, end in whole] == [True, True] and [end for _, end in cut] == [False, False]
-    assert all(long.startswith(short) and len(short) < len(long) for (long, _), (short, _) in zip(whole, cut))
+    assert [end for _, end, _ in whole] == [True, True] and [end for _, end, _ in cut] == [False, False]
+    assert all(long.startswith(short) and len(short) < len(long) for (long, *_), (short, *_) in zip(whole, cut))
 
 
 def test_a_broken_description_is_retried_once_then_reported(world, tmp_path, monkeypatch, capsys):
@@ -132,12 +133,12 @@ def test_a_broken_description_is_retried_once_then_reported(world, tmp_path, mon
     def generate(model, processor, examples, **decoding):
         calls.append(([e.id for e in examples], decoding))
         second = decoding["temperature"] > 0
-        texts = {"train-music-00001": ("", True), "train-music-00003": ("a bell " * 30, True), "train-music-00005": ("A bell", False)}
+        texts = {"train-music-00001": ("", True, []), "train-music-00003": ("a bell " * 30, True, []), "train-music-00005": ("A bell", False, [])}
         if second:
             texts.pop("train-music-00001")
-        return [texts.get(e.id, ("A bell.", True)) for e in examples]
+        return [texts.get(e.id, ("A bell.", True, [])) for e in examples]
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
     textualize.main(["--data", str(path), "--max-new-tokens", "7"])
     assert [ids for ids, k in calls if k["temperature"] > 0] == [["train-music-00001", "train-music-00003", "train-music-00005"]]
     assert {k["max_new_tokens"] for _, k in calls} == {7, 14}

@@ -1,0 +1,168 @@
+"""
+Does this answer say the same as that one? What counts as the answer in a model's text, and two judges of whether two answers agree.
+
+CORD (paper B) rewards a rollout when its answer means the same as the text view's: r(y) = J(y, y_text) in {0, 1}. The paper distils a model for
+J. Here are
+
+    rule      no model: choices by letter or words; otherwise numbers as numbers ("2/4" = "0.5", "$1,000" = "1000", "twelve" = "12"),
+              otherwise the words themselves
+    a model   any causal LM, asked whether the two agree: yes if it gives "yes" more probability than "no"
+
+evaluate.py scores with the same rule. Nothing is guessed: no answer, or two that contradict each other, agrees with nothing.
+"""
+import re
+from fractions import Fraction
+
+import torch
+from text_to_num import alpha2digit
+
+import common
+import data
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. What did the model choose?
+
+TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)                    # the stages' tags and control tokens
+STATEMENT = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,40}?(?:\bis\b|[:=])(?=\W*?((?:[(\[-]\s*)?\w.*))", re.I)
+SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?]\s|\n")                 # but the full stop of "B. gold" ends no sentence
+LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]]|[.:](?=\s|$)|\s+[-–—]\s|$)", re.I)     # "B", "(B)", "B.", "b) gold", "B - gold"
+NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Z])\b")           # "... is (B)", "option B"
+BARE_LETTER = re.compile(r"([A-Z])\s")                                  # "B because ..."
+
+
+def final_answer(output_text):
+    """The part of a four-stage answer that is meant to be scored, without tags: <RESPONSE>, closed or not; without one, what
+    follows </THINK>; of a trace that never ended, only its last "the answer is ..."; of plain text, everything."""
+    text = re.split("</THINK>", output_text, maxsplit=1, flags=re.I)[-1]
+    response = data.parse_response(text)["response"]
+    if response is not None:
+        text = response
+    elif re.search("<THINK>", text, re.I):
+        text = (STATEMENT.findall(text) or [""])[-1]
+    return TAGS.sub(" ", text)
+
+
+def plain(text):
+    """One line, without quotes, markdown stars and closing punctuation."""
+    return " ".join(re.sub(r"[*\"“”`]", "", text).split()).strip(" .,;!")
+
+
+def named_choice(text, choices):
+    """The one choice that `text` names by its words or its letter. None when it names none, or several: letter and words that
+    contradict each other are not an answer."""
+    heads = {plain(text).casefold(), plain(SENTENCE_END.split(text.strip(), maxsplit=1)[0]).casefold()}      # all of it; its first sentence
+    by_words, rest = set(), plain(text)
+    # Longest first, and what was found is cut out: "white gold" does not also name "gold", the letter in "B minor" not option B.
+    for choice in sorted(filter(None, map(plain, choices)), key=len, reverse=True):
+        if choice.casefold() in heads:
+            return next(c for c in choices if plain(c) == choice)
+        words = r"(?<![\w-])(?<!\d[.,])(?<!\bnot )(?<!\bno )" + re.escape(choice) + r"(?![\w#]|[.,-]\d|-\w)"
+        rest, found = re.subn(words, "\0", rest, flags=re.I if len(choice) > 1 else 0)     # "a dog" does not name the note A
+        if found:
+            by_words.add(choice.casefold())
+    letters = {a or b for a, b in NAMED_LETTER.findall(rest)}
+    if lead := LEADING_LETTER.match(rest):
+        letters.add(lead[1].upper())
+    elif (bare := BARE_LETTER.match(rest)) and not (bare[1] == "A" and by_words):      # "A dog barks": an article, not option A
+        letters |= {bare[1], *re.findall(r"\b[B-Z]\b", rest)}             # "A and B" is two
+    by_letter = {plain(choices[i]).casefold() for i in range(len(choices)) if chr(ord("A") + i) in letters}
+    named = by_words | by_letter
+    return next(c for c in choices if plain(c).casefold() in named) if len(named) == 1 else None
+
+
+def extract_choice(output_text, choices):
+    """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`, or None; never a guess.
+
+    The last "the answer is ..." counts before the rest of the answer, and its first sentence before the rest of its line."""
+    answer = final_answer(output_text)
+    statement = (STATEMENT.findall(answer) or [""])[-1]
+    return (named_choice(SENTENCE_END.split(statement, maxsplit=1)[0], choices) or named_choice(statement, choices)
+            or named_choice(answer, choices))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The rule
+
+# sign, digits, denominator; "2:30" is a time, and in "2x" and "x2" the 2 is no answer
+NUMBER = re.compile(r"(?<![\w.])(?<!\d:)(-|minus |negative )?\$?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)(?:\s?/\s?(\d+))?(?!\w|:\d|\.\d)", re.I)
+
+
+def boxed(text):
+    """What stands in the last \\boxed{...}, braces matched, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + 1:end]
+    return text[begin + 1:]
+
+
+def open_answer(output_text):
+    """The part of an answer to an open question that states it: the last \\boxed{}, what follows the last "the answer is", or all of it."""
+    answer = final_answer(output_text)
+    statement = (STATEMENT.findall(answer) or [None])[-1]
+    return boxed(answer) or (statement and SENTENCE_END.split(statement, maxsplit=1)[0]) or answer
+
+
+def number(text):
+    """The last number that a text names, in digits or in English words, as a Fraction; None without one, and for a formula ("x+3")."""
+    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\\$", "$"))        # LaTeX, as in NuminaMath
+    if re.search(r"\\[a-z]|\^|\b[a-zA-Z]\s*[-+*/]|[-+*/]\s*[a-zA-Z]\b", text):
+        return None
+    found = NUMBER.findall(alpha2digit(text, "en", threshold=0.0))
+    if not found or found[-1][2] and int(found[-1][2]) == 0:
+        return None
+    sign, digits, below = found[-1]
+    return Fraction(digits.replace(",", "")) / int(below or 1) * (-1 if sign else 1)
+
+
+def agree(said, reference, choices=()):
+    """Do two answers mean the same, by the rule? With choices: both name the same one. Without: the same number, or the same words."""
+    if choices:
+        return (chosen := extract_choice(said, choices)) is not None and chosen == extract_choice(reference, choices)
+    said, reference = open_answer(said), open_answer(reference)
+    numbers = number(said), number(reference)
+    if numbers != (None, None):
+        return numbers[0] == numbers[1]
+    said, reference = ("".join(plain(text).casefold().split()) for text in (said, reference))
+    return bool(said) and said == reference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. A model
+
+ASK = ("Question: {question}\nReference answer: {reference}\nGiven answer: {said}\n"
+       "Do the two answers mean the same? Reply with yes or no.")
+
+
+def load(name, device):
+    """--judge: "rule" -> agree itself, otherwise a causal LM (folder or hub id). -> verdicts(triples), triples [(example, said, reference)] ->
+    list of bool. Raises SystemExit with one sentence if the model cannot be loaded or has no word for yes or no."""
+    if name == "rule":
+        return lambda triples: [agree(said, reference, example.choices) for example, said, reference in triples]
+    model, tokenizer = common.load_text_model(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.to(device).requires_grad_(False)
+    yes, no = ({ids[0] for word in words if (ids := tokenizer(word, add_special_tokens=False)["input_ids"])}
+               for words in (("yes", "Yes"), ("no", "No")))
+    if not yes or not no or yes & no:
+        raise SystemExit(f"--judge {name}: its tokenizer begins \"yes\" and \"no\" with the same token, so it cannot be asked; give another model")
+    return lambda triples: ask(model, tokenizer, triples, sorted(yes), sorted(no))
+
+
+@torch.no_grad()
+def ask(model, tokenizer, triples, yes, no, *, batch_size=32):
+    """p(yes) > p(no) as the next token, summed over spellings. An answer that says nothing is no answer, whatever the model thinks."""
+    verdicts = []
+    for start in range(0, len(triples), batch_size):
+        chunk = triples[start:start + batch_size]
+        prompts = [ASK.format(question=data.question_text(example) or example.transcript, reference=open_answer(reference), said=open_answer(said))
+                   for example, said, reference in chunk]
+        prompts = [tokenizer(data.text_prompt(tokenizer, prompt, ""), add_special_tokens=False)["input_ids"] for prompt in prompts]
+        inputs = {name: tensor.to(model.device) for name, tensor in data.pad_left(prompts, tokenizer).items()}
+        p = model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)                  # [batch, vocab]
+        agreed = (p[:, yes].sum(-1) > p[:, no].sum(-1)).tolist()
+        verdicts += [verdict and bool(plain(open_answer(said))) for verdict, (_, said, _) in zip(agreed, chunk)]
+    return verdicts

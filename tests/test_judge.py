@@ -1,0 +1,82 @@
+"""The judge: what an answer is, when two agree by the rule, and a model that is asked."""
+from fractions import Fraction
+
+import pytest
+import torch
+
+import common
+import data
+import judge
+import mini_world
+from judge import agree, number, open_answer
+
+
+def example(question="", choices=(), transcript="two plus two"):
+    return data.Example("e", None, question, list(choices), "four", "speech", transcript=transcript)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("12", 12), ("twelve", 12), ("Twelve.", 12), ("2/4", Fraction(1, 2)), ("0.5", Fraction(1, 2)), (".5", Fraction(1, 2)), ("$1,000", 1000), ("1000", 1000),
+    ("18 dollars", 18), ("$18.00", 18), ("-3", -3), ("minus three", -3), ("one hundred and five", 105), ("eighty thousand dollars", 80_000),
+    ("twenty-one apples", 21), ("3 + 4 = 7", 7), ("10-3", 3), ("x = 5", 5), ("50%", 50), ("1,000,000", 1_000_000), ("zero", 0), ("one", 1),
+    ("no idea", None), ("", None), ("1/0", None), ("2:30", None), ("x+3", None), ("2x", None), ("x2", None), ("3\\sqrt{2}", None), ("2^3", None),
+    ("\\frac{1}{2}", Fraction(1, 2)), ("\\dfrac{-3}{4}", Fraction(-3, 4))])
+def test_numbers(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("said, reference, same", [
+    ("2/4", "0.5", True), ("$1,000", "1000", True), ("twelve", "12", True), ("12", "13", False), ("twelve", "yes", False), ("Paris", "paris.", True),
+    ("Paris", "London", False), ("", "", False), ("", "5", False), ("The answer is 3.5.", "7/2", True),
+    ("So x is 4, and the answer is \\boxed{\\frac{1}{2}}.", "0.5", True), ("\\boxed{x + 3}", "\\boxed{x+3}", True), ("\\boxed{x+3}", "3", False),
+    ("<THINK><PLANNING>five</PLANNING></THINK><RESPONSE>six</RESPONSE>", "6", True), ("<THINK><PLANNING>it may be five", "5", False)])
+def test_open_answers(said, reference, same):
+    assert agree(said, reference) is same and agree(reference, said) is same
+
+
+@pytest.mark.parametrize("said, reference, same", [
+    ("B", "five", True), ("(B) five", "<RESPONSE>five</RESPONSE>", True), ("A", "five", False), ("four or five", "five", False), ("six", "six", False),
+    ("nothing", "nothing", False)])
+def test_choices(said, reference, same):
+    assert agree(said, reference, ["four", "five"]) is same
+
+
+def test_the_last_box_counts_and_braces_match():
+    assert open_answer("first \\boxed{1}, then \\boxed{\\frac{3}{4}}") == "\\frac{3}{4}"
+    assert open_answer("\\boxed{unfinished") == "unfinished"
+
+
+def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatch):
+    """With weights of our own making: the head prefers "yes" exactly when the hidden state says that the given answer has the token "four"."""
+    model, tokenizer = common.load_text_model(mini_world.MINI / "teacher")
+    seen = []
+
+    class Says:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids, attention_mask, logits_to_keep):
+            texts = [tokenizer.decode(row[keep.bool()]) for row, keep in zip(input_ids, attention_mask)]
+            seen.extend(texts)
+            logits = torch.zeros(len(texts), 1, 50)
+            for i, text in enumerate(texts):
+                logits[i, 0, 7 if "Given answer: four" in text else 9] = 3.0
+            return type("Output", (), {"logits": logits})
+
+    triples = [(example("What is it?"), f"<RESPONSE>{said}</RESPONSE>", "The answer is four.") for said in ("four", "five", "", "four")]
+    verdicts = judge.ask(Says(), tokenizer, triples, [7, 8], [9], batch_size=3)
+    assert verdicts == [True, False, False, True] == sum((judge.ask(Says(), tokenizer, [t], [7, 8], [9]) for t in triples), [])
+    assert "Question: What is it?" in seen[0] and "Reference answer: four" in seen[0].replace("four.", "four")
+
+
+def test_a_real_model_gives_verdicts_and_a_wrong_name_one_sentence(tmp_path):
+    triples = [(example(), "four", "four"), (example(), "", "four")]
+    verdicts = judge.load(str(mini_world.MINI / "teacher"), torch.device("cpu"))(triples)
+    assert len(verdicts) == 2 and verdicts[1] is False and isinstance(verdicts[0], bool)
+    with pytest.raises(SystemExit, match="cannot load a causal language model"):
+        judge.load(str(tmp_path), torch.device("cpu"))
+
+
+def test_the_rule_is_the_default_judge():
+    verdicts = judge.load("rule", torch.device("cpu"))
+    assert verdicts([(example(), "4", "four"), (example(choices=["four", "five"]), "B", "four")]) == [True, False]
+    assert verdicts([]) == []

@@ -1,0 +1,389 @@
+"""CORD's real script: its loss against formulas computed apart from it, rollouts, two processes against one, killed against uninterrupted."""
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import soundfile
+import torch
+
+import common
+import data
+import evaluate
+import losses
+import mini_world
+import rollout
+import train_cord
+from train_cord import CordStep, chunks_of, main, parse_flags, reward
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_spoken(folder, n=6, **changes):
+    """A manifest of n spoken questions in the mini world's words. changes: keys to set in the second line (None: remove)."""
+    lines = []
+    for i in range(n):
+        record = mini_world.make_record("speech", i, "spoken", 7)
+        record["audio"] = f"{i}.wav"
+        # a tone of its own for every clip in place of speech: nothing here depends on what is said, and espeak keeps state between sentences
+        tone = 0.3 * torch.sin(torch.arange(16_000 + 1600 * i) * (0.05 + 0.01 * i))
+        soundfile.write(folder / record["audio"], tone.numpy(), 16_000)
+        record = {key: value for key, value in record.items() if key not in ("recipe", "ctc")}
+        if i == 1:
+            record = {key: value for key, value in {**record, **changes}.items() if value is not None}
+        lines.append(json.dumps(record))
+    path = folder / "spoken.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_spoken(tmp_path_factory.mktemp("spoken"))
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def small_run(world, out, *more):
+    return ["--data", str(world), "--out", str(out), "--no-eval", "--batch-size", "2", "--micro-batch", "4", "--max-steps", "4", "--max-new-tokens", "16",
+            "--lr", "1e-3", *more]
+
+
+# --------------------------------------------------------------- rollouts --------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def student():
+    return common.load_audio_model(mini_world.MINI / "student")
+
+
+@pytest.fixture(scope="module")
+def prompts(world, student):
+    return data.encode_prompts(data.read_manifest(world)[:3], student[1], student[1].tokenizer, words="transcript")
+
+
+PLAN = [(1.0, True, False), (3.0, False, True), (3.0, False, True)]
+
+
+def test_rollouts_are_the_same_alone_and_batched(student, prompts, world):
+    together = rollout.roll_out(*student, prompts, PLAN, key="0 5", max_new_tokens=12)
+    assert [r.row for r in together] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and [r.temperature for r in together] == [1.0, 3.0, 3.0] * 3
+    assert len({tuple(r.ids) for r in together}) == 9                                        # every rollout has numbers of its own
+    for n, e in enumerate(prompts.examples):
+        alone = data.encode_prompts([e], student[1], student[1].tokenizer, words="transcript")
+        assert [r.ids for r in rollout.roll_out(*student, alone, PLAN, key="0 5", max_new_tokens=12)] == [r.ids for r in together if r.row == n]
+    other = rollout.roll_out(*student, prompts, PLAN, key="0 6", max_new_tokens=12)
+    assert all(a.ids != b.ids for a, b in zip(together, other))
+
+
+def test_every_rollout_hears_its_own_clip(student, prompts):
+    """Planted: nearly greedy rollouts of three clips must be what generate says to each clip alone; repeat instead of repeat_interleave fails."""
+    cold = rollout.roll_out(*student, prompts, [(1e-4, True, False)] * 2, key="0", max_new_tokens=20)
+    alone = evaluate.generate(*student, prompts.examples, temperature=0, max_new_tokens=20, progress=False)
+    assert len(set(alone)) == 3
+    assert [r.text for r in cold] == [text for text in alone for _ in range(2)]
+
+
+def test_nothing_banned_is_ever_sampled_and_the_checkpoints_settings_do_not_count(student, prompts):
+    model, processor = student
+    banned = rollout.banned_ids(model, processor)
+    vocabulary = processor.tokenizer.get_vocab()
+    assert {vocabulary[t] for t in ("<|AUDIO|>", "<|audio_bos|>", "<|im_start|>")} <= set(banned) and vocabulary["<|im_end|>"] not in banned
+    hot = [(50.0, True, False)] * 8                                                          # nearly uniform over the whole vocabulary
+    free = rollout.roll_out(model, processor, prompts, hot, key="0", max_new_tokens=60)
+    assert sum(len(r.ids) for r in free) > 500 and not {t for r in free for t in r.ids} & set(banned)
+    assert len({t for r in free for t in r.ids}) > 200                                       # top_k = 50 of transformers is off
+    settings = model.generation_config
+    model.generation_config = type(settings)(top_k=1, repetition_penalty=5.0, temperature=0.1)
+    try:
+        again = rollout.roll_out(model, processor, prompts, hot, key="0", max_new_tokens=60)
+    finally:
+        model.generation_config = settings
+    assert [r.ids for r in again] == [r.ids for r in free]
+
+
+def test_a_rollout_ends_with_its_turns_end_or_at_the_limit(student, prompts):
+    end = data.turn_end_id(student[1].tokenizer)
+    for r in rollout.roll_out(*student, prompts, PLAN, key="1", max_new_tokens=70):
+        assert (r.ids[-1] == end) != (len(r.ids) == 70 and end not in r.ids) and r.ids.count(end) <= 1
+        assert "<|im_end|>" not in r.text
+    assert rollout.Rollout(0, 1.0, True, False, [end]).unusable(70) and rollout.Rollout(0, 1.0, True, False, [5] * 70).unusable(70)
+    assert not rollout.Rollout(0, 1.0, True, False, [5, end]).unusable(70)
+
+
+def test_text_answers_are_cached_by_model(student, world, tmp_path, monkeypatch):
+    examples, path = data.read_manifest(world)[:3], tmp_path / "references.jsonl"
+    how = dict(model_name="mini", max_new_tokens=8, batch_size=2, progress=False)
+    first = rollout.text_answers(*student, examples[:2], path, **how)
+    path.write_text(path.read_text() + '{"id": "cut off')                                    # a kill in the middle of a line
+    calls, real = [], rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda model, processor, rows, **more: calls.extend(e.id for e in rows) or real(model, processor, rows, **more))
+    both = rollout.text_answers(*student, examples, path, **how)
+    assert calls == [examples[2].id] and {i: both[i] for i in first} == first
+    assert len(path.read_text().splitlines()) == 3
+    said = real(*student, examples[:1], view="text", words="transcript", temperature=0, max_new_tokens=8, progress=False)
+    assert both[examples[0].id]["text"] == said[0]
+    rollout.text_answers(*student, examples[:1], path, **{**how, "model_name": "another"})
+    assert calls[1:] == [examples[0].id]
+
+
+# -------------------------------------------------------------- the loss ----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def everything(world):
+    """A student that has moved away from its frozen teacher, prompts, and scored rollouts of several kinds, in float64."""
+    model, processor = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
+    args = parse_flags(["--alpha", "3", "--beta", "2.5"])
+    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor)), args)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.model.language_model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    prompts = data.encode_prompts(data.read_manifest(world)[:3], processor, processor.tokenizer, words="transcript")
+    prompts.features["input_features"] = prompts.features["input_features"].double()
+    rollouts = rollout.roll_out(model, processor, prompts, PLAN, key="0 0", max_new_tokens=15)
+    rollouts[0].ids = rollouts[0].ids[:1]                                                    # T = 1
+    for r, advantage in zip((r for r in rollouts if r.group), (0.75, -0.25, 0.0, 0.0, 0.5, -0.5)):
+        r.advantage = advantage
+    return model, processor, step, prompts, rollouts, args
+
+
+def total(step, chunks, counts):
+    parts = [step(chunk, step.read(chunk), counts)[0] for chunk in chunks]
+    return {name: sum(p[name] for p in parts if name in p) for name in ("loss", "token", "group")}
+
+
+def test_the_loss_is_the_papers_formula(everything):
+    """D_t, weights and log p again, one rollout at a time, unbatched, from transformers' own logits, with scipy."""
+    model, processor, step, prompts, rollouts, args = everything
+    counts = {"token": 3, "group": 6}
+    token = group = 0.0
+    allowed = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), rollout.banned_ids(model, processor))
+    column = {int(token): k for k, token in enumerate(allowed)}
+    teacher = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)[0]
+    with torch.no_grad():
+        found = total(step, chunks_of(rollouts, prompts, processor, 4, "cpu"), counts)
+        for r in rollouts:
+            n, features = len(r.ids), {name: tensor[r.row:r.row + 1] for name, tensor in prompts.features.items()}
+            heard = model(input_ids=torch.tensor([prompts.audio[r.row] + r.ids]), attention_mask=torch.ones(1, len(prompts.audio[r.row]) + n, dtype=torch.long),
+                          **features).logits[0, -n - 1:-1].numpy()[:, allowed]
+            if r.kl:
+                read = teacher(input_ids=torch.tensor([prompts.text[r.row] + r.ids])).logits[0, -n - 1:-1].numpy()[:, allowed]
+                q, p = scipy.special.softmax(heard, -1), scipy.special.softmax(read, -1)
+                d = scipy.special.rel_entr(q, p).sum(-1)                                     # KL(audio || text) [n]
+                largest = np.argsort(-d, kind="stable")[:int(np.ceil(0.1 * n))]
+                w = np.ones(n)
+                w[largest] = 3
+                w *= [2.5 - 1.5 * t / max(n - 1, 1) for t in range(n)]
+                token += (w * d).sum() / 3
+            if r.group:
+                log_p = scipy.special.log_softmax(heard / r.temperature, -1)
+                group -= r.advantage * sum(log_p[k, column[t]] for k, t in enumerate(r.ids)) / 6
+    np.testing.assert_allclose(found["token"].item(), token, rtol=1e-6)
+    np.testing.assert_allclose(found["group"].item(), group, rtol=1e-6)
+    np.testing.assert_allclose(found["loss"].item(), token + group, rtol=1e-6)
+
+
+def test_chunks_of_any_size_add_up_to_the_same(everything):
+    model, processor, step, prompts, rollouts, args = everything
+    with torch.no_grad():
+        sizes = [total(step, chunks_of(rollouts, prompts, processor, size, "cpu"), {"token": 3, "group": 6}) for size in (1, 2, 9)]
+    for other in sizes[1:]:
+        for name in ("loss", "token", "group"):
+            np.testing.assert_allclose(other[name].item(), sizes[0][name].item(), rtol=1e-9)
+
+
+def test_a_shift_by_one_changes_both_terms(everything):
+    model, processor, step, prompts, rollouts, args = everything
+    chunk, = chunks_of(rollouts, prompts, processor, 9, "cpu")
+    with torch.no_grad():
+        right = step(chunk, step.read(chunk), {"token": 3, "group": 6})[0]
+        chunk.audio.predict_positions += 1
+        wrong = step(chunk, step.read(chunk), {"token": 3, "group": 6})[0]
+    for name in ("token", "group"):
+        assert abs(wrong[name] - right[name]) > 0.01 * abs(right[name]), name
+
+
+def test_what_carries_no_gradient_is_not_run(everything):
+    model, processor, step, prompts, rollouts, args = everything
+    chunks = chunks_of(rollouts, prompts, processor, 4, "cpu")
+    assert sum(len(chunk.audio.inputs["input_ids"]) for chunk in chunks) == 7                # of nine: two have advantage 0 and no KL
+    assert sum(len(chunk.text.inputs["input_ids"]) for chunk in chunks if chunk.text) == 3   # the teacher reads what carries the KL, nothing else
+    silent = [r for r in rollouts if not r.kl and not r.advantage]
+    chunk, = chunks_of(silent, prompts, processor, 4, "cpu")                                 # a rank with nothing to learn still takes part
+    parts, each = step(chunk, step.read(chunk), {"token": 3, "group": 6})
+    assert parts["loss"].item() == 0 and not each and chunk.text is None
+    parts["loss"].backward()
+    assert all(p.grad is not None for name, p in step.named_parameters() if "language_model" in name or "lm_head" in name)
+    step.zero_grad()
+
+
+def test_only_decoder_and_projector_learn_and_the_teacher_does_not(everything):
+    model, processor, step, prompts, rollouts, args = everything
+    common.choose_trained(model, "decoder")
+    total(step, chunks_of(rollouts, prompts, processor, 9, "cpu"), {"token": 3, "group": 6})["loss"].backward()
+    got = {name for name, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert got == {name for name, p in step.named_parameters() if p.requires_grad}          # nothing that DDP would wait for in vain
+    assert not any("audio_tower" in name for name in got) and any("multi_modal_projector" in name for name in got)
+    assert all(not p.requires_grad and p.grad is None for part in step.teacher for p in part.parameters())
+    step.zero_grad()
+
+
+def test_the_current_teacher_is_the_student_without_gradient(everything):
+    model, processor, _, prompts, rollouts, _ = everything
+    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor)), parse_flags(["--teacher", "current"]))
+    assert step.teacher[0] is model.model.language_model and step.teacher[1] is model.lm_head
+    chunk = chunks_of([r for r in rollouts if r.kl], prompts, processor, 9, "cpu")[0]
+    read = step.read(chunk)
+    assert not read.requires_grad
+    loss = step(chunk, read, {"token": 3, "group": 6})[0]["loss"]
+    loss.backward()
+    with torch.no_grad():                                                                    # the same gradient as against constants
+        target = model.lm_head(read)
+    grad = model.lm_head.weight.grad.clone()
+    step.zero_grad()
+    last = model.model(**chunk.audio.inputs).last_hidden_state.flatten(0, 1)[chunk.audio.predict_positions]
+    kl = losses.token_divergence(step.allowed(model.lm_head(last)), step.allowed(target), beta=1)
+    weight = losses.cord_weights(kl, [len(r.ids) for r in chunk.read])
+    ((weight * kl).sum() / 3).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, grad)
+    step.zero_grad()
+
+
+def test_rewards_and_advantages(student, prompts):
+    answers = {e.id: {"text": f"<RESPONSE>{e.choices[0]}</RESPONSE>"} for e in prompts.examples}
+    said = [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]                                        # which choice each rollout names
+    rollouts = [rollout.Rollout(row, 1.5, False, True, [1, 2], f"The answer is {prompts.examples[row].choices[c]}") for row in range(3) for c in said[row]]
+    rollouts.insert(0, rollout.Rollout(0, 1.0, True, False, [1, 2], "whatever"))
+    verdicts = train_cord.judge.load("rule", torch.device("cpu"))
+    sums = reward(rollouts, prompts, answers, verdicts)
+    assert sums == {"reward": 7.0, "rewarded": 12, "signal": 1, "groups": 3}
+    assert [r.reward for r in rollouts[1:]] == [1, 0, 1, 1] + [1] * 4 + [0] * 4
+    np.testing.assert_allclose([r.advantage for r in rollouts[1:]], [0.25, -0.75, 0.25, 0.25] + [0] * 8)
+    assert rollouts[0].advantage == 0 and reward(rollouts[:1], prompts, answers, verdicts) == {}
+
+
+def test_with_a_frozen_teacher_d_t_falls_on_a_fixed_batch(student, prompts):
+    model, processor = copy.deepcopy(student[0]), student[1]
+    common.choose_trained(model, "decoder")
+    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor)), parse_flags(["--group-size", "0"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    chunk, = chunks_of(rollout.roll_out(model, processor, prompts, PLAN[:1], key="0", max_new_tokens=40), prompts, processor, 9, "cpu")
+    history = []
+    for _ in range(12):
+        parts, each = step(chunk, step.read(chunk), {"token": 3, "group": 0})
+        parts["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(each["kl"].mean().item())
+    assert history[-1] < 0.5 * history[0] and history[0] > 0.05
+
+
+# --------------------------------------------------------------- the loop ---------------------------------------------------------------
+
+TERMS = ("loss", "token", "group", "kl", "entropy", "top_weight", "reward", "signal", "length", "at_limit", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def one_process(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    main(small_run(world, out, "--save-every", "2"))
+    return out
+
+
+def test_the_log_has_what_a_person_watches(one_process):
+    log = log_of(one_process)
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert {*TERMS, "lr", "seconds_rollout", "seconds_scoring", "seconds_update", "rollout_tokens_per_second", "memory_gb"} <= log[0].keys()
+    assert log[0]["kl"] > 0 and 0.1 < log[0]["top_weight"] < 0.4 and 0 < log[0]["length"] <= 16 and log[0]["at_limit"] > 0
+    samples = [json.loads(line) for line in (one_process / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [1, 1] and all(s["rollout"].count("[[") == 5 and s["verdict"] in ("right", "wrong") for s in samples)
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
+    shutil.copytree(one_process / "step-0000002", tmp_path / "step-0000002")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_of(one_process)[:3]))     # killed after step 3
+    main(small_run(world, tmp_path, "--resume", "auto", "--save-every", "2"))
+    for name in TERMS:
+        assert [line[name] for line in log_of(tmp_path)] == [line[name] for line in log_of(one_process)], name
+
+
+def test_two_processes_equal_one(world, one_process, tmp_path):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_cord.py"),
+                    *small_run(world, tmp_path)], check=True, cwd=ROOT, capture_output=True, timeout=240)
+    one, two = log_of(one_process), log_of(tmp_path)
+    assert len(two) == 4
+    for a, b in zip(one, two):
+        for name in TERMS[:-1]:
+            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-5), (a["step"], name)
+
+
+@pytest.mark.parametrize("row, terms, absent", [
+    (["--token-loss", "sft", "--group-size", "0"], {"token"}, {"kl", "reward", "length"}),
+    (["--token-loss", "forward-kl", "--group-size", "0"], {"token", "kl"}, {"reward", "length"}),
+    (["--alpha", "1", "--beta", "1", "--group-size", "0"], {"token", "kl", "length"}, {"reward"}),
+    (["--token-loss", "none"], {"reward", "signal"}, {"kl"}), (["--alpha", "1", "--beta", "1"], {"kl", "reward"}, set()),
+    (["--share-rollouts", "--teacher", "current", "--train", "all"], {"kl", "reward"}, set())])
+def test_every_row_trains(world, tmp_path, row, terms, absent):
+    main(small_run(world, tmp_path, "--max-steps", "1", *row))
+    line, = log_of(tmp_path)
+    assert terms <= line.keys() and not absent & line.keys() and all(np.isfinite(line[name]) for name in terms)
+    assert (line["token"] != 0) == ("none" not in row)
+
+
+def test_dry_run_of_everything(tmp_path):
+    """The default run's own path, synthesis and evaluation included, as a newcomer would try it."""
+    done = subprocess.run([sys.executable, str(ROOT / "train_cord.py"), "--dry-run", "--out", str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    for when in ("before", "after"):
+        assert all(0 <= results[when][name] <= 100 for name in ("text_accuracy", "audio_accuracy"))
+        assert results[when]["gap"] == pytest.approx(results[when]["text_accuracy"] - results[when]["audio_accuracy"])
+        assert {"aqa", "ser"} <= results[when]["elsewhere"].keys()
+    assert "gap_reduction_percent" in results and (tmp_path / "run.png").stat().st_size > 10_000
+    assert "[[" in done.stdout and "rollout tokens/s" in done.stdout and "gold answer" in done.stdout
+
+
+# ---------------------------------------------------------------- bad input -------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (["--group-size", "1"], "at least 2"), (["--token-loss", "none", "--group-size", "0"], "nothing is learnt"), (["--temperature", "0"], "above 0"),
+    (["--share-rollouts", "--group-size", "0"], "--share-rollouts"), (["--share-rollouts", "--token-loss", "sft"], "--share-rollouts"),
+    (["--top-share", "2"], "between 0 and 1")])
+def test_flags_that_make_no_sense(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(flags)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes, words", [({"transcript": None}, "'transcript' is missing"), ({"audio": "gone.wav"}, "does not exist"),
+                                            ({"audio": None}, "'audio' is missing")])
+def test_a_bad_line_stops_the_run_before_training(tmp_path, changes, words):
+    path = write_spoken(tmp_path, n=3, **changes)
+    with pytest.raises(data.DataError, match=words) as error:
+        main(small_run(path, tmp_path / "out"))
+    assert "spoken.jsonl:2" in str(error.value) and not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_models_and_ranks_that_do_not_fit(world, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="cannot load a causal language model"):
+        main(small_run(world, tmp_path, "--judge", str(tmp_path / "nowhere")))
+    monkeypatch.setattr(common, "start_distributed", lambda: (0, 4, torch.device("cpu")))
+    with pytest.raises(SystemExit, match="--batch-size 2 is no multiple of the 4 ranks"):
+        main(small_run(world, tmp_path))
+
+
+def test_what_goes_wrong_is_said(world, tmp_path, monkeypatch, capsys):
+    """Rollouts that are all cut, and a judge that never sees a difference."""
+    monkeypatch.setattr(train_cord, "QUIET", 2)
+    monkeypatch.setattr(train_cord.judge, "load", lambda name, device: lambda triples: [False] * len(triples))
+    main(small_run(world, tmp_path, "--max-new-tokens", "3", "--max-steps", "3"))
+    said = capsys.readouterr().out
+    assert "cut at --max-new-tokens 3" in said and "step 2: for 2 steps all rollouts of every group were judged alike" in said
+    assert log_of(tmp_path)[0]["at_limit"] > 0.5 and log_of(tmp_path)[0]["signal"] == 0

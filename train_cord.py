@@ -1,0 +1,404 @@
+"""
+CORD (paper B, arXiv 2601.16547): the model that reads teaches the model that listens. Both are one model.
+
+    y ~ p(. | audio)                                              the model answers what it HEARS, in its own words, on-policy
+    D_t   = KL( p(. | y_<t, audio) || p(. | y_<t, transcript) )   what would it say next if it had READ the question instead?
+    L_tok = sum_t w_t D_t                                         w_t: more on the largest D_t and on early tokens (losses.cord_weights)
+    L_seq = - mean_i A_i log p(y_i | audio)                       group reward: does y_i give the answer that the text view gives?
+    L     = L_tok + L_seq
+
+    python train_cord.py                                  # laptop: the mini world, audio synthesised on the first run
+    python train_cord.py --dry-run                        # two steps and a small evaluation of everything
+    torchrun --nproc_per_node 8 train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct \\
+        --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --micro-batch 2 --max-seconds 30
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_cord.py ...        # on each node
+
+The rows of the paper's tables:
+
+    SFT on the text view's answers        --token-loss sft --group-size 0
+    off-policy forward KL                 --token-loss forward-kl --group-size 0
+    uniform on-policy reverse KL          --alpha 1 --beta 1 --group-size 0
+    GRPO only                             --token-loss none
+    GRPO + uniform KL                     --alpha 1 --beta 1
+    full CORD                             (the default)
+
+Where the paper is silent, and what we do:
+1. Teacher: a frozen copy from before training, as the paper's figure draws it. With the current weights both views can drift together
+   (--teacher current; README has the measurement).
+2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call; --share-rollouts takes the KL on the group's.
+3. D_t and log p are of what was sampled from: control tokens are banned in both views; log p at the row's own temperature, D_t at 1.
+4. L_tok and L_seq are sums over a rollout's tokens, as written, and means over the rollouts of the global batch: neither the number of GPUs
+   nor accumulation changes the run.
+5. Top K is a share of the rollout (a tenth: 20 of the paper's 200 tokens), so that short rollouts are weighted alike.
+6. AdamW, linear warm-up over 3 %, cosine to zero. Decoder and projector learn, the audio tower is frozen.
+7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have no gradient and are not run again.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import data
+import evaluate
+import judge
+import losses
+import mini_world
+import rollout
+
+# What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
+EXPECTED = {"text": (0, 0), "audio": (0, 0)}
+QUIET = 20                  # steps without any signal from the judge after which a warning says so
+# what is logged beside the losses -> (sum over all ranks, divided by another)
+MEANS = {"kl": ("kl", "tokens"), "entropy": ("entropy", "tokens"), "top_weight": ("top", "weight"), "reward": ("reward", "rewarded"),
+         "signal": ("signal", "groups"), "length": ("sampled", "rollouts"), "at_limit": ("at_limit", "rollouts")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1. Flags
+
+def parse_flags(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # models and data
+    parser.add_argument("--student", default=str(mini_world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2-Audio-7B-Instruct)")
+    parser.add_argument("--teacher", default="initial", choices=["initial", "current"], help="who reads: a frozen copy, or the weights of this step")
+    parser.add_argument("--data", help="training manifest with transcripts (data.py); default: the mini world")
+    parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
+    parser.add_argument("--max-seconds", type=float, default=None, help="longest clip in seconds; default: the model's window")
+    # the method
+    parser.add_argument("--token-loss", default="reverse-kl", choices=["reverse-kl", "forward-kl", "sft", "none"],
+                        help="L_tok: reverse KL on rollouts (paper); baselines along the text view's own answer: forward-kl, sft")
+    parser.add_argument("--alpha", type=float, default=2.0, help="weight of the tokens with the largest D_t (paper: 2; 1: uniform)")
+    parser.add_argument("--beta", type=float, default=2.0, help="weight of the first token, falling to 1 at the last (paper: 2; 1: uniform)")
+    parser.add_argument("--top-share", type=float, default=0.1, help="share of a rollout's tokens that alpha weighs (paper: 20 of 200)")
+    parser.add_argument("--group-size", type=int, default=4, help="N rollouts of a prompt that are rewarded (paper: 4; 0: no L_seq)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout that carries the KL (paper: 1.0)")
+    parser.add_argument("--group-temperature", type=float, default=1.5, help="of the group's rollouts (paper: 1.5)")
+    parser.add_argument("--share-rollouts", action="store_true", help="the KL is taken on the group's rollouts, and no other is sampled")
+    parser.add_argument("--judge", default="rule", help="rule, or a causal LM that is asked (folder or hub id; judge.py)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest rollout and answer, in tokens (paper: 200)")
+    parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (with head and projector), or all: the audio tower too")
+    # optimisation
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (paper, 7B: 3e-5)")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the data")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts per step over all ranks")
+    parser.add_argument("--micro-batch", type=int, default=16, help="rollouts per forward on one rank; accumulation follows from it")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    # evaluation
+    parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
+    parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
+    parser.add_argument("--show-every", type=int, default=25, help="steps between three rollouts in the terminal and samples.jsonl")
+    # the run: the same flags in both training scripts
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/cord", help="folder for config, log, checkpoints, samples, results and figure")
+    parser.add_argument("--max-steps", type=int, help="stop here, whatever --epochs says")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; one is written at the end too")
+    parser.add_argument("--resume", help="auto (newest checkpoint in --out, if there is one) or a checkpoint's folder")
+    parser.add_argument("--no-eval", action="store_true", help="train only")
+    parser.add_argument("--dry-run", action="store_true", help="two steps and one small evaluation of everything, then stop")
+    args = parser.parse_args(argv)
+    if args.group_size == 1 or args.group_size < 0:
+        parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing to be better than")
+    if args.token_loss == "none" and not args.group_size:
+        parser.error("with --token-loss none and --group-size 0 nothing is learnt; leave one of them on")
+    if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
+        parser.error("--share-rollouts puts the reverse KL on the group's rollouts, so it needs --token-loss reverse-kl and a --group-size")
+    if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
+        parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2. One step: rewards, then forward and losses in one module, because DDP synchronises only what runs inside the forward it wraps
+
+def reward(rollouts, prompts, references, verdicts):
+    """Judge the group's rollouts against the text view's answer: fills reward and advantage. -> sums for the log"""
+    group = [r for r in rollouts if r.group]
+    if not group:
+        return {}
+    judged = verdicts([(prompts.examples[r.row], r.text, references[prompts.examples[r.row].id]["text"]) for r in group])
+    rewards = torch.tensor(judged, dtype=torch.float32).view(len(prompts.examples), -1)          # [prompts, N]
+    for r, won, advantage in zip(group, rewards.flatten().tolist(), losses.group_advantages(rewards).flatten().tolist()):
+        r.reward, r.advantage = won, advantage
+    mixed = rewards.min(-1).values < rewards.max(-1).values                                      # all alike: no signal
+    return {"reward": rewards.sum().item(), "rewarded": rewards.numel(), "signal": mixed.sum().item(), "groups": len(rewards)}
+
+
+@dataclass
+class Chunk:
+    """A micro-batch of rollouts. Flat token axes: [tokens] of all its rollouts, [kl tokens] of those that carry L_tok."""
+    audio: data.View
+    text: data.View | None      # the rollouts that carry L_tok, behind the transcript; None without any
+    labels: torch.Tensor        # [tokens] int64
+    temperature: torch.Tensor   # [tokens]
+    advantage: torch.Tensor     # [tokens], 0 where a rollout is not rewarded
+    kl: torch.Tensor            # [tokens] bool
+    read: list                  # the Rollouts of the text view, in its order
+
+
+def chunks_of(rollouts, prompts, processor, size, device):
+    """Rollouts -> Chunks of at most `size`. Long ones together, so that little is padded; what carries no gradient stays out."""
+    live = [r for r in rollouts if r.kl or r.advantage] or rollouts[:1]         # one in any case: no rank may miss the others' backward
+    live.sort(key=lambda r: len(r.ids), reverse=True)
+    chunks = []
+    for part in (sorted(live[i:i + size], key=lambda r: not r.kl) for i in range(0, len(live), size)):
+        read = [r for r in part if r.kl]                                        # first in both views
+        flat = lambda values, kind: torch.tensor([v for r, v in zip(part, values) for _ in r.ids], dtype=kind, device=device)
+        chunks.append(Chunk(
+            audio=data.audio_view(prompts, [r.row for r in part], [r.ids for r in part], processor).to(device),
+            text=data.text_view(prompts, [r.row for r in read], [r.ids for r in read], processor.tokenizer).to(device) if read else None,
+            labels=torch.tensor([token for r in part for token in r.ids], device=device), read=read,
+            temperature=flat([r.temperature for r in part], torch.float32), advantage=flat([r.advantage for r in part], torch.float32),
+            kl=flat([r.kl for r in part], torch.bool)))
+    return chunks
+
+
+class CordStep(nn.Module):
+    """
+    Losses of one chunk: forward(chunk, read, counts) -> ({"loss", "token", "group"}, those that are on, scalars; for the log and detached,
+    {"kl", "entropy", "weight", "top": the weight where D_t is among the K largest, "tokens": ones}, all [kl tokens]).
+
+    read: [kl tokens, hidden] from CordStep.read. counts: {"token", "group"}, rollouts of the global batch, so that summing over chunks and
+    ranks gives the global mean. The frozen teacher lives in a tuple: no submodule, so DDP neither broadcasts nor checks it.
+    """
+
+    def __init__(self, student, banned, args):
+        super().__init__()
+        self.student, self.args, self.banned = student, args, banned
+        parts = (student.model.language_model, student.lm_head)
+        self.teacher = copy.deepcopy(parts) if args.teacher == "initial" else parts              # reading needs no audio tower
+        if args.teacher == "initial":
+            half = torch.bfloat16 if student.device.type == "cuda" else torch.float32
+            for part in self.teacher:
+                part.to(half).requires_grad_(False)
+
+    @torch.no_grad()
+    def read(self, chunk):
+        """The teacher on the text view: last hidden states that predict the rollouts' tokens -> [kl tokens, hidden]."""
+        if chunk.text is None or self.args.token_loss == "sft":
+            return None
+        last = self.teacher[0](**chunk.text.inputs, use_cache=False).last_hidden_state           # [rollouts, seq, hidden]
+        return last.flatten(0, 1)[chunk.text.predict_positions]
+
+    def allowed(self, logits):
+        """What cannot be sampled has no probability in either view."""
+        return logits.index_fill(-1, self.banned, losses.FLOOR)
+
+    def forward(self, chunk, read, counts):
+        args, parts, each = self.args, {}, {}
+        view = chunk.audio
+        last = self.student.model(**view.inputs, use_cache=False).last_hidden_state              # [rollouts, seq, hidden]
+        logits = self.student.lm_head(last.flatten(0, 1)[view.predict_positions])                # [tokens, vocab]
+        nothing, logits = 0.0 * logits.sum(), self.allowed(logits)                               # a rank without gradients joins the others
+        lengths = [len(r.ids) for r in chunk.read]
+        if lengths and args.token_loss == "sft":
+            parts["token"] = losses.cross_entropy(logits[chunk.kl], chunk.labels[chunk.kl], denominator=counts["token"])
+        elif lengths:
+            heard = logits[chunk.kl]                                                             # [kl tokens, vocab]
+            with torch.no_grad():
+                target = self.allowed(self.teacher[1](read))                                     # [kl tokens, vocab]
+            on_policy = args.token_loss == "reverse-kl"
+            kl = losses.token_divergence(heard, target, beta=1 if on_policy else 0)              # D_t [kl tokens]
+            alpha, beta = (args.alpha, args.beta) if on_policy else (1.0, 1.0)
+            weight = losses.cord_weights(kl, lengths, alpha=alpha, beta=beta, top_share=args.top_share)
+            parts["token"] = (weight * kl).sum() / counts["token"]
+            log_q = heard.detach().float().log_softmax(-1)
+            top = weight * losses.largest_share(kl.detach(), lengths, args.top_share)
+            each = {"kl": kl.detach(), "entropy": -(log_q.exp() * log_q).sum(-1), "weight": weight, "top": top, "tokens": torch.ones_like(top)}
+        rewarded = chunk.advantage != 0
+        if rewarded.any():
+            log_p = losses.log_probability(logits[rewarded], chunk.labels[rewarded], chunk.temperature[rewarded])
+            parts["group"] = -(chunk.advantage[rewarded] * log_p).sum() / counts["group"]
+        return {**parts, "loss": sum(parts.values(), nothing)}, each
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. Schedule
+
+def learning_rate_factor(step, steps):
+    """Linear warm-up over 3 % of the steps, then a cosine to zero."""
+    warm = max(1, round(0.03 * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4. The run
+
+def main(argv=None):
+    args = parse_flags(argv)
+    started = time.time()
+    rank, world, device = common.start_distributed()
+    say = print if rank == 0 else (lambda *a, **k: None)
+    out = Path(args.out)
+    torch.manual_seed(args.seed)
+    # 4.1 data: the whole manifest and every clip's header are checked before anything trains
+    if args.batch_size % world:
+        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the {world} ranks; change one")
+    share = args.batch_size // world
+    train_file, eval_files = args.data, args.eval_data
+    if train_file is None:
+        sizes = {"spoken": 16, "test": 8} if args.dry_run else {"spoken": None, "test": 300}
+        with common.rank_zero_first(rank, world):
+            train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
+        eval_files = eval_files or made
+    examples = data.read_manifest(train_file, require=("transcript",))
+    scored = [example for file in eval_files for example in data.read_manifest(file, limit=16 if args.dry_run and args.data else None)]
+
+    # 4.2 models
+    student, processor = common.load_audio_model(args.student)
+    tokenizer = processor.tokenizer
+    seconds = data.check_audio(examples + scored, args.max_seconds or processor.feature_extractor.n_samples / data.SAMPLE_RATE)
+    verdicts = judge.load(args.judge, device)
+    student.to(device)
+    common.choose_trained(student, args.train)
+    step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, processor), device=device), args)
+
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
+    checkpoint, done = common.find_checkpoint(args.resume, out), 0
+    steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
+    stop = min(steps, 2) if args.dry_run else steps
+    learns = [p for p in step_module.parameters() if p.requires_grad]
+    say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} "
+        f"parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
+    apart = args.token_loss == "reverse-kl" and not args.share_rollouts
+    plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
+    say(f"{len(examples):,} prompts, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {share} x {len(plan)} x {world} "
+        f"(prompts x rollouts x ranks) = {args.batch_size * len(plan)} rollouts a step, {steps} steps")
+    out.mkdir(parents=True, exist_ok=True)
+    answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
+
+    def score(when, elsewhere=True):
+        results = evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering)
+        samples = results.pop("samples")
+        if rank == 0:
+            (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+            common.write_json(out / f"{when}.json", results)
+        return results
+
+    before = None
+    if scored and not args.no_eval:
+        known = checkpoint and (out / "before.json").exists()
+        before = json.loads((out / "before.json").read_text()) if known else score("before")
+    asked = {e.id: e for step in range(stop) for e in common.examples_of_step(examples, step, args.batch_size, args.seed)}
+    references = rollout.text_answers(student, processor, list(asked.values()), out / "references.jsonl", model_name=args.student, **answering)
+    agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in list(asked.values())[:1000]])
+    say(f"judge ({args.judge}): the text view gives the gold answer to {100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
+
+    # 4.4 optimizer, checkpoint
+    groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, optimizer=optimizer)
+    if checkpoint:
+        done = common.load_checkpoint(checkpoint, student, optimizer)
+        say(f"going on from step {done}, {checkpoint}")
+    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False) if world > 1 else step_module
+    if rank == 0:
+        common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
+        common.open_log(out / "log.jsonl", done)
+        common.open_log(out / "samples.jsonl", done)
+
+    # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
+    quiet = 0                                           # steps since a group last had any signal
+    common.forget_peak_memory(device)
+    try:
+        for step in range(done, stop):
+            clock = [time.time()]
+            mine = common.examples_of_step(examples, step, args.batch_size, args.seed)[rank * share:(rank + 1) * share]
+            prompts = data.encode_prompts(mine, processor, tokenizer, words="transcript", max_seconds=args.max_seconds)
+            with autocast():
+                rollouts = rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens)
+            clock.append(time.time())
+            sums = {**dict.fromkeys(("loss", "token", "group", *sum(MEANS.values(), ())), 0.0), "rollouts": len(rollouts),
+                    "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(len(r.ids) == args.max_new_tokens for r in rollouts),
+                    **reward(rollouts, prompts, references, verdicts)}
+            if args.token_loss in ("sft", "forward-kl"):            # off-policy: along the text view's own answer
+                rollouts += [rollout.Rollout(row, 1.0, True, False, references[e.id]["ids"]) for row, e in enumerate(mine)]
+            chunks = chunks_of(rollouts, prompts, processor, args.micro_batch, device)
+            with autocast():
+                taught = [step_module.read(chunk) for chunk in chunks]
+            clock.append(time.time())
+            counts = common.sum_over_ranks({"token": sum(r.kl for r in rollouts), "group": sum(r.group for r in rollouts)}, device)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
+            for i, (chunk, read) in enumerate(zip(chunks, taught)):
+                last = i + 1 == len(chunks)
+                with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                    with autocast():
+                        parts, each = wrapped(chunk, read, counts)
+                    (parts["loss"] * world).backward()             # DDP averages over ranks; ours are parts of a sum
+                for name, value in {**parts, **each}.items():
+                    sums[name] += value.sum().item()
+                for r, divergence in zip(chunk.read, each["kl"].split([len(r.ids) for r in chunk.read]) if each else ()):
+                    r.divergence = divergence.tolist()
+            norm = torch.nn.utils.clip_grad_norm_(learns, args.clip).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            clock.append(time.time())
+
+            sums = common.sum_over_ranks(sums, device)
+            if not math.isfinite(sums["loss"]):
+                raise SystemExit(f"step {done}: the loss is not finite ({sums}); lower --lr, and go on from the last checkpoint in {out}")
+            line = {"step": done, **{name: sums[name] for name in ("loss", "token", "group")}, "grad_norm": norm,
+                    "lr": optimizer.param_groups[0]["lr"], **{name: sums[x] / sums[y] for name, (x, y) in MEANS.items() if sums[y]},
+                    **{f"seconds_{what}": end - start for what, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])},
+                    "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), "memory_gb": common.peak_memory_gb(device)}
+            quiet = quiet + 1 if args.group_size and not sums["signal"] else 0
+            if quiet == QUIET:
+                say(f"step {done}: for {QUIET} steps all rollouts of every group were judged alike, so the group reward teaches nothing: read "
+                    "samples.jsonl, then raise --group-temperature or set --group-size 0")
+            if dead := [e.id for n, e in enumerate(mine) if all(r.unusable(args.max_new_tokens) for r in rollouts if r.row == n)]:
+                say(f"step {done}: all rollouts of {', '.join(dead)} are empty or were cut at --max-new-tokens {args.max_new_tokens}")
+            if rank == 0:
+                common.append_jsonl(out / "log.jsonl", line)
+            if done % 10 == 0 or done <= 2 or done == stop:
+                say(f"step {done}/{steps}  " + "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line)
+                    + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s")
+            if rank == 0 and (done % args.show_every == 0 or done == 1):
+                for record in rollout.samples([r for r in rollouts if r.kl or not apart][:3], prompts, references, verdicts, tokenizer):
+                    common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
+                    say("  {transcript} | {rollout} | {verdict}".format(**record))
+            if rank == 0 and (done % args.save_every == 0 or done == stop):
+                save(step=done)
+            if args.eval_every and done % args.eval_every == 0 and done < stop and before:
+                now = score(f"eval-{done:07d}", elsewhere=False)
+                say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
+    except KeyboardInterrupt:
+        if rank == 0:
+            say(f"\ninterrupted; saved {save(step=done)}: go on with --resume auto")
+        return
+
+    # 4.6 after
+    if before:
+        after = score("after")
+        minutes = (time.time() - started) / 60
+        if rank == 0:
+            common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
+                                                     "gap_reduction_percent": evaluate.gap_reduction(before, after)})
+            print(evaluate.report_gap(before, after))
+            if args.data is None and not args.dry_run:
+                print("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
+            evaluate.plot_cord(out)
+            say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
+    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
+    common.stop_distributed()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as error:
+        raise SystemExit(f"error: {error}") from None
