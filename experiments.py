@@ -1,7 +1,7 @@
 """
 Every number in README's tables, each by one command: paper A's Table 1 in miniature, and the questions that the paper leaves open.
 
-    python experiments.py table                     # the six rows of Table 1, three seeds each: half an hour on two cores
+    python experiments.py table                     # the six rows of Table 1, three seeds each: 35 minutes on two cores
     python experiments.py alpha-ac skip             # some of the others, by name
     python experiments.py all --seeds 0             # everything, one seed
     python experiments.py table --dry-run           # two steps of every run, and a small evaluation

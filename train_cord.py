@@ -388,7 +388,7 @@ def main(argv=None):
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
-            print(evaluate.report_gap(before, after))
+            print(evaluate.report_gap(after, before))
             if args.data is None and not args.dry_run:
                 print("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_cord(out)
