@@ -261,23 +261,30 @@ def gap_of(text, audio):
             "intervals": {"text": wilson(t, n), "audio": wilson(a, n), "gap": gap}}
 
 
+def flat(by_group):
+    """group -> id -> right? -> {id: right?}"""
+    return {i: right for group in by_group.values() for i, right in group.items()}
+
+
 def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.0, **decoding):
     """Ask every spoken question twice, as audio and as text; greedy by default. elsewhere: also score what only audio can ask (Table 2).
 
-    Returns gap_of's dict; "kinds": the same for each kind of question; "correct": {"text", "audio"} -> id -> bool; "elsewhere":
+    Returns gap_of's dict; "kinds": the same for each kind of question; "correct": {"text", "audio"} -> kind -> id -> bool; "elsewhere":
     evaluate_model's dict on the other examples, if there are any; "samples": list of dicts. Raises data.DataError without a spoken question."""
-    asked, samples, correct = spoken(examples), [], {"text": {}, "audio": {}}
+    asked, samples = spoken(examples), []
     if not asked:
         raise data.DataError("no example has a transcript, so the audio-text gap cannot be measured; add transcripts to the manifest")
+    kinds = sorted({e.kind or e.task for e in asked})
+    correct = {view: {kind: {} for kind in kinds} for view in ("text", "audio")}
     for view, words in ("text", "transcript"), ("audio", None):
         said = generate(model, processor, asked, view=view, words=words, temperature=temperature, **decoding)
         for e, output in zip(asked, said):
-            correct[view][e.id] = judge.agree(output, e.answer, e.choices)
+            kind = e.kind or e.task
+            correct[view][kind][e.id] = right = judge.agree(output, e.answer, e.choices)
             samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": e.choices, "answer": e.answer,
-                            "kind": e.kind or e.task, "model_output": output, "correct": correct[view][e.id]})
-    kinds = {kind: [e.id for e in asked if (e.kind or e.task) == kind] for kind in sorted({e.kind or e.task for e in asked})}
-    results = {**gap_of(*correct.values()), "correct": correct, "samples": samples,
-               "kinds": {kind: gap_of(*({i: right[i] for i in ids} for right in correct.values())) for kind, ids in kinds.items()}}
+                            "kind": kind, "model_output": output, "correct": right})
+    results = {**gap_of(*map(flat, correct.values())), "correct": correct, "samples": samples,
+               "kinds": {kind: gap_of(correct["text"][kind], correct["audio"][kind]) for kind in kinds}}
     rest = [e for e in examples if e not in asked]
     if elsewhere and rest:
         found = evaluate_model(model, processor, rest, temperature=temperature, **decoding)
@@ -304,7 +311,7 @@ def report_gap(results, before=None):
                      + (f"{share:18.1f} %" if share is not None else ""))
     if before:
         for view in ("text", "audio"):
-            mine, theirs = results["correct"][view], before["correct"][view]
+            mine, theirs = flat(results["correct"][view]), flat(before["correct"][view])
             if shared := [i for i in mine if i in theirs]:
                 points, (low, high) = paired_bootstrap([mine[i] for i in shared], [theirs[i] for i in shared])
                 lines.append(f"{view:6}{before[f'{view}_accuracy']:7.1f} -> {results[f'{view}_accuracy']:.1f}   {points:+.1f} points, paired "

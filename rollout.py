@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import data
 
@@ -177,15 +177,20 @@ def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
     if not plan:
         return []
     rollouts = [Rollout(row, *kind, []) for row in range(len(prompts.examples)) for kind in plan]
-    tokenizer, stop, banned = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor)
-    inputs = {**data.pad_left(prompts.audio, tokenizer), **prompts.features}
-    inputs = {name: tensor.repeat_interleave(len(plan), 0).to(student.device) for name, tensor in inputs.items()}  # A A A B B B, as the rollouts
-    keys = [f"{key} {example.id} {n}" for example in prompts.examples for n in range(len(plan))]
-    length = inputs["input_ids"].shape[1]
-    choose = chooser(keys, length, banned, max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
+    tokenizer, stop, banned, n = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor), len(plan)
+    inputs = {k: v.to(student.device) for k, v in {**data.pad_left(prompts.audio, tokenizer), **prompts.features}.items()}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]                                    # [prompts, seq]
+    keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]
+    choose = chooser(keys, ids.shape[1], banned, max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
     with plain_decoding(student):
-        said = student.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop,
-                                pad_token_id=stop[0], logits_processor=[choose])[:, length:].tolist()
+        # Sound and prompt are the same for a prompt's n rollouts: run them once, all but the last token, which generate() starts from
+        cache, places = DynamicCache(config=student.config.get_text_config()), (mask.cumsum(-1) - 1).clamp(min=0)
+        student.model(**{**inputs, "input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}, position_ids=places[:, :-1], past_key_values=cache,
+                      use_cache=True)
+        cache.batch_repeat_interleave(n)                                                         # A A A B B B, as the rollouts
+        said = student.generate(input_ids=ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
+                                max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[0],
+                                logits_processor=[choose])[:, ids.shape[1]:].tolist()            # [rollouts, new]
     for rollout, row in zip(rollouts, said):
         end = next((k for k, token in enumerate(row) if token in stop), len(row))
         rollout.ids = row[:end + 1]

@@ -1,0 +1,111 @@
+"""Paper B's evaluation: the audio-text gap by hand-computed cases, the real command on real views, and the KL analysis on planted divergences."""
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import common
+import data
+import evaluate
+import inside
+import mini_world
+import rollout
+from test_train_cord import write_spoken
+
+
+def views(text, audio, kind="sum"):
+    """Bits -> what evaluate_views returns, for questions q0, q1, ..."""
+    correct = {view: {kind: {f"q{i}": bool(int(bit)) for i, bit in enumerate(bits)}} for view, bits in (("text", text), ("audio", audio))}
+    gap = evaluate.gap_of(*map(evaluate.flat, correct.values()))
+    return {**gap, "correct": correct, "kinds": {kind: gap}}
+
+
+def test_gap_by_hand():
+    found = views("1111111100", "1100000010")
+    assert (found["text_accuracy"], found["audio_accuracy"], found["gap"], found["questions"]) == (80, 30, 50, 10)
+    low, high = found["intervals"]["gap"]
+    assert low < 50 < high and found["intervals"]["audio"] == evaluate.wilson(3, 10)
+    # paired: of ten questions six are lost by hearing and one is won, so the difference has variance (7 - 25/10) / 100 of a point squared
+    assert high - low == pytest.approx(2 * 1.96 * 100 * (0.7 - 0.25) ** 0.5 / 10 ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("before, after, gone", [
+    (("11111111", "11110000"), ("11111111", "11111100"), 50), (("11111111", "11110000"), ("11000000", "11111100"), 50),   # a text view that rots earns nothing
+    (("11111111", "11110000"), ("11111111", "11000000"), -50), (("1100", "1111"), ("1100", "1111"), None), (("1100", "1100"), ("1111", "1111"), None)])
+def test_gap_reduction_by_hand(before, after, gone):
+    assert evaluate.gap_reduction(views(*before), views(*after)) == gone
+
+
+def test_the_report_tells_before_from_after():
+    text = evaluate.report_gap(views("1111111100", "1111110000"), views("1111111100", "1100000000"))
+    assert "audio    20.0 -> 60.0   +40.0 points" in text and "66.7 %" in text and "text     80.0 -> 80.0   +0.0 points" in text
+
+
+def test_only_spoken_questions_are_asked_twice(tmp_path):
+    examples = data.read_manifest(write_spoken(tmp_path, n=3))
+    examples[1].task = evaluate.SER_TASK
+    examples[2].transcript = ""
+    assert evaluate.spoken(examples) == examples[:1]
+    with pytest.raises(data.DataError, match="no example has a transcript"):
+        evaluate.evaluate_views(None, None, examples[1:])
+
+
+def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch, capsys):
+    manifest, further = write_spoken(tmp_path), tmp_path / "telephone.jsonl"
+    further.write_text("\n".join(manifest.read_text().splitlines()[:3]) + "\n")
+    run = lambda *more: monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", str(mini_world.MINI / "student"), "--data", str(manifest),
+                                                          str(further), "--max-new-tokens", "70", *more]) or evaluate.main()
+    run("--out", str(tmp_path / "a"))
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    said = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    model, processor = common.load_audio_model(mini_world.MINI / "student")
+    examples = data.read_manifest(manifest)
+    read = rollout.generate(model, processor, examples, view="text", words="transcript", temperature=0, max_new_tokens=70, progress=False)
+    assert [s["model_output"] for s in said if s["view"] == "text" and s["set"] == "spoken"] == read
+    assert found["text_accuracy"] == 100 * sum(f"<RESPONSE>{e.answer}</RESPONSE>" in text for e, text in zip(examples, read)) / 6 > 50
+    assert found["questions"] == 6 and found["splits"]["telephone"]["questions"] == 3
+    assert sum(kind["questions"] for kind in found["kinds"].values()) == 6 and found["gap"] == found["text_accuracy"] - found["audio_accuracy"]
+    worse = {**found, "audio_accuracy": 0.0}
+    (tmp_path / "worse.json").write_text(json.dumps({"before": worse, "after": found}))                  # as train_cord.py writes it
+    run("--out", str(tmp_path / "b"), "--baseline", str(tmp_path / "worse.json"))
+    again = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert again["gap_reduction_percent"] == pytest.approx(100 * found["audio_accuracy"] / found["text_accuracy"])
+    assert "reduction" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds no gap"):
+        run("--baseline", str(tmp_path / "a" / "samples.jsonl".replace("samples.jsonl", "nothing.json")) if (tmp_path / "a" / "nothing.json").write_text("{}") else "")
+
+
+# ------------------------------------------------------------ the KL analysis -----------------------------------------------------------
+
+def test_kl_report_finds_what_was_planted():
+    """100 rollouts of 20 tokens: D_t is 5 on token 7, which stands early, 0.01 elsewhere."""
+    tokenizer = common.load_audio_model(mini_world.MINI / "student")[1].tokenizer
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(100):
+        at = int(rng.integers(5))
+        ids = [int(x) for x in rng.integers(50, 60, 20)]
+        ids[at] = 7
+        pairs.append((ids, [5.0 if token == 7 else 0.01 for token in ids]))
+    report = inside.kl_report(pairs, tokenizer)
+    assert (report["rollouts"], report["tokens"]) == (100, 2000)
+    assert report["mean"] == pytest.approx((5 + 19 * 0.01) / 20) and report["percentiles"]["80"] == pytest.approx(0.01)
+    assert report["percentiles"]["99"] == 5 and report["tenth"] == pytest.approx((500 + 100 * 0.01) / (500 + 1900 * 0.01))
+    assert report["by_token"][0]["token"] == tokenizer.decode([7]) and report["by_token"][0]["mean"] == 5 and report["by_token"][0]["count"] == 100
+    place = [t / 19 for _ in range(100) for t in range(20)]
+    assert report["correlation"] == pytest.approx(np.corrcoef(place, [d for _, row in pairs for d in row])[0, 1]) and report["correlation"] < -0.2
+    assert sum(report["histogram"]["counts"]) == 2000 and report["by_position"][0] > report["by_position"][10] == pytest.approx(0.01)
+
+
+def test_the_kl_command_before_and_after(tmp_path, monkeypatch, capsys):
+    """The student against itself reading: mean D_t as train_cord.py's own step computes it on the same rollouts."""
+    manifest = write_spoken(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "kl", "--model", str(mini_world.MINI / "student"), "--data", str(manifest),
+                                      "--max-new-tokens", "20", "--out", str(tmp_path)])
+    evaluate.main()
+    report = json.loads((tmp_path / "kl.json").read_text())
+    assert list(report) == ["before"] and (tmp_path / "kl.png").stat().st_size > 10_000 and "largest on:" in capsys.readouterr().out
+    student, processor = common.load_audio_model(mini_world.MINI / "student")
+    pairs = inside.divergences(student, processor, student, data.read_manifest(manifest), batch_size=2, max_new_tokens=20)
+    assert report["before"]["mean"] == pytest.approx(np.mean([d for _, row in pairs for d in row]), rel=1e-4)
+    assert report["before"]["tokens"] == sum(len(ids) for ids, _ in pairs) and report["before"]["mean"] > 0.01
