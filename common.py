@@ -178,19 +178,42 @@ def save_checkpoint(folder, *, step, model, processor, beside, optimizer, keep=2
     return final
 
 
+def was_dry(folder):
+    """Was the last run in this folder one with --dry-run?"""
+    config = Path(folder) / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("dry_run", False)
+
+
+def start_folder(folder, checkpoint, rank, world):
+    """Make the run's folder. A run that resumes nothing wants it to itself: another's checkpoints and evaluations would pass for its own. What a
+    dry run left is removed; raises SystemExit where it would be a real run's checkpoints."""
+    folder = Path(folder)
+    if checkpoint is None and rank == 0:
+        if list(folder.glob("step-*")) and not was_dry(folder):
+            raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
+        for old in folder.glob("step-*"):
+            shutil.rmtree(old)
+        for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json") for path in folder.glob(name)):
+            old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    if world > 1:
+        dist.barrier()
+
+
 def find_checkpoint(resume, folder):
     """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. Raises SystemExit if DIR is none."""
     if resume is None:
         return None
     if resume == "auto":
-        return max(Path(folder).glob("step-*"), default=None)
+        return max(Path(folder).glob("step-*"), default=None) if not was_dry(folder) else None
     if not (Path(resume) / "state.pt").is_file():
         raise SystemExit(f"{resume} is not a checkpoint (it has no state.pt); give a folder such as {folder}/step-0000100, or auto")
     return Path(resume)
 
 
 def load_checkpoint(path, model, optimizer):
-    """Fill model and optimizer in place -> the number of steps that were done."""
+    """Fill model and optimizer in place -> the number of steps that were done. Rates and decay stay those of today's flags."""
+    flags = [{name: group[name] for name in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
     try:                        # through the class, because save_pretrained writes other names than the module's own
         saved = type(model).from_pretrained(path, dtype=model.dtype, use_safetensors=True)
         model.load_state_dict(saved.state_dict())
@@ -199,6 +222,8 @@ def load_checkpoint(path, model, optimizer):
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"{path} was saved by another model ({reason}); resume with the flags of its config.json") from None
+    for group, ours in zip(optimizer.param_groups, flags):
+        group.update(ours)
     return state["step"]
 
 
@@ -218,9 +243,16 @@ def append_jsonl(path, record):
 
 
 def open_log(path, done):
-    """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again."""
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= done] if done and path.exists() else []
-    path.write_text("".join(line + "\n" for line in kept))
+    """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again. A last line that a
+    kill cut off goes too."""
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if done and path.exists() else []
+    path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
+
+
+def read_known(path, asked):
+    """An evaluation that an earlier part of a run saved, if it asked the same questions (data.fingerprint), or None."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("asked") == asked else None
 
 
 def run_facts():

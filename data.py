@@ -26,6 +26,7 @@ Validate one and see its durations and token lengths:
 """
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -101,6 +102,21 @@ def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> lis
             if not str(getattr(example, name) or "").strip():
                 raise DataError(f"{example.where}: {name!r} is missing or empty and is needed here; add it to the line")
     return kept
+
+
+def read_manifests(paths, **how) -> list[Example]:
+    """Several manifests behind each other; `how` as in read_manifest. Raises DataError where two of them use one id."""
+    examples, seen = [example for path in paths for example in read_manifest(path, **how)], {}
+    for example in examples:
+        if example.id in seen:
+            raise DataError(f"{example.where}: id {example.id!r} was already used at {seen[example.id]}; give every example its own id")
+        seen[example.id] = example.where
+    return examples
+
+
+def fingerprint(examples) -> str:
+    """The same for the same questions, to tell whether an evaluation is about these."""
+    return hashlib.sha256(repr([(e.id, str(e.audio), e.question, e.choices, e.answer, e.transcript) for e in examples]).encode()).hexdigest()[:16]
 
 
 def _parse(line: bytes, where: str, folders: list[Path]) -> Example:
@@ -198,6 +214,12 @@ def load_audio(path, *, where=None, max_seconds=None) -> torch.Tensor:
     if len(wave) < MIN_SAMPLES:
         raise DataError(f"{clip} holds {len(wave)} samples where its header promises {duration:.2f} s; make it again")
     return wave
+
+
+def longest(processor, max_seconds=None) -> float:
+    """The longest clip in seconds that a model takes whole: its feature extractor cuts off what is beyond its window without a word."""
+    window = processor.feature_extractor.n_samples / processor.feature_extractor.sampling_rate
+    return window if max_seconds is None else min(window, max_seconds)
 
 
 def check_audio(examples, max_seconds=None) -> list[float]:
@@ -354,10 +376,7 @@ def _question(example, processor, words=None) -> tuple[str, str]:
 
 
 def _audio_prompts(examples, processor, max_seconds) -> tuple[list[list[int]], dict]:
-    # the feature extractor cuts a clip at the end of its window without a word, so that the window is a limit too
-    extractor = processor.feature_extractor
-    window = extractor.n_samples / extractor.sampling_rate
-    limit = window if max_seconds is None else min(window, max_seconds)
+    limit = longest(processor, max_seconds)
     waves = [load_audio(example.audio, where=example.where, max_seconds=limit).numpy() for example in examples]
     prompts = [audio_prompt(processor, _question(example, processor)[1]) for example in examples]
     options = dict(sampling_rate=SAMPLE_RATE, add_special_tokens=False, padding=True, return_tensors="pt")

@@ -523,6 +523,14 @@ def look_inside(args):
     print(f"{out}: {args.task}.json, {args.task}.png")
 
 
+def stems(files):
+    """The names that several manifests are reported by. Raises data.DataError where two have the same."""
+    names = [Path(file).stem for file in files]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise data.DataError(f"two of the manifests are called {twice.pop()}, and results are reported by that name; rename one")
+    return names
+
+
 def run_gap(args):
     """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone."""
     from common import load_audio_model, write_json
@@ -531,7 +539,7 @@ def run_gap(args):
     if args.baseline and "text_accuracy" not in baseline:
         raise data.DataError(f"{args.baseline}: holds no gap; give a results.json that --task gap or train_cord.py wrote")
     gpu = torch.cuda.is_available()
-    sets = [(Path(file).stem, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for file in args.data]
+    sets = [(name, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for name, file in zip(stems(args.data), args.data)]
     if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
         raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
     model, processor = load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -596,8 +604,8 @@ def run(args):
     else:
         wanted = {"aqa": TASKS, "ser": (SER_TASK,), "both": (*TASKS, SER_TASK)}[args.task]
         sets = []
-        for file in args.data:
-            sets.append((Path(file).stem, [e for e in data.read_manifest(file, split=args.split) if e.task in wanted][:args.limit]))
+        for name, file in zip(stems(args.data), args.data):
+            sets.append((name, [e for e in data.read_manifest(file, split=args.split) if e.task in wanted][:args.limit]))
             if not sets[-1][1]:
                 raise data.DataError(f"{file}: has no example of the tasks {', '.join(wanted)}; check --task and --split")
         out = Path(args.out or "runs/evaluate") / "results.json"

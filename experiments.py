@@ -1,14 +1,15 @@
 """
-Every number in README's tables, each by one command: paper A's Table 1 in miniature, and the questions that the paper leaves open.
+Every number in README's tables, each by one command: both papers' tables in miniature, and the questions that the papers leave open.
 
-    python experiments.py table                     # the six rows of Table 1, three seeds each: 35 minutes on two cores
+    python experiments.py table                     # the six rows of paper A's Table 1, three seeds each: 35 minutes on two cores
+    python experiments.py cord                      # the rows of paper B's Tables 1 to 3, three seeds each
     python experiments.py alpha-ac skip             # some of the others, by name
     python experiments.py all --seeds 0             # everything, one seed
     python experiments.py table --dry-run           # two steps of every run, and a small evaluation
 
-A row is a set of flags of train_source_layer.py and nothing else. A seed is another world (other clips, questions, speakers' sentences)
-and another order of training; the two pretrained models are the same. What has run is not run again (runs/experiments/ holds it);
-rows that several tables share run once.
+A row is a set of flags of train_source_layer.py, or of train_cord.py where the table's name begins with cord, and nothing else. A seed is
+another world (other clips, questions, speakers' sentences) and another order of training; the pretrained models are the same. What has
+run is not run again (runs/experiments/ holds it); rows that several tables share run once.
 
 An experiment leaves runs/experiments/NAME.json with every answer's verdict and, where a picture helps, NAME.png; with --publish both go to
 figures/, from where tests/test_experiments.py computes README's numbers again. Differences are paired, question by question, over all seeds
@@ -26,11 +27,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import common
 import evaluate
 import mini_world
+import train_cord
 import train_source_layer
 
 HERE = Path(__file__).parent
@@ -44,8 +47,12 @@ NO_ACOUSTIC = "layer-wise text KD + SFT"
 PAPER = {BASELINE: (70.40, 58.89), "SFT only": (69.80, 51.93), "top-layer text KD + SFT": (70.30, 54.13),
          "skip-layer text KD (1 in 7) + SFT": (70.70, 53.37), NO_ACOUSTIC: (72.50, 49.65), FULL: (73.30, 56.03)}
 
-# name -> what it asks; its rows, label -> flags; the row that the others are compared with; columns beside AQA and SER
-EXPERIMENTS = {
+# Paper B, Qwen2-Audio, mean of MMSU, OpenBookQA and GSM8K (its Table 1): per cent of the audio-text gap that is gone
+PAPER_GAP = {"SFT on the text view's answers": "unstable", "off-policy forward KL": "28.5", "CORD": "41.6"}
+SPOKEN_KINDS = {"numbers": ("sum", "story"), "choices": ("comparison", "ordering")}     # in GSM8K's place; in MMSU's and OpenBookQA's
+
+# name -> what it asks; its rows, label -> flags; the row that the others are compared with; columns beside the accuracies
+PAPER_A = {
     "table": {
         "asks": "Table 1: what does each part bring?",
         "rows": {"SFT only": "--text-kd none --no-acoustic-kd", "top-layer text KD + SFT": "--text-kd top --no-acoustic-kd",
@@ -100,14 +107,46 @@ EXPERIMENTS = {
                  "tower frozen, lower half at a tenth of the rate": "--no-acoustic-kd --train decoder --lower-lr 0.1"},
         "against": "with it (default)", "columns": []},
 }
+CORD = {
+    "cord": {
+        "asks": "Tables 1 to 3: what does each part bring?",
+        "rows": {"SFT on the text view's answers": "--token-loss sft --group-size 0 --epochs 2",
+                 "off-policy forward KL": "--token-loss forward-kl --group-size 0 --epochs 2",
+                 "uniform reverse KL": "--alpha 1 --beta 1 --group-size 0 --epochs 2", "weighted reverse KL": "--group-size 0 --epochs 2",
+                 "GRPO only": "--token-loss none --epochs 2 --eval-every 25",
+                 "GRPO + uniform KL": "--alpha 1 --beta 1 --epochs 2 --eval-every 25", "CORD": "--epochs 2 --eval-every 25"},
+        "against": BASELINE, "columns": ["minutes"]},
+    "cord-teacher": {
+        "asks": "Who should read: a frozen copy, or the weights of this step?",
+        "rows": {f"{who}, {rate}": f"--teacher {who} --lr {rate} --group-size 0 --epochs 2 --eval-every 50"
+                 for who in ("initial", "current") for rate in ("1e-4", "3e-4", "6e-4")},
+        "against": "initial, 3e-4", "columns": []},
+    "cord-weights": {
+        "asks": "How heavy should the weighted tokens be? (the paper's Figure 4)",
+        "rows": {"alpha = beta = 1": "--alpha 1 --beta 1 --group-size 0 --epochs 2", "1.5": "--alpha 1.5 --beta 1.5 --group-size 0 --epochs 2",
+                 "2 (default)": "--group-size 0 --epochs 2", "2.5": "--alpha 2.5 --beta 2.5 --group-size 0 --epochs 2",
+                 "alpha 2, beta 1": "--beta 1 --group-size 0 --epochs 2", "alpha 1, beta 2": "--alpha 1 --group-size 0 --epochs 2"},
+        "against": "2 (default)", "columns": []},
+    "cord-top": {
+        "asks": "To how many of a rollout's tokens does alpha belong?",
+        "rows": {"0.05": "--top-share 0.05 --group-size 0 --epochs 2", "0.1 (default)": "--group-size 0 --epochs 2",
+                 "0.2": "--top-share 0.2 --group-size 0 --epochs 2", "0.5": "--top-share 0.5 --group-size 0 --epochs 2"},
+        "against": "0.1 (default)", "columns": []},
+}
+EXPERIMENTS = {**PAPER_A, **CORD}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Running
 
-def folder_of(flags, seed):
-    """One folder per set of flags and seed, named after them, so that tables share their rows' runs."""
-    return RUNS / f"{re.sub(r'[^a-z0-9.]+', '-', flags.lower()).strip('-') or 'default'}-seed{seed}"
+def script_of(name):
+    return train_cord if name in CORD else train_source_layer
+
+
+def folder_of(script, flags, seed):
+    """One folder for each script, set of flags and seed, named after them, so that tables share their rows' runs."""
+    named = re.sub(r"[^a-z0-9.]+", "-", flags.lower()).strip("-") or "default"
+    return RUNS / f"{'cord-' * (script is train_cord)}{named}-seed{seed}"
 
 
 def call(log, threads, script, *arguments):
@@ -121,29 +160,31 @@ def call(log, threads, script, *arguments):
         raise SystemExit(f"{script} {shlex.join(map(str, arguments))} failed: {said[-1]}; all of its output is in {log}")
 
 
-def arguments_of(flags, seed, dry_run=False):
-    """A row's flags as train_source_layer.py takes them: what stands in braces is named, seed and folder are added."""
-    named = flags.format(stronger=newest(STRONGER), described=described(seed, dry_run), test=world("test", seed, dry_run))
-    return [*shlex.split(named), "--seed", str(seed), "--out", str(folder_of(flags, seed))] + ["--dry-run"] * dry_run
+def arguments_of(script, flags, seed, dry_run=False):
+    """A row's flags as its script takes them: what stands in braces is named, seed and folder are added."""
+    named = flags
+    if "{" in flags:
+        named = flags.format(stronger=newest(STRONGER), described=described(seed, dry_run), test=world("test", seed, dry_run))
+    return [*shlex.split(named), "--seed", str(seed), "--out", str(folder_of(script, flags, seed))] + ["--dry-run"] * dry_run
 
 
-def results_of(flags, seed, dry_run=False):
+def results_of(script, flags, seed, dry_run=False):
     """A finished run's results.json, or None. Raises SystemExit if the folder holds a run with other settings than these flags now mean."""
-    folder = folder_of(flags, seed)
+    folder = folder_of(script, flags, seed)
     if not (folder / "results.json").exists():
         return None
-    had, wants = json.loads((folder / "config.json").read_text()), vars(train_source_layer.parse_flags(arguments_of(flags, seed, dry_run)))
+    had, wants = json.loads((folder / "config.json").read_text()), vars(script.parse_flags(arguments_of(script, flags, seed, dry_run)))
     if other := [f"{name} {had.get(name)}, not {value}" for name, value in wants.items() if name not in ("out", "resume") and had.get(name) != value]:
         raise SystemExit(f"{folder} holds a run with {'; '.join(other)}: move it away, and this one will be run again")
     return json.loads((folder / "results.json").read_text())
 
 
-def run(flags, seed, *, threads, dry_run, look):
+def run(script, flags, seed, *, threads, dry_run, look):
     """Train one row with one seed unless its results are there; look: also at its layers and vocabulary (evaluate.py --task layers)."""
-    folder = folder_of(flags, seed)
-    if not results_of(flags, seed, dry_run):
-        call(folder / "run.txt", threads, "train_source_layer.py", *arguments_of(flags, seed, dry_run), *["--resume", "auto"] * (not dry_run))
-        if not results_of(flags, seed, dry_run):        # Ctrl-C reaches the run first, which saves and stops as it should
+    folder = folder_of(script, flags, seed)
+    if not results_of(script, flags, seed, dry_run):
+        call(folder / "run.txt", threads, f"{script.__name__}.py", *arguments_of(script, flags, seed, dry_run), *["--resume", "auto"] * (not dry_run))
+        if not results_of(script, flags, seed, dry_run):    # Ctrl-C reaches the run first, which saves and stops as it should
             raise SystemExit(f"{folder} was interrupted; the same command goes on with it")
     if look and not (folder / "layers.json").exists():
         call(folder / "layers.txt", threads, "evaluate.py", "--task", "layers", "--model", newest(folder), "--data", world("test", seed, dry_run),
@@ -183,37 +224,47 @@ def bits(correct):
 
 
 def verdicts(results):
-    return {"aqa": bits(results["aqa"]["correct"]), "ser": bits(results["ser"]["correct"])}
+    """An evaluation of either script -> {"aqa", "ser", and for CORD "text", "audio"}: group -> bits."""
+    views, heard = results.get("correct", {}), results.get("elsewhere", results)
+    return {**{view: bits(correct) for view, correct in views.items()}, "aqa": bits(heard["aqa"]["correct"]), "ser": bits(heard["ser"]["correct"])}
+
+
+def curve(folder, steps):
+    """A CORD run's evaluations -> [[step, text accuracy, audio accuracy], ...]."""
+    points = [(0, "before"), *((int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")), (steps, "after")]
+    found = [(step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)]
+    return [[step, round(scores["text_accuracy"], 2), round(scores["audio_accuracy"], 2)] for step, scores in found]
 
 
 def collect(name, seeds):
     """The runs' folders -> {"asks", "rows": {row: {"flags", "runs": {seed: {"aqa": {task: bits}, "ser": {emotion: bits}, "minutes", ...}}}}}."""
-    experiment = EXPERIMENTS[name]
-    rows = {BASELINE: {"flags": None, "runs": {}}} if experiment["against"] == BASELINE else {}
+    experiment, script = EXPERIMENTS[name], script_of(name)
+    rows = {BASELINE: {"flags": None, "runs": {}}} if experiment["against"] == BASELINE or script is train_cord else {}
     for row, flags in experiment["rows"].items():
         rows[row] = {"flags": flags, "runs": {}}
         for seed in map(str, seeds):
-            folder, results = folder_of(flags, seed), results_of(flags, seed)
+            folder, results = folder_of(script, flags, seed), results_of(script, flags, seed)
             if not results:
                 raise SystemExit(f"{folder} holds no finished run; leave --collect out, or choose other --seeds")
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            measured = {"minutes": results["minutes"], "seconds": statistics.median(line["seconds"] for line in log),
-                        "memory": max(line["memory_gb"] for line in log)}
+            took = [sum(value for key, value in line.items() if key.startswith("seconds")) for line in log]
+            measured = {"minutes": results["minutes"], "seconds": statistics.median(took), "memory": max(line["memory_gb"] for line in log)}
             if "acoustic" in log[-1]:
                 measured["drift"] = statistics.mean(line["acoustic"] for line in log[-20:])
             if (folder / "layers.json").exists():
                 measured["stray"] = json.loads((folder / "layers.json").read_text())["vocabulary"]["stray"]
             rows[row]["runs"][seed] = {**verdicts(results["after"]), **{k: round(v, 4) for k, v in measured.items()}}
+            if script is train_cord:
+                rows[row]["runs"][seed]["curve"] = curve(folder, log[-1]["step"])
             if BASELINE in rows:
                 rows[BASELINE]["runs"][seed] = verdicts(results["before"])
     return {"asks": experiment["asks"], "against": experiment["against"], "columns": experiment["columns"], "rows": rows}
 
 
-def accuracy(run, part):
-    """AQA: accuracy over questions; SER: mean of the emotions' recalls; a task by its name. Per cent."""
-    groups = run["aqa"] if part == "aqa" else run["ser"] if part == "ser" else {part: run["aqa"][part]}
-    shares = [sum(map(int, g)) / len(g) for g in (["".join(groups.values())] if part != "ser" else groups.values())]
-    return 100 * sum(shares) / len(shares)
+def accuracy(run, part, only=None):
+    """Per cent over the questions of a part ("aqa", "text", "audio"), or of its groups `only` (tasks, kinds); "ser": mean of the emotions' recalls."""
+    groups = [hits for group, hits in run[part].items() if only is None or group in only]
+    return 100 * statistics.mean(sum(map(int, hits)) / len(hits) for hits in (groups if part == "ser" else ["".join(groups)]))
 
 
 def difference(row, other, part):
@@ -224,6 +275,19 @@ def difference(row, other, part):
     return evaluate.paired_bootstrap([int(a) for a in mine], [int(b) for b in theirs], labels=groups if part == "ser" else None)
 
 
+def reduction(row, baseline, samples=2000):
+    """(per cent of the audio-text gap that is gone, mean over the seeds; its 95 % interval, questions resampled within each seed; each seed's)."""
+    random, each, draws = np.random.default_rng(0), [], []
+    for seed in sorted(row["runs"]):
+        before, after = baseline["runs"][seed], row["runs"][seed]
+        right = np.array([[int(bit) for kind in sorted(view) for bit in view[kind]] for view in (before["text"], before["audio"], after["audio"])])
+        n = right.shape[1]
+        for found, chosen in ((each, np.arange(n)), (draws, random.integers(n, size=(samples, n)))):
+            text, audio, now = right[:, chosen].mean(-1)
+            found.append(100 * (now - audio) / (text - audio))
+    return float(np.mean(each)), evaluate.percentiles(np.mean(draws, axis=0)), [float(x) for x in each]
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 3. Tables and figures
 
@@ -231,26 +295,40 @@ COLUMNS = {"minutes": ("minutes", "{:.1f}"), "drift": ("drift", "{:.4f}"), "seco
            "stray": ("stray mass", "{:.2e}")}
 
 
-def mean(row, part):
-    return statistics.mean(accuracy(run, part) for run in row["runs"].values())
+def mean(row, part, only=None):
+    return statistics.mean(accuracy(run, part, only) for run in row["runs"].values())
+
+
+def with_seeds(average, each):
+    return f"{average:.1f}" + (f" ({', '.join(f'{x:.1f}' for x in each)})" if len(each) > 1 else "")
+
+
+def in_points(row, other, part):
+    points, (low, high) = difference(row, other, part)
+    return f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def markdown(name, found):
-    """An experiment as README's table."""
-    paper, against = name == "table", found["against"]
-    heads = [name.replace("-", " "), *["paper: AQA", "SER", "here: sound", "music", "speech"] * paper, "AQA", f"over {against}", "SER",
-             f"over {against}", *[COLUMNS[c][0] for c in found["columns"]], "flags"]
+    """An experiment as README's table: accuracies, their differences, the gap's reduction (CORD), what else was measured, the flags."""
+    paper, cord, against = name in ("table", "cord"), name in CORD, found["against"]
+    parts = ("text", "audio") if cord else ("aqa", "ser")
+    heads = [name.replace("-", " "), *([] if not paper else ["paper: gap reduction"] if cord else ["paper: AQA", "SER", "here: sound", "music", "speech"])]
+    for part in parts:
+        heads += [part if cord else part.upper(), f"over {against}"]
+    heads += [*["gap reduction", *SPOKEN_KINDS, "sound", "music", "SER"] * cord, *[COLUMNS[c][0] for c in found["columns"]], "flags"]
     lines = [heads, ["---"] * len(heads)]
     for label, row in found["rows"].items():
-        cells = [label, *([f"{x:.2f}" for x in PAPER[label]] + [f"{mean(row, task):.1f}" for task in evaluate.TASKS] if paper else [])]
-        for part in ("aqa", "ser"):
-            each = [accuracy(row["runs"][seed], part) for seed in sorted(row["runs"])]
-            cells.append(f"{statistics.mean(each):.1f}" + (f" ({', '.join(f'{x:.1f}' for x in each)})" if len(each) > 1 else ""))
-            if label == against:
-                cells.append("")
-            else:
-                points, (low, high) = difference(row, found["rows"][against], part)
-                cells.append(f"{points:+.1f} [{low:+.1f}, {high:+.1f}]")
+        cells, other = [label], found["rows"][against]
+        if paper:
+            cells += [PAPER_GAP.get(label, "")] if cord else [f"{x:.2f}" for x in PAPER[label]] + [f"{mean(row, 'aqa', [task]):.1f}" for task in evaluate.TASKS]
+        for part in parts:
+            cells += [with_seeds(mean(row, part), [accuracy(row["runs"][seed], part) for seed in sorted(row["runs"])]),
+                      "" if row is other else in_points(row, other, part)]
+        if cord:
+            gone, (low, high), each = reduction(row, found["rows"][BASELINE])
+            cells += ["" if label == BASELINE else f"{with_seeds(gone, each)} [{low:.1f}, {high:.1f}]",
+                      *[f"{mean(row, 'audio', kinds):.1f}" for kinds in SPOKEN_KINDS.values()],
+                      *[f"{mean(row, 'aqa', [task]):.1f}" for task in ("sound", "music")], f"{mean(row, 'ser'):.1f}"]
         for column in found["columns"]:
             values = [run[column] for run in row["runs"].values() if column in run]
             cells.append(COLUMNS[column][1].format(statistics.mean(values)) if values else "")
@@ -306,7 +384,30 @@ def plot_alpha(found, path):
     plt.close(figure)
 
 
-PLOTS = {"table": plot_table, "alpha-ac": plot_alpha}
+def plot_curves(found, path):
+    """Both views' accuracy over the steps, for the rows that were also evaluated on the way: mean of the seeds, and each of them thin."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {label: [run["curve"] for run in row["runs"].values()] for label, row in found["rows"].items() if label != BASELINE}
+    rows = {label: curves for label, curves in rows.items() if len(curves[0]) > 2}
+    colours = ["#b04a5a", "#d98c3f", "#2f5d9b"] if len(rows) == 3 else ["#9db8dd", "#5f8cc7", "#1f4a86", "#ecb9a0", "#dd7f5c", "#a63a2a"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
+    for axis, view, title in ((axes[0], 1, "read"), (axes[1], 2, "heard")):
+        for (label, curves), colour in zip(rows.items(), colours):
+            values = np.array(curves)                               # [seeds, evaluations, (step, text, audio)]
+            axis.plot(values[0, :, 0], values[:, :, view].T, color=colour, linewidth=0.8, alpha=0.4)
+            axis.plot(values[0, :, 0], values[:, :, view].mean(0), "-o", color=colour, markersize=4, label=label)
+        axis.set(xlabel="step", title=f"the same questions, {title}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="accuracy (%)", ylim=(0, 100))
+    axes[0].legend(frameon=False, loc="lower left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+PLOTS = {"table": plot_table, "alpha-ac": plot_alpha, "cord": plot_curves, "cord-teacher": plot_curves}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -327,15 +428,19 @@ def main():
         global RUNS, STRONGER
         RUNS, STRONGER = Path("runs") / "experiments-dry", Path("runs") / "experiments-dry" / "stronger"
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    wanted = {}                                         # (flags, seed) -> is its vocabulary looked at too?
+    wanted = {}                                         # (script, flags, seed) -> is its vocabulary looked at too?
     for seed in args.seeds:
         for name in names:
             for flags in EXPERIMENTS[name]["rows"].values():
-                wanted[flags, seed] = wanted.get((flags, seed), False) or "stray" in EXPERIMENTS[name]["columns"]
+                row = script_of(name), flags, seed
+                wanted[row] = wanted.get(row, False) or "stray" in EXPERIMENTS[name]["columns"]
     if not args.collect:
         for seed in args.seeds:                         # before the runs, which would make it side by side
-            world("train", seed, args.dry_run), world("test", seed, args.dry_run)
-        prepare([flags for flags, _ in wanted], args.seeds, threads, args.dry_run)
+            if any(name in CORD for name in names):
+                mini_world.spoken(seed, small=args.dry_run)
+            if any(name not in CORD for name in names):
+                world("train", seed, args.dry_run), world("test", seed, args.dry_run)
+        prepare([flags for _, flags, _ in wanted], args.seeds, threads, args.dry_run)
         with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="runs") as bar:
             try:
                 for done in [pool.submit(run, *row, threads=threads, dry_run=args.dry_run, look=look) for row, look in wanted.items()]:

@@ -274,7 +274,7 @@ def plot_features(report, path):
 @torch.no_grad()
 def divergences(student, processor, teacher, examples, *, batch_size=32, max_new_tokens=200, seed=0):
     """One rollout at temperature 1 to each example's audio -> [(its token ids, D_t of each against what `teacher` says reading the transcript)]."""
-    banned, pairs = torch.tensor(rollout.banned_ids(student, processor), device=student.device), []
+    banned, pairs = torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=student.device), []
     for start in range(0, len(examples), batch_size):
         prompts = data.encode_prompts(examples[start:start + batch_size], processor, processor.tokenizer, words="transcript")
         said = [r.ids for r in rollout.roll_out(student, processor, prompts, [(1.0, True, False)], key=f"{seed} kl", max_new_tokens=max_new_tokens)]
@@ -284,7 +284,7 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
             view = view.to(model.device)
             inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
             last = model.model(**inputs, use_cache=False).last_hidden_state                      # [rollouts, seq, hidden]
-            logits.append(model.lm_head(last.flatten(0, 1)[view.predict_positions]).index_fill(-1, banned, losses.FLOOR))
+            logits.append(losses.head_logits(model.lm_head, last.flatten(0, 1)[view.predict_positions]).index_fill(-1, banned, losses.FLOOR))
         kl = losses.token_divergence(*logits, beta=1).split([len(ids) for ids in said])          # D_t [tokens]
         pairs += [(ids, row.tolist()) for ids, row in zip(said, kl)]
     return pairs

@@ -23,7 +23,8 @@ import data
 # 1. What did the model choose?
 
 TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)                    # the stages' tags and control tokens
-STATEMENT = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,40}?(?:\bis\b|[:=])(?=\W*?((?:[(\[-]\s*)?\w.*))", re.I)
+STATEMENT = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,40}?(?:\bis\b|[:=])"
+                       r"(?=\W*?((?:[(\[\u2212-]\s*)?\$?(?:\.(?=\d))?\w.*))", re.I)
 SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?]\s|\n")                 # but the full stop of "B. gold" ends no sentence
 LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]]|[.:](?=\s|$)|\s+[-–—]\s|$)", re.I)     # "B", "(B)", "B.", "b) gold", "B - gold"
 NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Z])\b")           # "... is (B)", "option B"
@@ -107,13 +108,25 @@ def open_answer(output_text):
     return boxed(answer) or (statement and SENTENCE_END.split(statement, maxsplit=1)[0]) or answer
 
 
+FORMULA = re.compile(r"\\[a-z]|\^|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b")          # x+3, 2-x, x/y; no km/h
+PLAIN = [(r"\\\$", "$"), ("\u2212", "-"), (r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r" \1 "),                    # NuminaMath writes LaTeX
+         (r"(?<=\d)\{,\}(?=\d)|(?<=[\d,])\\[!,](?=\d)", ""), (r"(?<![\d.,])(\d{1,3})(?: (\d{3}))+(?![\d.,])", lambda m: m[0].replace(" ", "")),
+         (r"\\[dt]?frac(\d)(\d)", r"\1/\2"), (r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2"), (r"(^|[=:]|\bis)\s*-\s+(?=\d)", r"\1 -")]
+MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                                            # 2 1/2
+SHARES = re.compile(r"\b(?:hal(?:f|ves)|(?:quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?)\b", re.I)
+EITHER = re.compile(r"\d\S*(?:\s\w+)?\s+or\s+[-$]?\d", re.I)                                                      # 5 or 6 is no answer
+
+
 def number(text):
-    """The last number that a text names, in digits or in English words, as a Fraction; None without one, and for a formula ("x+3")."""
-    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\\$", "$"))        # LaTeX, as in NuminaMath
-    if re.search(r"\\[a-z]|\^|\b[a-zA-Z]\s*[-+*/]|[-+*/]\s*[a-zA-Z]\b", text):
+    """The last number that a text names, in digits or in English words, as a Fraction. None without one, for a formula ("x+3"), for shares in
+    words ("two thirds") and for an either-or ("5 or 6")."""
+    for pattern, replacement in PLAIN:
+        text = re.sub(pattern, replacement, text)
+    if FORMULA.search(text) or SHARES.search(text):
         return None
-    found = NUMBER.findall(alpha2digit(text, "en", threshold=0.0))
-    if not found or found[-1][2] and int(found[-1][2]) == 0:
+    text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", alpha2digit(text, "en", threshold=0.0))
+    found = NUMBER.findall(text)
+    if not found or EITHER.search(text) or found[-1][2] and int(found[-1][2]) == 0 or len(found[-1][1]) > 1000:
         return None
     sign, digits, below = found[-1]
     return Fraction(digits.replace(",", "")) / int(below or 1) * (-1 if sign else 1)

@@ -54,7 +54,7 @@ def chooser(keys, prompt_length, banned, *, max_new_tokens, temperature, top_k=0
 
 @contextlib.contextmanager
 def plain_decoding(model):
-    """Inside, model.generate does what its arguments say and nothing else, with a KV cache, without gradients.
+    """Inside, model.generate does what its arguments say and nothing else, with a KV cache, without gradients, on a GPU in bfloat16.
 
     What it is not told, generate() would fill from the checkpoint's own settings (repetition_penalty, top_p, ...): lend it empty ones. A
     model in training mode would drop units, and with gradient checkpointing its cache."""
@@ -62,7 +62,7 @@ def plain_decoding(model):
     model.generation_config = GenerationConfig()
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             yield
     finally:
         model.generation_config = settings
@@ -75,9 +75,9 @@ def stop_ids(tokenizer):
     return sorted({data.turn_end_id(tokenizer), tokenizer.eos_token_id} - {None})
 
 
-def banned_ids(model, processor):
-    """What must not be sampled: control tokens but those that end an answer (data.control_ids)."""
-    return data.control_ids(processor.tokenizer, model.config.get_text_config().vocab_size, keep=stop_ids(processor.tokenizer))
+def banned_ids(model, tokenizer):
+    """What must not be said: control tokens but those that end an answer (data.control_ids)."""
+    return data.control_ids(tokenizer, model.config.get_text_config().vocab_size, keep=stop_ids(tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,10 +92,7 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     ids with that end) instead. The checkpoint's own sampling settings are put aside. Under torch.distributed each rank takes its share, and every
     rank returns all outputs."""
     tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
-    audio_token = getattr(processor, "audio_token", None)
-    vocabulary = tokenizer.get_vocab()
-    banned = [vocabulary[audio_token]] if audio_token in vocabulary else []               # it stands for sound; nobody can say it
-    stop = stop_ids(tokenizer)
+    stop, banned = stop_ids(tokenizer), banned_ids(model, tokenizer)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     mine = list(range(rank, len(examples), world))
@@ -126,24 +123,29 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     return [said[i] for i in range(len(examples))]
 
 
-def text_answers(model, processor, examples, path, *, model_name, max_new_tokens, progress=True, chunk=256, **decoding):
-    """The text view's greedy answers -> {id: {"text", "ids"}}; what a file at `path` holds of the same model is not asked again.
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=16, progress=True, **decoding):
+    """The text view's greedy answers -> {id: {"text", "ids"}}; what a file at `path` holds of the same model and prompts is not asked again.
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most."""
-    path, mine = Path(path), {"model": model_name, "max_new_tokens": max_new_tokens}
+    path, tokenizer = Path(path), processor.tokenizer
+    weights = zlib.crc32(model.lm_head.weight[:1000].detach().float().cpu().numpy().tobytes())      # another student, or this one trained further
+    asks = {e.id: f"{weights} {max_new_tokens} {data.text_prompt(tokenizer, e.transcript, data.question_text(e))}" for e in examples}
+    keys = {i: zlib.crc32(prompt.encode()) for i, prompt in asks.items()}
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")] if path.exists() else []
-    known = {line["id"]: line for line in map(json.loads, lines) if mine.items() <= line.items()}
+    known = {line["id"]: line for line in map(json.loads, lines) if keys.get(line["id"]) == line["key"]}
+    world = 1
     if dist.is_initialized():
         dist.barrier()                                                    # everybody has read before anybody writes
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:                                                             # another model's answers and a line that a kill cut off go
+        world = dist.get_world_size()
+    first = world == 1 or dist.get_rank() == 0
+    if first:                                                             # other questions' answers and a line that a kill cut off go
         path.write_text("".join(json.dumps(line) + "\n" for line in known.values()), encoding="utf-8")
-    todo = [e for e in examples if e.id not in known]
+    todo, chunk = [e for e in examples if e.id not in known], 4 * batch_size * world
     for start in tqdm(range(0, len(todo), chunk), desc="the text view's answers", disable=not progress or not todo):
         rows = todo[start:start + chunk]
         said = generate(model, processor, rows, view="text", words="transcript", temperature=0, max_new_tokens=max_new_tokens, with_end=True,
-                        progress=False, **decoding)
-        new = [{"id": e.id, "text": text, "ids": ids, **mine} for e, (text, _, ids) in zip(rows, said)]
+                        batch_size=batch_size, progress=False, **decoding)
+        new = [{"id": e.id, "key": keys[e.id], "text": text, "ids": ids} for e, (text, _, ids) in zip(rows, said)]
         known |= {line["id"]: line for line in new}
         if first:
             with open(path, "a", encoding="utf-8") as file:
@@ -177,7 +179,7 @@ def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
     if not plan:
         return []
     rollouts = [Rollout(row, *kind, []) for row in range(len(prompts.examples)) for kind in plan]
-    tokenizer, stop, banned, n = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor), len(plan)
+    tokenizer, stop, banned, n = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor.tokenizer), len(plan)
     inputs = {k: v.to(student.device) for k, v in {**data.pad_left(prompts.audio, tokenizer), **prompts.features}.items()}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]                                    # [prompts, seq]
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]

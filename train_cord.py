@@ -40,7 +40,6 @@ import functools
 import json
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +88,10 @@ def parse_flags(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest rollout and answer, in tokens (paper: 200)")
     parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (with head and projector), or all: the audio tower too")
     # optimisation
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (paper, 7B: 3e-5)")
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the data")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts per step over all ranks")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
     parser.add_argument("--micro-batch", type=int, default=16, help="rollouts per forward on one rank; accumulation follows from it")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     # evaluation
@@ -114,6 +113,8 @@ def parse_flags(argv=None):
         parser.error("with --token-loss none and --group-size 0 nothing is learnt; leave one of them on")
     if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
         parser.error("--share-rollouts puts the reverse KL on the group's rollouts, so it needs --token-loss reverse-kl and a --group-size")
+    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every) < 1:
+        parser.error("batch sizes, --epochs, --max-new-tokens, --save-every and --show-every are at least 1")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
     return args
@@ -176,12 +177,10 @@ class CordStep(nn.Module):
     def __init__(self, student, banned, args):
         super().__init__()
         self.student, self.args, self.banned = student, args, banned
-        parts = (student.model.language_model, student.lm_head)
-        self.teacher = copy.deepcopy(parts) if args.teacher == "initial" else parts              # reading needs no audio tower
-        if args.teacher == "initial":
-            half = torch.bfloat16 if student.device.type == "cuda" else torch.float32
-            for part in self.teacher:
-                part.to(half).requires_grad_(False)
+        self.teacher = (student.model.language_model, student.lm_head)                           # reading needs no audio tower
+        if args.teacher == "initial" and args.token_loss in ("reverse-kl", "forward-kl"):
+            decoder, head = copy.deepcopy(self.teacher)                                          # frozen: no master weights needed on a GPU
+            self.teacher = decoder.to(torch.bfloat16 if student.device.type == "cuda" else student.dtype).requires_grad_(False), head.requires_grad_(False)
 
     @torch.no_grad()
     def read(self, chunk):
@@ -199,7 +198,7 @@ class CordStep(nn.Module):
         args, parts, each = self.args, {}, {}
         view = chunk.audio
         last = self.student.model(**view.inputs, use_cache=False).last_hidden_state              # [rollouts, seq, hidden]
-        logits = self.student.lm_head(last.flatten(0, 1)[view.predict_positions])                # [tokens, vocab]
+        logits = losses.head_logits(self.student.lm_head, last.flatten(0, 1)[view.predict_positions])      # [tokens, vocab]
         nothing, logits = 0.0 * logits.sum(), self.allowed(logits)                               # a rank without gradients joins the others
         lengths = [len(r.ids) for r in chunk.read]
         if lengths and args.token_loss == "sft":
@@ -207,7 +206,7 @@ class CordStep(nn.Module):
         elif lengths:
             heard = logits[chunk.kl]                                                             # [kl tokens, vocab]
             with torch.no_grad():
-                target = self.allowed(self.teacher[1](read))                                     # [kl tokens, vocab]
+                target = self.allowed(losses.head_logits(self.teacher[1], read))                 # [kl tokens, vocab]
             on_policy = args.token_loss == "reverse-kl"
             kl = losses.token_divergence(heard, target, beta=1 if on_policy else 0)              # D_t [kl tokens]
             alpha, beta = (args.alpha, args.beta) if on_policy else (1.0, 1.0)
@@ -237,8 +236,7 @@ def learning_rate_factor(step, steps):
 
 def main(argv=None):
     args = parse_flags(argv)
-    started = time.time()
-    rank, world, device = common.start_distributed()
+    started, (rank, world, device) = time.time(), common.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
     out = Path(args.out)
     torch.manual_seed(args.seed)
@@ -248,21 +246,20 @@ def main(argv=None):
     share = args.batch_size // world
     train_file, eval_files = args.data, args.eval_data
     if train_file is None:
-        sizes = {"spoken": 16, "test": 8} if args.dry_run else {"spoken": None, "test": 300}
         with common.rank_zero_first(rank, world):
-            train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
+            train_file, *made = mini_world.spoken(args.seed, small=args.dry_run)
         eval_files = eval_files or made
     examples = data.read_manifest(train_file, require=("transcript",))
-    scored = [example for file in eval_files for example in data.read_manifest(file, limit=16 if args.dry_run and args.data else None)]
+    scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
     student, processor = common.load_audio_model(args.student)
     tokenizer = processor.tokenizer
-    seconds = data.check_audio(examples + scored, args.max_seconds or processor.feature_extractor.n_samples / data.SAMPLE_RATE)
+    seconds = data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
     verdicts = judge.load(args.judge, device)
     student.to(device)
     common.choose_trained(student, args.train)
-    step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, processor), device=device), args)
+    step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -277,12 +274,12 @@ def main(argv=None):
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
     say(f"{len(examples):,} prompts, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {share} x {len(plan)} x {world} "
         f"(prompts x rollouts x ranks) = {args.batch_size * len(plan)} rollouts a step, {steps} steps")
-    out.mkdir(parents=True, exist_ok=True)
+    common.start_folder(out, checkpoint, rank, world)
     answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
 
     def score(when, elsewhere=True):
         results = evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering)
-        samples = results.pop("samples")
+        samples, results["asked"] = results.pop("samples"), data.fingerprint(scored)
         if rank == 0:
             (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
             common.write_json(out / f"{when}.json", results)
@@ -290,10 +287,9 @@ def main(argv=None):
 
     before = None
     if scored and not args.no_eval:
-        known = checkpoint and (out / "before.json").exists()
-        before = json.loads((out / "before.json").read_text()) if known else score("before")
+        before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
     asked = {e.id: e for step in range(stop) for e in common.examples_of_step(examples, step, args.batch_size, args.seed)}
-    references = rollout.text_answers(student, processor, list(asked.values()), out / "references.jsonl", model_name=args.student, **answering)
+    references = rollout.text_answers(student, processor, list(asked.values()), out / "references.jsonl", **answering)
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in list(asked.values())[:1000]])
     say(f"judge ({args.judge}): the text view gives the gold answer to {100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
 
@@ -318,8 +314,7 @@ def main(argv=None):
             clock = [time.time()]
             mine = common.examples_of_step(examples, step, args.batch_size, args.seed)[rank * share:(rank + 1) * share]
             prompts = data.encode_prompts(mine, processor, tokenizer, words="transcript", max_seconds=args.max_seconds)
-            with autocast():
-                rollouts = rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens)
+            rollouts = rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens)
             clock.append(time.time())
             sums = {**dict.fromkeys(("loss", "token", "group", *sum(MEANS.values(), ())), 0.0), "rollouts": len(rollouts),
                     "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(len(r.ids) == args.max_new_tokens for r in rollouts),

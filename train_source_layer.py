@@ -114,6 +114,8 @@ def parse_flags(argv=None):
         parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
     if not 0 <= args.corrupt_descriptions <= (kind != "none") or min(args.lower_lr, args.tower_lr) < 0:
         parser.error("--corrupt-descriptions is a share between 0 and 1 (0 with --text-kd none); --lower-lr and --tower-lr are 0 or more")
+    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.save_every) < 1:
+        parser.error("batch sizes, --epochs, --max-new-tokens and --save-every are at least 1")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
@@ -173,12 +175,12 @@ class SourceLayerStep(nn.Module):
     def forward(self, batch, tokens):
         args, parts = self.args, {}
         heard, inside = self.hear(batch)
-        logits = self.student.lm_head(heard)                                                       # [tokens, student vocab]
+        logits = losses.head_logits(self.student.lm_head, heard)                                   # [tokens, student vocab]
         if args.sft:
             parts["sft"] = losses.cross_entropy(logits, batch.labels, denominator=tokens["response"])
         if self.frozen[0] is not None:
             read, taught = self.read(batch)
-            target = self.frozen[0].lm_head(read)                                                  # [tokens, teacher vocab]
+            target = losses.head_logits(self.frozen[0].lm_head, read)                              # [tokens, teacher vocab]
             student_logits, teacher_logits = losses.shared_logits(logits, target, *self.shared)    # [tokens, shared] each
             divergence = losses.jsd if args.divergence == "jsd" else losses.forward_kl
             parts["top"] = divergence(student_logits, teacher_logits, denominator=tokens["response"])
@@ -229,8 +231,7 @@ def learning_rate_factor(step, steps):
 
 def main(argv=None):
     args = parse_flags(argv)
-    started = time.time()
-    rank, world, device = common.start_distributed()
+    started, (rank, world, device) = time.time(), common.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
     out = Path(args.out)
     torch.manual_seed(args.seed)
@@ -249,11 +250,11 @@ def main(argv=None):
     examples = data.read_manifest(train_file, require=("reasoning", "description")[:1 if args.text_kd == "none" else 2])
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
-    scored = [example for file in eval_files for example in data.read_manifest(file, limit=16 if args.dry_run and args.data else None)]
+    scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
     student, processor = common.load_audio_model(args.student)
-    seconds = data.check_audio(examples + scored, args.max_seconds or processor.feature_extractor.n_samples / data.SAMPLE_RATE)
+    seconds = data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
     half = torch.bfloat16 if device.type == "cuda" else torch.float32       # frozen models need no master weights
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd:
@@ -288,12 +289,12 @@ def main(argv=None):
     say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
     say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
-    out.mkdir(parents=True, exist_ok=True)
+    common.start_folder(out, checkpoint, rank, world)
 
     def score(when):
         results = evaluate.evaluate_model(student, processor, scored, batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens,
                                           seed=args.seed)
-        samples = results.pop("samples")
+        samples, results["asked"] = results.pop("samples"), data.fingerprint(scored)
         if rank == 0:
             (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
             common.write_json(out / f"{when}.json", results)
@@ -301,8 +302,7 @@ def main(argv=None):
 
     before = None
     if scored and not args.no_eval:
-        known = checkpoint and (out / "before.json").exists()
-        before = json.loads((out / "before.json").read_text()) if known else score("before")
+        before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
     # 4.4 optimizer, checkpoint, calibration
     special = [(common.lower_half(student), args.lower_lr * args.lr, args.weight_decay),

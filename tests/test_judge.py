@@ -20,7 +20,10 @@ def example(question="", choices=(), transcript="two plus two"):
     ("18 dollars", 18), ("$18.00", 18), ("-3", -3), ("minus three", -3), ("one hundred and five", 105), ("eighty thousand dollars", 80_000),
     ("twenty-one apples", 21), ("3 + 4 = 7", 7), ("10-3", 3), ("x = 5", 5), ("50%", 50), ("1,000,000", 1_000_000), ("zero", 0), ("one", 1),
     ("no idea", None), ("", None), ("1/0", None), ("2:30", None), ("x+3", None), ("2x", None), ("x2", None), ("3\\sqrt{2}", None), ("2^3", None),
-    ("\\frac{1}{2}", Fraction(1, 2)), ("\\dfrac{-3}{4}", Fraction(-3, 4))])
+    ("\\frac{1}{2}", Fraction(1, 2)), ("\\dfrac{-3}{4}", Fraction(-3, 4)), ("\\frac12", Fraction(1, 2)), ("2\\frac{1}{2}", Fraction(5, 2)),
+    ("2 1/2", Fraction(5, 2)), ("10{,}000", 10_000), ("1,\\!000", 1000), ("12 500 000", 12_500_000), ("18\\text{ dollars}", 18), ("\u22123", -3), ("- 3", -3),
+    ("10 - 3", 3), ("12 T-shirts", 12), ("60 km/h", 60), ("x/y", None), ("2-x", None), ("one half", None), ("two and a half", None), ("5 or 6", None),
+    ("5 apples or 6", None), ("9" * 5000, None)])
 def test_numbers(text, value):
     assert number(text) == value
 
@@ -28,6 +31,7 @@ def test_numbers(text, value):
 @pytest.mark.parametrize("said, reference, same", [
     ("2/4", "0.5", True), ("$1,000", "1000", True), ("twelve", "12", True), ("12", "13", False), ("twelve", "yes", False), ("Paris", "paris.", True),
     ("Paris", "London", False), ("", "", False), ("", "5", False), ("The answer is 3.5.", "7/2", True),
+    ("The answer is .5", "5", False), ("The answer is .5", "1/2", True), ("The answer is -5.", "5", False),
     ("So x is 4, and the answer is \\boxed{\\frac{1}{2}}.", "0.5", True), ("\\boxed{x + 3}", "\\boxed{x+3}", True), ("\\boxed{x+3}", "3", False),
     ("<THINK><PLANNING>five</PLANNING></THINK><RESPONSE>six</RESPONSE>", "6", True), ("<THINK><PLANNING>it may be five", "5", False)])
 def test_open_answers(said, reference, same):

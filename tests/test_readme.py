@@ -65,7 +65,7 @@ def test_quoted_numbers_are_the_measured_ones():
 ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": set(), "speak": {"data", "common"}, "mini_world": {"data", "common", "speak"},
            "rollout": {"data"}, "judge": {"data", "common"}, "inside": {"data", "losses", "layer_map", "rollout"},
            "evaluate": {"data", "common", "layer_map", "inside", "judge", "rollout"},
-           "textualize": {"data", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer"},
+           "textualize": {"data", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer", "train_cord"},
            "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate"},
            "train_cord": {"data", "common", "losses", "mini_world", "evaluate", "judge", "rollout"}}
 

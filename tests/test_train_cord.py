@@ -1,5 +1,6 @@
 """CORD's real script: its loss against formulas computed apart from it, rollouts, two processes against one, killed against uninterrupted."""
 import copy
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -92,7 +93,7 @@ def test_every_rollout_hears_its_own_clip(student, prompts):
 
 def test_nothing_banned_is_ever_sampled_and_the_checkpoints_settings_do_not_count(student, prompts):
     model, processor = student
-    banned = rollout.banned_ids(model, processor)
+    banned = rollout.banned_ids(model, processor.tokenizer)
     vocabulary = processor.tokenizer.get_vocab()
     assert {vocabulary[t] for t in ("<|AUDIO|>", "<|audio_bos|>", "<|im_start|>")} <= set(banned) and vocabulary["<|im_end|>"] not in banned
     hot = [(50.0, True, False)] * 8                                                          # nearly uniform over the whole vocabulary
@@ -117,20 +118,25 @@ def test_a_rollout_ends_with_its_turns_end_or_at_the_limit(student, prompts):
     assert not rollout.Rollout(0, 1.0, True, False, [5, end]).unusable(70)
 
 
-def test_text_answers_are_cached_by_model(student, world, tmp_path, monkeypatch):
+def test_text_answers_are_cached_by_model_and_prompt(student, world, tmp_path, monkeypatch):
+    model, processor = copy.deepcopy(student[0]), student[1]
     examples, path = data.read_manifest(world)[:3], tmp_path / "references.jsonl"
-    how = dict(model_name="mini", max_new_tokens=8, batch_size=2, progress=False)
-    first = rollout.text_answers(*student, examples[:2], path, **how)
+    how = dict(max_new_tokens=8, batch_size=2, progress=False)
+    first = rollout.text_answers(model, processor, examples[:2], path, **how)
     path.write_text(path.read_text() + '{"id": "cut off')                                    # a kill in the middle of a line
     calls, real = [], rollout.generate
     monkeypatch.setattr(rollout, "generate", lambda model, processor, rows, **more: calls.extend(e.id for e in rows) or real(model, processor, rows, **more))
-    both = rollout.text_answers(*student, examples, path, **how)
+    both = rollout.text_answers(model, processor, examples, path, **how)
     assert calls == [examples[2].id] and {i: both[i] for i in first} == first
     assert len(path.read_text().splitlines()) == 3
-    said = real(*student, examples[:1], view="text", words="transcript", temperature=0, max_new_tokens=8, progress=False)
+    said = real(model, processor, examples[:1], view="text", words="transcript", temperature=0, max_new_tokens=8, progress=False)
     assert both[examples[0].id]["text"] == said[0]
-    rollout.text_answers(*student, examples[:1], path, **{**how, "model_name": "another"})
-    assert calls[1:] == [examples[0].id]
+    rollout.text_answers(model, processor, [dataclasses.replace(examples[0], transcript="another question"), examples[1]], path, **how)
+    assert calls[1:] == [examples[0].id]                                                     # the same id, another question
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    rollout.text_answers(model, processor, examples[1:2], path, **how)
+    assert calls[2:] == [examples[1].id]                                                     # the same question, another model
 
 
 # -------------------------------------------------------------- the loss ----------------------------------------------------------------
@@ -140,7 +146,7 @@ def everything(world):
     """A student that has moved away from its frozen teacher, prompts, and scored rollouts of several kinds, in float64."""
     model, processor = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
     args = parse_flags(["--alpha", "3", "--beta", "2.5"])
-    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor)), args)
+    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), args)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.model.language_model.parameters():
@@ -164,7 +170,7 @@ def test_the_loss_is_the_papers_formula(everything):
     model, processor, step, prompts, rollouts, args = everything
     counts = {"token": 3, "group": 6}
     token = group = 0.0
-    allowed = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), rollout.banned_ids(model, processor))
+    allowed = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), rollout.banned_ids(model, processor.tokenizer))
     column = {int(token): k for k, token in enumerate(allowed)}
     teacher = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)[0]
     with torch.no_grad():
@@ -237,7 +243,7 @@ def test_only_decoder_and_projector_learn_and_the_teacher_does_not(everything):
 
 def test_the_current_teacher_is_the_student_without_gradient(everything):
     model, processor, _, prompts, rollouts, _ = everything
-    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor)), parse_flags(["--teacher", "current"]))
+    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), parse_flags(["--teacher", "current"]))
     assert step.teacher[0] is model.model.language_model and step.teacher[1] is model.lm_head
     chunk = chunks_of([r for r in rollouts if r.kl], prompts, processor, 9, "cpu")[0]
     read = step.read(chunk)
@@ -272,7 +278,7 @@ def test_rewards_and_advantages(student, prompts):
 def test_with_a_frozen_teacher_d_t_falls_on_a_fixed_batch(student, prompts):
     model, processor = copy.deepcopy(student[0]), student[1]
     common.choose_trained(model, "decoder")
-    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor)), parse_flags(["--group-size", "0"]))
+    step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), parse_flags(["--group-size", "0"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     chunk, = chunks_of(rollout.roll_out(model, processor, prompts, PLAN[:1], key="0", max_new_tokens=40), prompts, processor, 9, "cpu")
     history = []
@@ -350,12 +356,33 @@ def test_dry_run_of_everything(tmp_path):
     assert "[[" in done.stdout and "rollout tokens/s" in done.stdout and "gold answer" in done.stdout
 
 
+def test_another_rate_counts_after_a_resume(world, one_process, tmp_path):
+    shutil.copytree(one_process / "step-0000002", tmp_path / "step-0000002")
+    main(small_run(world, tmp_path, "--resume", "auto", "--lr", "1e-5"))
+    assert [line["lr"] for line in log_of(tmp_path)] == pytest.approx([line["lr"] / 100 for line in log_of(one_process)[2:]])
+
+
+def test_a_folder_holds_one_run(world, one_process, tmp_path):
+    """A second run does not mix with a real one, what a dry run left goes, and an evaluation of other questions is not taken for this run's."""
+    shutil.copytree(one_process, tmp_path / "run")
+    with pytest.raises(SystemExit, match="holds the checkpoints of another run; go on with it by --resume auto"):
+        main(small_run(world, tmp_path / "run"))
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dry_run": True}))
+    (tmp_path / "run" / "eval-0000001.json").write_text("{}")
+    main(small_run(world, tmp_path / "run", "--max-steps", "1", "--resume", "auto"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("*-0*")) == ["step-0000001"]
+    common.write_json(tmp_path / "before.json", {"asked": data.fingerprint(data.read_manifest(world)), "gap": 3})
+    assert common.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)))["gap"] == 3
+    assert common.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)[1:])) is None
+
+
 # ---------------------------------------------------------------- bad input -------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
     (["--group-size", "1"], "at least 2"), (["--token-loss", "none", "--group-size", "0"], "nothing is learnt"), (["--temperature", "0"], "above 0"),
     (["--share-rollouts", "--group-size", "0"], "--share-rollouts"), (["--share-rollouts", "--token-loss", "sft"], "--share-rollouts"),
-    (["--top-share", "2"], "between 0 and 1")])
+    (["--top-share", "2"], "between 0 and 1"), (["--micro-batch", "0"], "at least 1"), (["--show-every", "0"], "at least 1")])
 def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit):
         parse_flags(flags)
