@@ -49,6 +49,7 @@ PAPER = {BASELINE: (70.40, 58.89), "SFT only": (69.80, 51.93), "top-layer text K
 
 # Paper B, Qwen2-Audio, mean of MMSU, OpenBookQA and GSM8K (its Table 1): per cent of the audio-text gap that is gone
 PAPER_GAP = {"SFT on the text view's answers": "unstable", "off-policy forward KL": "28.5", "CORD": "41.6"}
+PAPER_ELSEWHERE = {"music": ("+1.20", "-2.99"), "sound": ("-0.30", "-3.04"), "speech": ("-3.31", "")}      # its Table 2: MMAU, points over the base
 SPOKEN_KINDS = {"numbers": ("sum", "story"), "choices": ("comparison", "ordering")}     # in GSM8K's place; in MMSU's and OpenBookQA's
 
 # name -> what it asks; its rows, label -> flags; the row that the others are compared with; columns beside the accuracies
@@ -119,8 +120,8 @@ CORD = {
     "cord-teacher": {
         "asks": "Who should read: a frozen copy, or the weights of this step?",
         "rows": {f"{who}, {rate}": f"--teacher {who} --lr {rate} --group-size 0 --epochs 2 --eval-every 50"
-                 for who in ("initial", "current") for rate in ("1e-4", "3e-4", "6e-4")},
-        "against": "initial, 3e-4", "columns": []},
+                 for who in ("initial", "current") for rate in ("1e-4", "2e-4", "4e-4")},
+        "against": "initial, 2e-4", "columns": []},
     "cord-weights": {
         "asks": "How heavy should the weighted tokens be? (the paper's Figure 4)",
         "rows": {"alpha = beta = 1": "--alpha 1 --beta 1 --group-size 0 --epochs 2", "1.5": "--alpha 1.5 --beta 1.5 --group-size 0 --epochs 2",
@@ -267,10 +268,10 @@ def accuracy(run, part, only=None):
     return 100 * statistics.mean(sum(map(int, hits)) / len(hits) for hits in (groups if part == "ser" else ["".join(groups)]))
 
 
-def difference(row, other, part):
+def difference(row, other, part, only=None):
     """(points, [low, high]) of one row over another, paired by question over the seeds that both have; SER within each seed's emotions."""
     pairs = [(a, b, f"{seed} {group}") for seed in row["runs"].keys() & other["runs"].keys() for group in row["runs"][seed][part]
-             for a, b in zip(row["runs"][seed][part][group], other["runs"][seed][part][group], strict=True)]
+             if only is None or group in only for a, b in zip(row["runs"][seed][part][group], other["runs"][seed][part][group], strict=True)]
     mine, theirs, groups = zip(*sorted(pairs, key=lambda pair: pair[2]))
     return evaluate.paired_bootstrap([int(a) for a in mine], [int(b) for b in theirs], labels=groups if part == "ser" else None)
 
@@ -303,8 +304,8 @@ def with_seeds(average, each):
     return f"{average:.1f}" + (f" ({', '.join(f'{x:.1f}' for x in each)})" if len(each) > 1 else "")
 
 
-def in_points(row, other, part):
-    points, (low, high) = difference(row, other, part)
+def in_points(row, other, part, only=None):
+    points, (low, high) = difference(row, other, part, only)
     return f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -334,6 +335,15 @@ def markdown(name, found):
             cells.append(COLUMNS[column][1].format(statistics.mean(values)) if values else "")
         cells.append("" if row["flags"] is None else f"`{row['flags']}`" if row["flags"] else "(none)")
         lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def markdown_elsewhere(found):
+    """CORD's Table 2: what happens to what was not trained, points over the baseline, the paper's beside ours."""
+    lines = [["heard elsewhere", "paper: CORD", "forward KL", "here: CORD", "off-policy forward KL", "SFT on the text view's answers"], ["---"] * 6]
+    for name, (cord, forward), part, only in (("music", PAPER_ELSEWHERE["music"], "aqa", ["music"]), ("sound", PAPER_ELSEWHERE["sound"], "aqa", ["sound"]),
+                                              ("speech; here emotion", PAPER_ELSEWHERE["speech"], "ser", None)):
+        lines.append([name, cord, forward, *[in_points(found["rows"][row], found["rows"][BASELINE], part, only) for row in ("CORD", *lines[0][-2:])]])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -455,7 +465,7 @@ def main():
         common.write_json(place / f"{name}.json", found)
         if name in PLOTS:
             PLOTS[name](found, place / f"{name}.png")
-        print(f"\n{found['asks']}\n\n{markdown(name, found)}")
+        print(f"\n{found['asks']}\n\n{markdown(name, found)}" + f"\n\n{markdown_elsewhere(found)}" * (name == "cord"))
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def kl_report(pairs, tokenizer, *, bins=20, least=5):
             "correlation": float(np.corrcoef(kl, place)[0, 1]) if kl.std() and place.std() else 0.0,
             "histogram": {"edges": edges.tolist(), "counts": np.histogram(kl.clip(0, edges[-1]), edges)[0].tolist()},
             "by_token": [{"token": tokenizer.decode([token]), "mean": mean, "count": len(said[token]), "share": sum(said[token]) / max(kl.sum(), 1e-12)}
-                         for mean, token in ranked[:15]]}
+                         for mean, token in ranked]}
 
 
 def kl_lines(reports):
@@ -317,7 +317,7 @@ def kl_lines(reports):
     lines = []
     for when, r in reports.items():
         p = r["percentiles"]
-        lines.append(f"{when}: D_t mean {r['mean']:.3f}, half below {p['50']:.4f}, 80 % below {p['80']:.3f}, 95 % below {p['95']:.2f}; the largest tenth "
+        lines.append(f"{when}: D_t mean {r['mean']:.3f}, half below {p['50']:.2g}, 80 % below {p['80']:.2g}, 95 % below {p['95']:.2g}; the largest tenth "
                      f"holds {100 * r['tenth']:.0f} % of it; correlation with position {r['correlation']:+.3f} ({r['rollouts']} rollouts)")
         lines.append("    largest on: " + ", ".join(f"{t['token'].strip() or repr(t['token'])} {t['mean']:.2f}" for t in r["by_token"][:10]))
     return lines
@@ -335,16 +335,16 @@ def plot_kl(reports, path):
         edges, counts = np.array(r["histogram"]["edges"]), np.array(r["histogram"]["counts"])
         edges[0] = edges[1] / 2
         left.stairs(100 * counts / counts.sum(), edges, fill=True, alpha=0.6, color=colours[when], label=f"{when}: mean {r['mean']:.3f}")
-        left.axvline(r["percentiles"]["80"], color=colours[when], linestyle="--", linewidth=1.2, label=f"80 % below {r['percentiles']['80']:.3f}")
+        left.axvline(r["percentiles"]["80"], color=colours[when], linestyle="--", linewidth=1.2, label=f"80 % below {r['percentiles']['80']:.2g}")
         at = [(b + 0.5) / len(r["by_position"]) for b in range(len(r["by_position"]))]
         middle.plot(at, [v if v is not None else np.nan for v in r["by_position"]], "-o", markersize=3, color=colours[when],
                     label=f"{when}: correlation {r['correlation']:+.2f}")
     left.set(xscale="log", xlabel="D_t (nats)", ylabel="tokens (%)", title="most tokens agree, few do not")
     middle.set(xlabel="position in the rollout (0 first token, 1 last)", ylabel="mean D_t (nats)", title="where", ylim=(0, None))
-    first = next(iter(reports.values()))["by_token"]
-    for when, r in reversed(reports.items()):
+    first = next(iter(reports.values()))["by_token"][:15]
+    for (when, r), thick in zip(reports.items(), (0.8, 0.4)):
         means = {t["token"]: t["mean"] for t in r["by_token"]}
-        right.barh(range(len(first)), [means.get(t["token"], 0) for t in first], color=colours[when], alpha=0.9 if when == "after" else 1, label=when)
+        right.barh(range(len(first)), [means.get(t["token"], 0) for t in first], thick, color=colours[when], label=when)
     right.set_yticks(range(len(first)), [t["token"].strip() or repr(t["token"]) for t in first])
     right.invert_yaxis()
     right.set(xlabel="mean D_t (nats)", title="on which tokens")

@@ -90,7 +90,7 @@ def parse_flags(argv=None):
     # optimisation
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
-    parser.add_argument("--epochs", type=int, default=1, help="passes over the data")
+    parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
     parser.add_argument("--micro-batch", type=int, default=16, help="rollouts per forward on one rank; accumulation follows from it")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -113,8 +113,8 @@ def parse_flags(argv=None):
         parser.error("with --token-loss none and --group-size 0 nothing is learnt; leave one of them on")
     if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
         parser.error("--share-rollouts puts the reverse KL on the group's rollouts, so it needs --token-loss reverse-kl and a --group-size")
-    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every) < 1:
-        parser.error("batch sizes, --epochs, --max-new-tokens, --save-every and --show-every are at least 1")
+    if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every) < 1 or args.epochs <= 0:
+        parser.error("batch sizes, --max-new-tokens, --save-every and --show-every are at least 1, --epochs above 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
     return args

@@ -252,6 +252,19 @@ def test_bfloat16_arithmetic_would_be_caught():
 # ---------------------------------------------------------------------------------------------------------------------------------
 # unequal vocabularies
 
+def test_logits_are_float32_under_autocast_too():
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(64, 500, bias=False), torch.randn(7, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, rounded = losses.head_logits(head, hidden), head(hidden)
+    exact = hidden.double() @ head.weight.double().T
+    assert rounded.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.head_logits(head.double(), hidden.double()), exact.double())
+    losses.head_logits(head, hidden.double()).sum().backward()
+    assert head.weight.grad is not None
+
+
 def test_shared_logits_renormalise_over_the_shared_tokens():
     student_logits, teacher_logits = logits(5, 8, seed=1).requires_grad_(), logits(5, 6, seed=2)
     student_ids, teacher_ids = torch.tensor([7, 0, 2, 5]), torch.tensor([1, 4, 3, 0])      # other order, other numbers, holes

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import inside
+import train_cord
 import train_source_layer
 from mini_world import MINI
 
@@ -42,8 +45,8 @@ def test_commands_use_flags_that_exist(script):
 
 def test_training_commands_parse():
     for where, script, arguments in commands():
-        if script == "train_source_layer.py":
-            train_source_layer.parse_flags(arguments)
+        if script in ("train_source_layer.py", "train_cord.py"):
+            {"train_source_layer.py": train_source_layer, "train_cord.py": train_cord}[script].parse_flags(arguments)
 
 
 def test_quoted_numbers_are_the_measured_ones():
@@ -60,6 +63,16 @@ def test_quoted_numbers_are_the_measured_ones():
         if name != "heard":
             row = re.search(rf"\| {name} \|(.*)\|", README)
             assert [float(x) for x in row[1].split("|")] == [tasks[t] for t in ("speech", "sound", "music", "emotion")], name
+
+
+def test_quoted_numbers_of_cord_are_the_measured_ones():
+    """The same for the default run of train_cord.py, its report letter by letter, and the KL analysis."""
+    results = json.loads((ROOT / "figures" / "cord_run.json").read_text())
+    for view in ("text", "audio"):
+        assert train_cord.EXPECTED[view] == tuple(round(results[when][f"{view}_accuracy"], 1) for when in ("before", "after"))
+    assert results["gap_reduction_percent"] == evaluate.gap_reduction(results["before"], results["after"]) > 0
+    for line in evaluate.report_gap(results["after"], results["before"]).splitlines() + inside.kl_lines(json.loads((ROOT / "figures" / "kl.json").read_text())):
+        assert f"    {line}".rstrip() in README, line
 
 
 ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": set(), "speak": {"data", "common"}, "mini_world": {"data", "common", "speak"},
