@@ -449,7 +449,7 @@ def build(split, *, per_task=None, tasks=None, seed=0, root=CACHE):
 def spoken(seed=0, *, small=False):
     """CORD's manifests: [questions to train on, questions to measure the audio-text gap on, what is heard elsewhere]."""
     make = partial(build, seed=seed)
-    return [make("spoken", per_task=16 if small else None), make("test", tasks=("speech",), per_task=8 if small else 300),
+    return [make("spoken", per_task=32 if small else None), make("test", tasks=("speech",), per_task=8 if small else 300),
             make("test", tasks=("sound", "music", "emotion"), per_task=8 if small else 100)]
 
 

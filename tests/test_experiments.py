@@ -200,11 +200,14 @@ def test_table_1s_claims():
 
 
 def test_cords_claims():
-    """What README says of CORD: over 60 % of the gap is gone with three seeds, and the text view pays less for it than under SFT or forward KL."""
+    """What README says of CORD, with three seeds: over 60 % of the gap is gone, and at the lower rate the text view loses less than 2 points."""
     found = committed("cord")["rows"]
     assert all(len(row["runs"]) == 3 for row in found.values())
-    gone, (low, _), _ = experiments.reduction(found["CORD"], found[BASELINE])
-    assert gone > 60 and low > 50
+    for row in ("CORD", "CORD, lower rate"):
+        gone, (low, _), _ = experiments.reduction(found[row], found[BASELINE])
+        assert gone > 60 and low > 50
+    points, _ = experiments.difference(found["CORD, lower rate"], found[BASELINE], "text")
+    assert points > -2
     for line in experiments.markdown_elsewhere(committed("cord")).splitlines():
         assert line in README, line
 

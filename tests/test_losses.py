@@ -430,6 +430,7 @@ def test_cord_weights_by_hand():
     # two rollouts behind each other: each has its own K and its own positions
     two = weights([5.0, 4, 3, 2, 0.1, 0.2], [4, 2], alpha=2, beta=3, top_share=0.25)
     np.testing.assert_allclose(two, [2 * 3, 3 - 2 / 3, 3 - 4 / 3, 1, 3, 2 * 1])
+    np.testing.assert_allclose(weights([0.2, 0.1, 0.4], [2, 0, 1], alpha=2, beta=2, top_share=0.5), [4, 1, 4])     # an empty one in between
     assert weights([], []) == []
 
 

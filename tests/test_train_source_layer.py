@@ -20,7 +20,6 @@ import evaluate
 import layer_map
 import losses
 import mini_world
-import train_source_layer
 from common import examples_of_step
 from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
@@ -207,7 +206,7 @@ def test_losses_fall_and_the_log_has_every_term(one_process):
     assert {"loss", "top", "layer", "acoustic", "sft", "grad_norm", "lr", "seconds", "tokens_per_second", "memory_gb"} <= log[0].keys()
     assert log[0]["acoustic"] == pytest.approx(0, abs=1e-6) and log[-1]["acoustic"] > 0        # the snapshot is the student before step 1
     config = json.loads((one_process / "config.json").read_text())
-    assert config["alpha_layer"] == 0.05 and config["steps"] == 4 and config["torch"] == torch.__version__
+    assert config["alpha_layer"] == parse_flags([]).alpha_layer and config["steps"] == 4 and config["torch"] == torch.__version__
 
 
 def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
@@ -250,8 +249,9 @@ def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
              "upper": student.model.language_model.layers[3:], "head": student.lm_head}
 
     def moved(*flags):
-        main(small_run(world, tmp_path / "run", "--max-steps", "1", "--weight-decay", "0", *flags))
-        after = common.load_audio_model(tmp_path / "run" / "step-0000001")[0].state_dict()
+        out = tmp_path / str(len(list(tmp_path.iterdir())))                     # a folder for each run
+        main(small_run(world, out, "--max-steps", "1", "--weight-decay", "0", *flags))
+        after = common.load_audio_model(out / "step-0000001")[0].state_dict()
         before = student.state_dict()
         names = {id(p): name for name, p in student.named_parameters()}
         return {part: max((after[names[id(p)]] - before[names[id(p)]]).abs().max().item() for p in module.parameters()) for part, module in parts.items()}
