@@ -174,7 +174,7 @@ def test_the_gaps_reduction_comes_back_from_the_verdicts():
     run = lambda found: {part: experiments.bits(found["correct"][part]) for part in ("text", "audio")}
     baseline, row = {"runs": {"0": run(before), "1": run(before)}}, {"runs": {"0": run(after), "1": run(before)}}
     gone, (low, high), each = experiments.reduction(row, baseline)
-    assert each == [50, 0] == [evaluate.gap_reduction(before, after), evaluate.gap_reduction(before, before)] and gone == 25
+    assert each == pytest.approx([50, 0]) == [evaluate.gap_reduction(before, after), evaluate.gap_reduction(before, before)] and gone == pytest.approx(25)
     assert 0 <= low < 25 < high
 
 
