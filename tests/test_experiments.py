@@ -170,7 +170,7 @@ def test_seeds_are_pooled():
 
 
 def test_the_gaps_reduction_comes_back_from_the_verdicts():
-    before, after = views("1111111100", "1100000000"), views("1111110000", "1111100000")
+    before, after = views("1111111100" * 20, "1100000000" * 20), views("1111110000" * 20, "1111100000" * 20)
     run = lambda found: {part: experiments.bits(found["correct"][part]) for part in ("text", "audio")}
     baseline, row = {"runs": {"0": run(before), "1": run(before)}}, {"runs": {"0": run(after), "1": run(before)}}
     gone, (low, high), each = experiments.reduction(row, baseline)
