@@ -126,15 +126,12 @@ CORD = {
                  "current, 4e-4": "--teacher current --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50"},
         "against": "initial, 2e-4", "columns": []},
     "cord-weights": {
-        "asks": "How heavy should the weighted tokens be? (the paper's Figure 4)",
+        "asks": "How heavy should the weighted tokens be, and how many? (the paper's Figure 4)",
         "rows": {"alpha = beta = 1": "--alpha 1 --beta 1 --group-size 0 --epochs 2", "1.5": "--alpha 1.5 --beta 1.5 --group-size 0 --epochs 2",
-                 "2 (default)": "--group-size 0 --epochs 2", "2.5": "--alpha 2.5 --beta 2.5 --group-size 0 --epochs 2"},
+                 "2 (default)": "--group-size 0 --epochs 2", "2.5": "--alpha 2.5 --beta 2.5 --group-size 0 --epochs 2",
+                 "2, a twentieth of the tokens": "--top-share 0.05 --group-size 0 --epochs 2",
+                 "2, half of the tokens": "--top-share 0.5 --group-size 0 --epochs 2"},
         "against": "2 (default)", "columns": []},
-    "cord-top": {
-        "asks": "To how many of a rollout's tokens does alpha belong?",
-        "rows": {"0.05": "--top-share 0.05 --group-size 0 --epochs 2", "0.1 (default)": "--group-size 0 --epochs 2",
-                 "0.2": "--top-share 0.2 --group-size 0 --epochs 2", "0.5": "--top-share 0.5 --group-size 0 --epochs 2"},
-        "against": "0.1 (default)", "columns": []},
 }
 EXPERIMENTS = {**PAPER_A, **CORD}
 

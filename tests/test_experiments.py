@@ -48,8 +48,8 @@ def test_the_command_runs_cord(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments, "RUNS", experiments.RUNS)                               # main() sets it for a dry run
     monkeypatch.setattr(experiments, "STRONGER", experiments.STRONGER)
-    monkeypatch.setitem(EXPERIMENTS, "cord-top", {**CORD["cord-top"], "rows": {"0.5": "--top-share 0.5 --eval-every 1 --group-size 2"}})
-    monkeypatch.setattr(sys, "argv", ["experiments.py", "cord-top", "--seeds", "3", "--dry-run"])
+    monkeypatch.setitem(EXPERIMENTS, "cord-weights", {**CORD["cord-weights"], "rows": {"0.5": "--top-share 0.5 --eval-every 1 --group-size 2"}})
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "cord-weights", "--seeds", "3", "--dry-run"])
     experiments.main()
     folder = tmp_path / "runs" / "experiments-dry" / "cord-top-share-0.5-eval-every-1-group-size-2-seed3"
     results = json.loads((folder / "results.json").read_text())
