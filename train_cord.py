@@ -13,7 +13,7 @@ CORD (paper B, arXiv 2601.16547): the model that reads teaches the model that li
         --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --micro-batch 2 --max-seconds 30
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_cord.py ...        # on each node
 
-The rows of the paper's tables:
+The rows of the paper's tables (python experiments.py cord: all of them, two epochs, three seeds each):
 
     SFT on the text view's answers        --token-loss sft --group-size 0
     off-policy forward KL                 --token-loss forward-kl --group-size 0
@@ -23,8 +23,8 @@ The rows of the paper's tables:
     full CORD                             (the default)
 
 Where the paper is silent, and what we do:
-1. Teacher: a frozen copy from before training, as the paper's figure draws it. With the current weights both views can drift together
-   (--teacher current; README has the measurement).
+1. Teacher: a frozen copy from before training, as the paper's figure draws it. The current weights (--teacher current) do as well at a low
+   learning rate; at twice that both views fall together (python experiments.py cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call; --share-rollouts takes the KL on the group's.
 3. D_t and log p are of what was sampled from: control tokens are banned in both views; log p at the row's own temperature, D_t at 1.
 4. L_tok and L_seq are sums over a rollout's tokens, as written, and means over the rollouts of the global batch: neither the number of GPUs
