@@ -2,7 +2,7 @@
 Every number in README's tables, each by one command: both papers' tables in miniature, and the questions that the papers leave open.
 
     python experiments.py table                     # the six rows of paper A's Table 1, three seeds each: 35 minutes on two cores
-    python experiments.py cord                      # the rows of paper B's Tables 1 to 3, three seeds each: 75 minutes
+    python experiments.py cord                      # the rows of paper B's Tables 1 to 3, three seeds each: 80 minutes
     python experiments.py alpha-ac skip             # some of the others, by name
     python experiments.py all --seeds 0             # everything, one seed
     python experiments.py table --dry-run           # two steps of every run, and a small evaluation
