@@ -464,7 +464,7 @@ def main():
         common.write_json(place / f"{name}.json", found)
         if name in PLOTS:
             PLOTS[name](found, place / f"{name}.png")
-        print(f"\n{found['asks']}\n\n{markdown(name, found)}" + f"\n\n{markdown_elsewhere(found)}" * (name == "cord"))
+        print(f"\n{found['asks']}\n\n{markdown(name, found)}", f"\n\n{markdown_elsewhere(found)}" if name == "cord" else "", sep="")
 
 
 if __name__ == "__main__":
