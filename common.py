@@ -185,10 +185,10 @@ def was_dry(folder):
 
 
 def start_folder(folder, checkpoint, rank, world):
-    """Make the run's folder. A run that resumes nothing wants it to itself: another's checkpoints and evaluations would pass for its own. What a
-    dry run left is removed; raises SystemExit where it would be a real run's checkpoints."""
+    """Make the run's folder. A run that does not resume from there wants it to itself: another's checkpoints and evaluations would pass for its own.
+    What a dry run left is removed; raises SystemExit where it would be a real run's checkpoints."""
     folder = Path(folder)
-    if checkpoint is None and rank == 0:
+    if rank == 0 and (checkpoint is None or checkpoint.resolve().parent != folder.resolve()):
         if list(folder.glob("step-*")) and not was_dry(folder):
             raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
         for old in folder.glob("step-*"):
@@ -200,10 +200,13 @@ def start_folder(folder, checkpoint, rank, world):
         dist.barrier()
 
 
-def find_checkpoint(resume, folder):
-    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. Raises SystemExit if DIR is none."""
+def find_checkpoint(resume, folder, dry_run):
+    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. Raises SystemExit if DIR is none, and for a
+    dry run: it would leave a real run's folder looking like its own, which the next run clears."""
     if resume is None:
         return None
+    if dry_run:
+        raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
     if resume == "auto":
         return max(Path(folder).glob("step-*"), default=None) if not was_dry(folder) else None
     if not (Path(resume) / "state.pt").is_file():

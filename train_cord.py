@@ -264,7 +264,7 @@ def main(argv=None):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
-    checkpoint, done = common.find_checkpoint(args.resume, out), 0
+    checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = [p for p in step_module.parameters() if p.requires_grad]

@@ -281,7 +281,7 @@ def main(argv=None):
                              max_seconds=args.max_seconds).to(device) for i in range(0, len(chunk), args.micro_batch)]
 
     # 4.3 before: what the student can do as it comes
-    checkpoint, done = common.find_checkpoint(args.resume, out), 0
+    checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} "

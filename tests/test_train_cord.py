@@ -386,6 +386,11 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path):
     (tmp_path / "run" / "eval-0000001.json").write_text("{}")
     main(small_run(world, tmp_path / "run", "--max-steps", "1", "--resume", "auto"))
     assert sorted(path.name for path in (tmp_path / "run").glob("*-0*")) == ["step-0000001"]
+    with pytest.raises(SystemExit, match="--dry-run starts from nothing"):                       # or the next run would clear a real run's checkpoints
+        main(small_run(world, tmp_path / "run", "--resume", "auto", "--dry-run"))
+    assert not common.was_dry(tmp_path / "run") and (tmp_path / "run" / "step-0000001").exists()
+    with pytest.raises(SystemExit, match="holds the checkpoints of another run"):                # resumed from elsewhere
+        main(small_run(world, tmp_path / "run", "--resume", str(one_process / "step-0000002")))
     common.write_json(tmp_path / "before.json", {"asked": data.fingerprint(data.read_manifest(world)), "gap": 3})
     assert common.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)))["gap"] == 3
     assert common.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)[1:])) is None
