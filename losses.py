@@ -1,4 +1,5 @@
-"""Every loss of both papers as its formula: slow, readable, and the measure of anything faster.
+"""Every loss of both papers twice: as its formula, slow and readable, and in the fused form that the training scripts use, which never holds
+a [tokens, vocab] matrix and needs no autograd inside. The formula is the measure: the fused form must give the same numbers.
 
 Notation. z are logits, p = softmax(z_teacher / tau) the teacher, q = softmax(z_student / tau) the student.
 Shapes. All losses take flat matrices [tokens, vocab] or [tokens, features], one row per token that counts: no padding, no batch axis.
@@ -12,9 +13,14 @@ Four rules hold for every loss here:
 3. The arithmetic is float32, or float64 if the inputs are: differences of logarithms do not survive in bfloat16.
 4. The teacher's side is detached: only the student learns.
 
+Each fused loss needs nothing but torch, IGNORE, FLOOR and the helpers above it on its page: copy from "The fused form" on.
+
+    python bench.py losses          # time, memory and share of the floor, beside Liger's and beside the formulas
+
 Papers: A = arXiv 2509.18579 (L_top, L_layer, L_ac, L_SFT), B = arXiv 2601.16547 (CORD: the reverse KL per token).
 """
 
+import functools
 import math
 
 import torch
@@ -39,11 +45,13 @@ def _log_softmax(logits, temperature):
     return F.log_softmax(_wide(logits).clamp(min=FLOOR) / temperature, dim=-1)
 
 
-def head_logits(head, hidden):
-    """Logits [tokens, vocab] of a linear head, in float32 (or float64) whatever autocast says: from logits rounded to bfloat16 the gradient of a
-    divergence of 0.04 nats is off by about 9 %, of 0.004 by about 30 % (standard deviation 3, 20,000 words), and CORD drives D_t that low."""
+def head_logits(hidden, weight):
+    """[tokens, hidden], a head's weight [vocab, hidden] -> logits [tokens, vocab], in float32 (or float64) whatever autocast says: from logits
+    rounded to bfloat16 the gradient of a divergence of 0.04 nats is off by about 9 %, of 0.004 by about 30 % (standard deviation 3, 20,000
+    words), and CORD drives D_t that low."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(_wide(hidden), _wide(head.weight), head.bias)
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        return F.linear(hidden.to(dtype), weight.to(dtype))
 
 
 def _same_shape(student, teacher):
@@ -232,5 +240,341 @@ def hidden_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
     return hidden_jsd(student, teacher, denominator=denominator)
 
 
-# the training scripts' choice of divergence, by name
-HIDDEN = {"jsd": hidden_jsd, "mse": hidden_mse, "cosine": hidden_cosine, "raw-jsd": hidden_raw_jsd}
+HIDDEN = {"jsd": hidden_jsd, "mse": hidden_mse, "cosine": hidden_cosine, "raw-jsd": hidden_raw_jsd}     # the training scripts' choice, by name
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# both papers' losses on the response, from hidden states: the formulas that fused_jsd_ce and fused_cord must equal
+
+def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, jsd_weight=1.0, ce_weight=0.5, beta=0.5, temperature=1.0,
+           shared_ids=None, denominator=None):
+    """
+    jsd_weight * L_top + ce_weight * L_SFT of paper A -> (loss, jsd, ce): scalars, of which only the loss has a graph.
+
+    student_hidden [tokens, hidden] and student_weight [vocab, hidden], teacher_hidden [tokens, teacher hidden] and teacher_weight [teacher vocab,
+    teacher hidden]: last hidden states at predict_positions, and the heads (no bias); both teacher's None: no L_top. labels [tokens] int64; rows
+    labelled -100 count for neither. beta and temperature: as in token_divergence (0: forward, 1: reverse KL), of L_top alone; L_SFT is over the whole student head.
+    shared_ids: the tokens that L_top runs over, int64 [shared], or a pair (student's ids, teacher's ids); None: all, and vocabularies of one size.
+    """
+    counted = labels != IGNORE
+    logits = head_logits(student_hidden[counted], student_weight)                                # [counted, vocab]
+    ce, top = cross_entropy(logits, labels[counted], denominator=denominator), torch.zeros_like(logits.sum())
+    if teacher_hidden is not None:
+        target = head_logits(teacher_hidden[counted], teacher_weight)                            # [counted, teacher vocab]
+        if shared_ids is not None:
+            logits, target = shared_logits(logits, target, *_id_pair(shared_ids))                # [counted, shared] each
+        top = jsd(logits, target, beta=beta, temperature=temperature, denominator=denominator)
+    return jsd_weight * top + ce_weight * ce, top.detach(), ce.detach()
+
+
+def _id_pair(shared_ids):
+    return (shared_ids, shared_ids) if torch.is_tensor(shared_ids) else shared_ids
+
+
+def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, lengths, carries_kl, advantage, temperature, banned=None,
+         divergence_beta=1.0, alpha=2.0, beta=2.0, top_share=0.1, denominator=None):
+    """
+    L_tok + L_seq of paper B = sum_t w_t D_t / denominator - sum_t advantage_t log q(label_t) -> (loss, kl, log_p, entropy): a scalar, and
+    without gradient D_t, log q(label_t) and the entropy of the student's distribution, [tokens] each; D_t and entropy 0 where no KL is carried.
+
+    Flat axes over the tokens of several rollouts. student_hidden [tokens, hidden], labels (the sampled tokens), advantage (A_i over the number of
+    rewarded rollouts) and temperature (at which the row was sampled; of log q alone, D_t is at 1): [tokens]. carries_kl: [tokens] bool; lengths: tokens of
+    each rollout that does, teacher_hidden: [their sum, teacher hidden]. banned: int64 ids that are never sampled, without probability in both views.
+    divergence_beta: 1 for the reverse KL; 0 for forward, the off-policy baseline's. denominator: rollouts of the whole step that carry the KL (default: len(lengths)).
+    """
+    def logits_of(hidden, weight):
+        logits = head_logits(hidden, weight)
+        return logits if banned is None else logits.index_fill(-1, banned, FLOOR)
+
+    logits = logits_of(student_hidden, student_weight)                                           # [tokens, vocab]
+    log_p = log_probability(logits, labels, temperature)                                         # [tokens]
+    loss, kl, entropy = -(advantage * log_p).sum(), torch.zeros_like(log_p), torch.zeros_like(log_p)
+    if lengths:
+        heard = logits[carries_kl]                                                               # [kl tokens, vocab]
+        divergence = token_divergence(heard, logits_of(teacher_hidden, teacher_weight), beta=divergence_beta)      # D_t [kl tokens]
+        weight = cord_weights(divergence, lengths, alpha=alpha, beta=beta, top_share=top_share)
+        loss = loss + (weight * divergence).sum() / (denominator or len(lengths))
+        log_q = _log_softmax(heard.detach(), 1.0)
+        kl[carries_kl], entropy[carries_kl] = divergence.detach(), -(log_q.exp() * log_q).sum(-1)
+    return loss, kl.detach(), log_p.detach(), entropy.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The fused form: the same numbers without the [tokens, vocab] matrices
+#
+# At 152,000 words, 8,192 response tokens have 5 GB of float32 logits, and autograd keeps several matrices of that size for each loss, twice:
+# student and teacher. But the gradient of each of these losses with respect to the logits is known in closed form. So the forward pass
+# takes the tokens in chunks: logits of a chunk, its losses, its gradient, and at once the two products that carry the gradient on to
+# the hidden states and to the head's weight. Then the chunk is forgotten. backward only multiplies what is known by what comes from above.
+#
+# With z = h W^T / tau, q = softmax(z): dq_i/dz_j = q_i (1[i = j] - q_j), so that for any D(q)     dD/dz_j = q_j (dD/dq_j - sum_i q_i dD/dq_i).
+#
+#     reverse KL    D = sum q log(q/p)           dD/dq = log(q/p) + 1                dD/dz = q (log(q/p) - D)
+#     forward KL    D = sum p log(p/q)           dD/dq = -p/q                        dD/dz = q - p
+#     JSD_beta      m = beta p + (1 - beta) q    dD/dq = (1 - beta) log(q/m)         dD/dz = (1 - beta) q (log(q/m) - KL(q || m))
+#     -log q_y                                   dD/dq = -1[i = y] / q_y             dD/dz = q - 1[i = y]
+#
+# (JSD: beta KL(p || m) gives -beta (1 - beta) p/m, (1 - beta) KL(q || m) gives (1 - beta) (log(q/m) + 1 - (1 - beta) q/m); all but the logarithm
+# adds up to (1 - beta) (1 - m/m) = 0.) Then dh = dD/dz W / tau and dW = (dD/dz)^T h / tau. What remains are four matrix products, two
+# for logits and two for gradients, and about fifteen passes over a chunk that is still in the cache.
+
+CHUNK_ELEMENTS = 2 ** 21        # [chunk, vocab] on a CPU: 8 MB of float32, so that a chunk's handful of matrices stays near the cores
+
+
+def _rows_per_chunk(chunk_tokens, vocab, device):
+    """As given; else on a GPU what fits into a quarter of the free memory, six float32 matrices deep: every chunk reads and writes dW once, so
+    large ones are better; on a CPU by the cache."""
+    if chunk_tokens is not None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let free memory decide")
+        return chunk_tokens
+    if device.type == "cuda":
+        return min(8192, max(128, torch.cuda.mem_get_info(device)[0] // 4 // (6 * 4 * vocab) // 128 * 128))
+    return max(16, CHUNK_ELEMENTS // vocab)
+
+
+def _buffer(pool, name, rows, width):
+    """A [rows, width] view of memory that all chunks share (a fresh matrix per operation costs a CPU as much as the operation, in page
+    faults); None without a pool: on a GPU the allocator does this, and a compiler does better."""
+    if pool is None:
+        return None
+    if pool.get(name) is None or pool[name].numel() < rows * width:
+        pool[name] = pool["like"].new_empty(rows * width)
+    return pool[name][:rows * width].view(rows, width)
+
+
+def _log_softmax_(z, out):
+    """z [n, vocab] becomes its log-softmax in place -> its softmax [n, vocab], in `out`."""
+    z.sub_(z.amax(-1, keepdim=True))
+    p = torch.exp(z, out=out)
+    total = p.sum(-1, keepdim=True)                                                              # [n, 1]
+    z.sub_(total.log())
+    return p.div_(total)
+
+
+def _divergence_(log_q, log_p, q, p, a, c, beta, out):
+    """token_divergence and its gradient: four [n, vocab] that are used up, a and c [n, 1] -> D [n], d(a D + c * -log q_y)/dz [n, vocab] but for the
+    -c at y, in the place of log_q (or q)."""
+    if beta == 0:
+        d = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        return d, q.mul_(a + c).sub_(p.mul_(a))
+    if beta == 1:
+        d = pull = torch.linalg.vecdot(q, log_q.sub_(log_p))                                     # [n]
+    else:
+        # where p and q both underflow, m = 0: any finite logarithm will do, since p and q are 0 there
+        log_m = torch.lerp(q, p, beta, out=out).clamp_(min=torch.finfo(q.dtype).tiny).log_()     # [n, vocab]
+        pull = torch.linalg.vecdot(q, log_q.sub_(log_m))                                         # KL(q || m)  [n]
+        d = beta * torch.linalg.vecdot(p, log_p.sub_(log_m)) + (1 - beta) * pull
+        a = (1 - beta) * a
+    return d, log_q.mul_(a).add_(c - a * pull[:, None]).mul_(q)                                  # q (a (log(q/m) - pull) + c)
+
+
+def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, pool):
+    """
+    Losses and gradient of one chunk of tokens, in its own matrices.
+
+    z [n, vocab], t [n, teacher vocab] or None: logits, used up. labels [n]; a, c [n]: what D and -log q(label) of each row weigh; heat [n] or None:
+    temperature of the latter. -> D [n], -log q [n], entropy [n], sum(a D - c log q)'s gradient with respect to z [n, vocab].
+    """
+    rows, labels, a, c = len(z), labels[:, None], a[:, None], c[:, None]
+    together = heat is None and shared is None and temperature == 1 and t is not None            # D and -log q are of the same q
+    heat = 1.0 if heat is None else heat[:, None]
+    if banned is not None:
+        z.index_fill_(1, banned, FLOOR)
+    if not together:
+        log_q = torch.div(z, heat, out=z if t is None else _buffer(pool, "log_q", *z.shape))
+        g = _log_softmax_(log_q, _buffer(pool, "g", *z.shape))                                   # q
+        nll = -log_q.gather(1, labels)[:, 0]
+        g.mul_(c / heat).scatter_add_(1, labels, -c / heat)                                      # c (q - 1[i = y]) / heat
+        if t is None:
+            return torch.zeros_like(nll), nll, torch.zeros_like(nll), g
+
+    if banned is not None:
+        t.index_fill_(1, banned, FLOOR)
+    if shared is not None:
+        z = torch.index_select(z, 1, shared[0], out=_buffer(pool, "z", rows, len(shared[0])))    # [n, shared]
+        t = torch.index_select(t, 1, shared[1], out=_buffer(pool, "t", rows, len(shared[1])))
+    if temperature != 1:
+        z, t = z.div_(temperature), t.div_(temperature)
+    q, p = (_log_softmax_(x, _buffer(pool, name, *x.shape)) for x, name in ((z, "q"), (t, "p")))
+    entropy = -torch.linalg.vecdot(q, z)
+    if together:
+        nll = -z.gather(1, labels)[:, 0]
+    d, g_d = _divergence_(z, t, q, p, a / temperature, c if together else torch.zeros_like(c), beta, _buffer(pool, "m", *z.shape))
+    if together:
+        return d, nll, entropy, g_d.scatter_add_(1, labels, -c)
+    return d, nll, entropy, g.add_(g_d) if shared is None else g.index_add_(1, shared[0], g_d)
+
+
+_compiled_chunk = functools.cache(lambda: torch.compile(_chunk, dynamic=True))
+
+
+def _operand(x, dtype):
+    """What goes into the products: autocast's 16 bits if it is on, as F.linear would have it; on a CPU, where 16 bits win nothing, float32 again."""
+    x = x.detach().to(dtype)
+    if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x.float() if x.dtype == torch.float16 or x.device.type == "cpu" and x.dtype != torch.float64 else x
+
+
+def _mm(a, b, out=None):
+    """a @ b, in float32 from bfloat16 too: what a tensor core has summed anyway, before it would be rounded."""
+    return torch.mm(a, b, out=out) if a.dtype == b.dtype != torch.bfloat16 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, heat, d_weight, *, chunk_tokens, wants_hidden, shared=None, **how):
+    """
+    All rows through both heads, chunk by chunk: hidden [rows, hidden], teacher_hidden [rows, teacher hidden] or None, the rest as in _chunk, [rows].
+
+    -> D, -log q, entropy [rows], the gradient with respect to hidden [rows, hidden] or None. d_weight [vocab, hidden], unless None, is added to.
+    """
+    device, vocab = hidden.device, len(weight)
+    one_chunk = _compiled_chunk() if device.type == "cuda" else _chunk
+    size, out = _rows_per_chunk(chunk_tokens, vocab, device), []
+    d_hidden = torch.empty(hidden.shape, dtype=c.dtype, device=device) if wants_hidden else None
+    pool = {"like": c} if device.type == "cpu" else None
+    with torch.autocast(device.type, enabled=False):
+        for i in range(0, len(hidden), size):
+            part = slice(i, i + size)
+            h = hidden[part]                                                                     # [n, hidden]
+            z = _mm(h, weight.T, _buffer(pool, "student", len(h), vocab))                        # [n, vocab]
+            t = None
+            if teacher_hidden is not None:
+                t = _mm(teacher_hidden[part], teacher_weight.T, _buffer(pool, "teacher", len(h), len(teacher_weight)))
+            *values, g = one_chunk(z, t, labels[part], a[part], c[part], None if heat is None else heat[part], shared=shared, pool=pool, **how)
+            out.append(values)
+            g = g.to(h.dtype)
+            if wants_hidden:
+                d_hidden[part] = _mm(g, weight)                                                  # [n, hidden]
+            if d_weight is not None:                                                             # summed in float32 over all chunks
+                d_weight.addmm_(g.T, h) if h.dtype == d_weight.dtype else d_weight.add_(_mm(g.T, h))
+    d, nll, entropy = (torch.cat(x) for x in zip(*out)) if out else (c.new_zeros(0) for _ in range(3))
+    return d, nll, entropy, d_hidden
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradients are known already: apply(loss, x, y, ..., its gradient d_x, d_y, ...), None for what learns nothing."""
+
+    @staticmethod
+    def forward(ctx, loss, *tensors):
+        ctx.save_for_backward(*tensors[len(tensors) // 2:])
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, above):
+        gradients = ctx.saved_tensors
+        if above != 1:                                                                           # else they go on without a copy
+            gradients = [None if g is None else above * g for g in gradients]
+        return None, *gradients, *[None] * len(gradients)
+
+
+def _heads(student_hidden, student_weight, teacher_hidden, teacher_weight):
+    """-> the four operands of the products; whether hidden and weight learn; zeros [vocab, hidden] for the weight's gradient, or None."""
+    if student_hidden.shape[1:] != student_weight.shape[1:] or (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError(f"hidden {list(student_hidden.shape)} does not fit weight {list(student_weight.shape)}, or the teacher lacks one of the two")
+    learn = [torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight)]
+    dtype = torch.promote_types(student_hidden.dtype, student_weight.dtype)
+    operands = [_operand(student_hidden, dtype), _operand(student_weight, dtype), None, None]
+    if teacher_hidden is not None:
+        teacher_dtype = torch.promote_types(teacher_hidden.dtype, teacher_weight.dtype)
+        operands[2:] = _operand(teacher_hidden, teacher_dtype), _operand(teacher_weight, teacher_dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return operands, learn, torch.zeros(student_weight.shape, dtype=exact, device=student_weight.device) if learn[1] else None, exact
+
+
+def fused_jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, jsd_weight=1.0, ce_weight=0.5, beta=0.5, temperature=1.0,
+                 shared_ids=None, denominator=None, chunk_tokens=None):
+    """jsd_ce, fused: the same arguments, the same (loss, jsd, ce), from one pass over the student's logits. chunk_tokens: how many at a time."""
+    if not 0 <= beta <= 1 or temperature <= 0:
+        raise ValueError(f"beta {beta} must lie in [0, 1] and temperature {temperature} above 0")
+    (hidden, weight, teacher, teacher_weight), learn, d_weight, exact = _heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    if labels.shape != hidden.shape[:1] or teacher is not None and len(teacher) != len(hidden):
+        raise ValueError(f"{list(labels.shape)} labels and {None if teacher is None else len(teacher)} teacher rows for {len(hidden)} hidden states")
+    counted = (labels != IGNORE).nonzero()[:, 0]                                                 # [rows]
+    if len(counted) and denominator is not None and denominator <= 0:
+        raise ValueError(f"denominator {denominator} for {len(counted)} tokens: pass the whole step's token count (data.denominators)")
+    each = hidden.new_full((len(counted),), 1 / (denominator or max(len(counted), 1)), dtype=exact)
+    d, nll, _, d_rows = _head_pass(
+        hidden[counted], weight, None if teacher is None else teacher[counted], teacher_weight, labels[counted], jsd_weight * each, ce_weight * each, None,
+        d_weight, chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=beta, temperature=temperature, banned=None,
+        shared=None if shared_ids is None else _id_pair(shared_ids))
+    top, ce = (each * d).sum(), (each * nll).sum()
+    d_hidden = d_rows.new_zeros(hidden.shape).index_copy_(0, counted, d_rows) if learn[0] else None
+    return _KnownGradient.apply(jsd_weight * top + ce_weight * ce, student_hidden, student_weight, d_hidden, d_weight), top, ce
+
+
+def fused_cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, lengths, carries_kl, advantage, temperature, banned=None,
+               divergence_beta=1.0, alpha=2.0, beta=2.0, top_share=0.1, denominator=None, chunk_tokens=None):
+    """
+    cord, fused: the same arguments, the same (loss, kl, log_p, entropy). chunk_tokens: how many at a time.
+
+    The position weights are known beforehand; which tokens are a rollout's K largest only after its last D_t. So the first pass weighs by position
+    alone, and a second one adds (alpha - 1) times that for the K largest: a tenth of the tokens once more, instead of the gradient of all.
+    Tokens that carry no KL never touch the teacher's head.
+    """
+    operands, learn, d_weight, exact = _heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    hidden, weight, teacher, teacher_weight = operands
+    if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden) or sum(lengths) != (0 if teacher is None else len(teacher)):
+        raise ValueError(f"{len(hidden)} hidden states, {len(labels)} labels, {len(carries_kl)} carries_kl, {len(advantage)} advantages and "
+                         f"{len(temperature)} temperatures must be as many, and lengths {lengths} add up to the teacher's rows")
+    kl, log_p, entropy = (hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3))          # [tokens]
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=exact) if learn[0] else None
+
+    def run(rows, teacher, a, c, heat):
+        d, nll, spread, d_rows = _head_pass(
+            hidden[rows], weight, teacher, teacher_weight, labels[rows], a, c, None if (heat == 1).all() else heat.to(exact), d_weight,
+            chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=divergence_beta, temperature=1, banned=banned, shared=None)
+        if learn[0]:
+            d_hidden.index_add_(0, rows, d_rows)
+        return d, nll, spread
+
+    alone, rows = (~carries_kl).nonzero()[:, 0], carries_kl.nonzero()[:, 0]
+    c = advantage.to(exact)
+    log_p[alone] = -run(alone, None, c[alone], c[alone], temperature[alone])[1]
+    loss = -(c[alone] * log_p[alone]).sum()
+    if lengths:
+        position = cord_weights(kl[rows], lengths, alpha=1, beta=beta) / (denominator or len(lengths))       # [kl tokens]
+        kl[rows], nll, entropy[rows] = run(rows, teacher, position, c[rows], temperature[rows])
+        log_p[rows] = -nll
+        factor = torch.where(largest_share(kl[rows], lengths, top_share), alpha, 1.0)            # w_t^KL [kl tokens]
+        again = (factor != 1).nonzero()[:, 0]
+        run(rows[again], teacher[again], (factor - 1)[again] * position[again], 0 * position[again], torch.ones_like(position[again]))
+        loss = loss + (factor * position * kl[rows]).sum() + (c[rows] * nll).sum()
+    return _KnownGradient.apply(loss, student_hidden, student_weight, d_hidden, d_weight), kl, log_p, entropy
+
+
+def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
+    """hidden_jsd, fused: one pass, of which nothing is kept but the gradient, in the student's own precision."""
+    _same_shape(student, teacher)
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: pass both, or neither for raw features")
+    rows, width = student.shape
+    if denominator is not None and rows and denominator <= 0:
+        raise ValueError(f"denominator {denominator} for {rows} tokens: pass the whole step's token count (data.denominators)")
+    each = 1 / (denominator or max(rows, 1))
+    learns = torch.is_grad_enabled() and student.requires_grad
+    gradient, size = torch.empty_like(student, requires_grad=False), _rows_per_chunk(None, width, student.device)
+    total = _wide(student.new_zeros(()))
+    pool = {"like": total} if student.device.type == "cpu" else None
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        a, none = total.new_full((1, 1), each), total.new_zeros((1, 1))
+        for i in range(0, rows, size):
+            s, t = _wide(student[i:i + size]), _wide(teacher[i:i + size])                        # [n, features]
+            shape = s.shape
+            if mean is None:
+                s, t = s.clone(), t.clone()
+            else:
+                s, t = ((x - mean).div_(std) for x in (s, t))
+            q, p = (_log_softmax_(x, _buffer(pool, name, *shape)) for x, name in ((s, "q"), (t, "p")))
+            d, g = _divergence_(s, t, q, p, a, none, 0.5, _buffer(pool, "m", *shape))
+            total += each * d.sum()
+            gradient[i:i + size] = g if std is None else g.div_(std)
+    return _KnownGradient.apply(total, student, gradient if learns else None)
+
+
+def _fused_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
+    return fused_hidden_jsd(student, teacher, denominator=denominator)
+
+
+FUSED_HIDDEN = {**HIDDEN, "jsd": fused_hidden_jsd, "raw-jsd": _fused_raw_jsd}       # mse and cosine are one pass as they are
