@@ -119,6 +119,8 @@ def _load(path, what, model_class, reader_class, dtype):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"cannot load {what} from {path} ({reason}); give a directory or a hub id of one") from None
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise SystemExit(f"the output head of {path} has a bias, which losses.py does not know; give a model whose head is a matrix alone")
     return model.eval(), reader
 
 

@@ -284,7 +284,7 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
             view = view.to(model.device)
             inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
             last = model.model(**inputs, use_cache=False).last_hidden_state                      # [rollouts, seq, hidden]
-            logits.append(losses.head_logits(model.lm_head, last.flatten(0, 1)[view.predict_positions]).index_fill(-1, banned, losses.FLOOR))
+            logits.append(losses.head_logits(last.flatten(0, 1)[view.predict_positions], model.lm_head.weight).index_fill(-1, banned, losses.FLOOR))
         kl = losses.token_divergence(*logits, beta=1).split([len(ids) for ids in said])          # D_t [tokens]
         pairs += [(ids, row.tolist()) for ids, row in zip(said, kl)]
     return pairs

@@ -318,7 +318,7 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
 # adds up to (1 - beta) (1 - m/m) = 0.) Then dh = dD/dz W / tau and dW = (dD/dz)^T h / tau. What remains are four matrix products, two
 # for logits and two for gradients, and about fifteen passes over a chunk that is still in the cache.
 
-CHUNK_ELEMENTS = 2 ** 21        # [chunk, vocab] on a CPU: 8 MB of float32, so that a chunk's handful of matrices stays near the cores
+CHUNK_ELEMENTS = 2 ** 22        # [chunk, vocab] on a CPU: 16 MB of float32, so that a chunk's handful of matrices stays near the cores
 
 
 def _rows_per_chunk(chunk_tokens, vocab, device):
@@ -343,67 +343,64 @@ def _buffer(pool, name, rows, width):
     return pool[name][:rows * width].view(rows, width)
 
 
-def _log_softmax_(z, out):
-    """z [n, vocab] becomes its log-softmax in place -> its softmax [n, vocab], in `out`."""
-    z.sub_(z.amax(-1, keepdim=True))
-    p = torch.exp(z, out=out)
-    total = p.sum(-1, keepdim=True)                                                              # [n, 1]
-    z.sub_(total.log())
-    return p.div_(total)
+def _softmaxes(z, pool, name):
+    """z [n, vocab], used up -> its log-softmax and its softmax, [n, vocab] each. Two fused kernels; the second writes where z was."""
+    log_p = torch.log_softmax(z, -1, out=_buffer(pool, name, *z.shape))
+    return log_p, torch.softmax(log_p, -1, out=None if pool is None else z)
 
 
 def _divergence_(log_q, log_p, q, p, a, c, beta, out):
     """token_divergence and its gradient: four [n, vocab] that are used up, a and c [n, 1] -> D [n], d(a D + c * -log q_y)/dz [n, vocab] but for the
     -c at y, in the place of log_q (or q)."""
+    def expect(p, x):
+        return torch.mul(p, x, out=out).sum(-1)                                                  # [n]
+
     if beta == 0:
-        d = torch.linalg.vecdot(p, log_p.sub_(log_q))
-        return d, q.mul_(a + c).sub_(p.mul_(a))
+        return expect(p, log_p.sub_(log_q)), q.mul_(a + c).sub_(p.mul_(a))
     if beta == 1:
-        d = pull = torch.linalg.vecdot(q, log_q.sub_(log_p))                                     # [n]
+        d = pull = expect(q, log_q.sub_(log_p))
     else:
         # where p and q both underflow, m = 0: any finite logarithm will do, since p and q are 0 there
         log_m = torch.lerp(q, p, beta, out=out).clamp_(min=torch.finfo(q.dtype).tiny).log_()     # [n, vocab]
-        pull = torch.linalg.vecdot(q, log_q.sub_(log_m))                                         # KL(q || m)  [n]
-        d = beta * torch.linalg.vecdot(p, log_p.sub_(log_m)) + (1 - beta) * pull
-        a = (1 - beta) * a
+        log_q, log_p, a = log_q.sub_(log_m), log_p.sub_(log_m), (1 - beta) * a
+        pull = expect(q, log_q)                                                                  # KL(q || m)
+        d = beta * expect(p, log_p) + (1 - beta) * pull
     return d, log_q.mul_(a).add_(c - a * pull[:, None]).mul_(q)                                  # q (a (log(q/m) - pull) + c)
 
 
-def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, pool):
+def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, entropy, pool):
     """
     Losses and gradient of one chunk of tokens, in its own matrices.
 
     z [n, vocab], t [n, teacher vocab] or None: logits, used up. labels [n]; a, c [n]: what D and -log q(label) of each row weigh; heat [n] or None:
-    temperature of the latter. -> D [n], -log q [n], entropy [n], sum(a D - c log q)'s gradient with respect to z [n, vocab].
+    temperature of the latter. -> D, -log q, entropy [n] (0 where not asked for), and the gradient of sum(a D - c log q) with respect to z [n, vocab].
     """
     rows, labels, a, c = len(z), labels[:, None], a[:, None], c[:, None]
     together = heat is None and shared is None and temperature == 1 and t is not None            # D and -log q are of the same q
-    heat = 1.0 if heat is None else heat[:, None]
-    if banned is not None:
-        z.index_fill_(1, banned, FLOOR)
+    for logits in (z, t):
+        if banned is not None and logits is not None:
+            logits.index_fill_(1, banned, FLOOR)
     if not together:
-        log_q = torch.div(z, heat, out=z if t is None else _buffer(pool, "log_q", *z.shape))
-        g = _log_softmax_(log_q, _buffer(pool, "g", *z.shape))                                   # q
+        heat = 1.0 if heat is None else heat[:, None]
+        log_q, g = _softmaxes(torch.div(z, heat, out=z if t is None else _buffer(pool, "g", *z.shape)), pool, "log_q")
         nll = -log_q.gather(1, labels)[:, 0]
-        g.mul_(c / heat).scatter_add_(1, labels, -c / heat)                                      # c (q - 1[i = y]) / heat
+        g = g.mul_(c / heat).scatter_add_(1, labels, -c / heat)                                  # c (q - 1[i = y]) / heat
         if t is None:
             return torch.zeros_like(nll), nll, torch.zeros_like(nll), g
+        if shared is not None:
+            z = torch.index_select(z, 1, shared[0], out=_buffer(pool, "z", rows, len(shared[0])))          # [n, shared]
+            t = torch.index_select(t, 1, shared[1], out=_buffer(pool, "t", rows, len(shared[1])))
+        if temperature != 1:
+            z, t = z.div_(temperature), t.div_(temperature)
 
-    if banned is not None:
-        t.index_fill_(1, banned, FLOOR)
-    if shared is not None:
-        z = torch.index_select(z, 1, shared[0], out=_buffer(pool, "z", rows, len(shared[0])))    # [n, shared]
-        t = torch.index_select(t, 1, shared[1], out=_buffer(pool, "t", rows, len(shared[1])))
-    if temperature != 1:
-        z, t = z.div_(temperature), t.div_(temperature)
-    q, p = (_log_softmax_(x, _buffer(pool, name, *x.shape)) for x, name in ((z, "q"), (t, "p")))
-    entropy = -torch.linalg.vecdot(q, z)
+    (log_q, q), (log_p, p), m = _softmaxes(z, pool, "log_s"), _softmaxes(t, pool, "log_t"), _buffer(pool, "m", *z.shape)
+    spread = -torch.mul(q, log_q, out=m).sum(-1) if entropy else torch.zeros_like(a[:, 0])
     if together:
-        nll = -z.gather(1, labels)[:, 0]
-    d, g_d = _divergence_(z, t, q, p, a / temperature, c if together else torch.zeros_like(c), beta, _buffer(pool, "m", *z.shape))
+        nll = -log_q.gather(1, labels)[:, 0]
+    d, g_d = _divergence_(log_q, log_p, q, p, a / temperature, c if together else torch.zeros_like(c), beta, m)
     if together:
-        return d, nll, entropy, g_d.scatter_add_(1, labels, -c)
-    return d, nll, entropy, g.add_(g_d) if shared is None else g.index_add_(1, shared[0], g_d)
+        return d, nll, spread, g_d.scatter_add_(1, labels, -c)
+    return d, nll, spread, g.add_(g_d) if shared is None else g.index_add_(1, shared[0], g_d)
 
 
 _compiled_chunk = functools.cache(lambda: torch.compile(_chunk, dynamic=True))
@@ -497,7 +494,7 @@ def fused_jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight,
     each = hidden.new_full((len(counted),), 1 / (denominator or max(len(counted), 1)), dtype=exact)
     d, nll, _, d_rows = _head_pass(
         hidden[counted], weight, None if teacher is None else teacher[counted], teacher_weight, labels[counted], jsd_weight * each, ce_weight * each, None,
-        d_weight, chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=beta, temperature=temperature, banned=None,
+        d_weight, chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=beta, temperature=temperature, banned=None, entropy=False,
         shared=None if shared_ids is None else _id_pair(shared_ids))
     top, ce = (each * d).sum(), (each * nll).sum()
     d_hidden = d_rows.new_zeros(hidden.shape).index_copy_(0, counted, d_rows) if learn[0] else None
@@ -524,7 +521,7 @@ def fused_cord(student_hidden, student_weight, teacher_hidden, teacher_weight, l
     def run(rows, teacher, a, c, heat):
         d, nll, spread, d_rows = _head_pass(
             hidden[rows], weight, teacher, teacher_weight, labels[rows], a, c, None if (heat == 1).all() else heat.to(exact), d_weight,
-            chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=divergence_beta, temperature=1, banned=banned, shared=None)
+            chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=divergence_beta, temperature=1, banned=banned, shared=None, entropy=True)
         if learn[0]:
             d_hidden.index_add_(0, rows, d_rows)
         return d, nll, spread
@@ -566,8 +563,8 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
                 s, t = s.clone(), t.clone()
             else:
                 s, t = ((x - mean).div_(std) for x in (s, t))
-            q, p = (_log_softmax_(x, _buffer(pool, name, *shape)) for x, name in ((s, "q"), (t, "p")))
-            d, g = _divergence_(s, t, q, p, a, none, 0.5, _buffer(pool, "m", *shape))
+            (log_q, q), (log_p, p) = _softmaxes(s, pool, "log_s"), _softmaxes(t, pool, "log_t")
+            d, g = _divergence_(log_q, log_p, q, p, a, none, 0.5, _buffer(pool, "m", *shape))
             total += each * d.sum()
             gradient[i:i + size] = g if std is None else g.div_(std)
     return _KnownGradient.apply(total, student, gradient if learns else None)

@@ -83,6 +83,7 @@ def parse_flags(argv=None):
     parser.add_argument("--group-size", type=int, default=4, help="N rollouts of a prompt that are rewarded (paper: 4; 0: no L_seq)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout that carries the KL (paper: 1.0)")
     parser.add_argument("--group-temperature", type=float, default=1.5, help="of the group's rollouts (paper: 1.5)")
+    parser.add_argument("--loss", default="fused", choices=["fused", "reference"], help="the fast form of losses.py, or its readable formulas")
     parser.add_argument("--share-rollouts", action="store_true", help="the KL is taken on the group's rollouts, and no other is sampled")
     parser.add_argument("--judge", default="rule", help="rule, or a causal LM that is asked (folder or hub id; judge.py)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest rollout and answer, in tokens (paper: 200)")
@@ -177,6 +178,7 @@ class CordStep(nn.Module):
     def __init__(self, student, banned, args):
         super().__init__()
         self.student, self.args, self.banned = student, args, banned
+        self.cord = losses.fused_cord if args.loss == "fused" else losses.cord
         self.teacher = (student.model.language_model, student.lm_head)                           # reading needs no audio tower
         if args.teacher == "initial" and args.token_loss in ("reverse-kl", "forward-kl"):
             decoder, head = copy.deepcopy(self.teacher)                                          # frozen: no master weights needed on a GPU
@@ -190,36 +192,28 @@ class CordStep(nn.Module):
         last = self.teacher[0](**chunk.text.inputs, use_cache=False).last_hidden_state           # [rollouts, seq, hidden]
         return last.flatten(0, 1)[chunk.text.predict_positions]
 
-    def allowed(self, logits):
-        """What cannot be sampled has no probability in either view."""
-        return logits.index_fill(-1, self.banned, losses.FLOOR)
-
     def forward(self, chunk, read, counts):
-        args, parts, each = self.args, {}, {}
-        view = chunk.audio
+        args, view, parts, each = self.args, chunk.audio, {}, {}
         last = self.student.model(**view.inputs, use_cache=False).last_hidden_state              # [rollouts, seq, hidden]
-        logits = losses.head_logits(self.student.lm_head, last.flatten(0, 1)[view.predict_positions])      # [tokens, vocab]
-        nothing, logits = 0.0 * logits.sum(), self.allowed(logits)                               # a rank without gradients joins the others
-        lengths = [len(r.ids) for r in chunk.read]
-        if lengths and args.token_loss == "sft":
-            parts["token"] = losses.cross_entropy(logits[chunk.kl], chunk.labels[chunk.kl], denominator=counts["token"])
+        heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
+        advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
+        how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
+        # SFT: log p of the text view's own tokens with the same weight everywhere, in the place of the KL
+        learnt, carries_kl = chunk.kl & sft, chunk.kl & (not sft)
+        loss, kl, log_p, entropy = self.cord(
+            heard, self.student.lm_head.weight, read, None if read is None else self.teacher[1].weight, chunk.labels,
+            lengths=[] if sft else lengths, carries_kl=carries_kl, advantage=advantage + learnt / max(counts["token"], 1), temperature=chunk.temperature,
+            banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
+        if lengths and sft:
+            parts["token"] = -log_p[learnt].sum() / counts["token"]
         elif lengths:
-            heard = logits[chunk.kl]                                                             # [kl tokens, vocab]
-            with torch.no_grad():
-                target = self.allowed(losses.head_logits(self.teacher[1], read))                 # [kl tokens, vocab]
-            on_policy = args.token_loss == "reverse-kl"
-            kl = losses.token_divergence(heard, target, beta=1 if on_policy else 0)              # D_t [kl tokens]
-            alpha, beta = (args.alpha, args.beta) if on_policy else (1.0, 1.0)
-            weight = losses.cord_weights(kl, lengths, alpha=alpha, beta=beta, top_share=args.top_share)
+            kl = kl[chunk.kl]                                                                    # D_t [kl tokens]
+            weight, largest = losses.cord_weights(kl, lengths, **how), losses.largest_share(kl, lengths, args.top_share)
             parts["token"] = (weight * kl).sum() / counts["token"]
-            log_q = heard.detach().float().log_softmax(-1)
-            top = weight * losses.largest_share(kl.detach(), lengths, args.top_share)
-            each = {"kl": kl.detach(), "entropy": -(log_q.exp() * log_q).sum(-1), "weight": weight, "top": top, "tokens": torch.ones_like(top)}
-        rewarded = chunk.advantage != 0
-        if rewarded.any():
-            log_p = losses.log_probability(logits[rewarded], chunk.labels[rewarded], chunk.temperature[rewarded])
-            parts["group"] = -(chunk.advantage[rewarded] * log_p).sum() / counts["group"]
-        return {**parts, "loss": sum(parts.values(), nothing)}, each
+            each = {"kl": kl, "entropy": entropy[chunk.kl], "weight": weight, "top": weight * largest, "tokens": torch.ones_like(kl)}
+        if chunk.advantage.any():
+            parts["group"] = -(advantage * log_p).sum()
+        return {**parts, "loss": loss}, each
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def parse_flags(argv=None):
     parser.add_argument("--alpha-sft", type=float, default=0.5, help="weight of L_SFT (paper: 0.5)")
     parser.add_argument("--divergence", default="jsd", choices=["jsd", "kl"], help="L_top: Jensen-Shannon (paper) or forward KL")
     parser.add_argument("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
+    parser.add_argument("--loss", default="fused", choices=["fused", "reference"], help="the fast form of losses.py, or its readable formulas")
     parser.add_argument("--layers", type=int, nargs="+", help="of the mapped student layers, distil only these (counted from 1)")
     parser.add_argument("--corrupt-descriptions", type=float, default=0.0, metavar="P", help="share of their words dropped or swapped (data.py)")
     parser.add_argument("--train", default="all", choices=["decoder", "all"], help="decoder (head and projector too), or all: the audio tower too")
@@ -139,7 +140,9 @@ class SourceLayerStep(nn.Module):
         width, depth = decoder.config.hidden_size, len(decoder.layers)
         self.student, self.frozen, self.pairs, self.args = student, (teacher, snapshot), pairs, args
         self.shared = shared                            # (student ids, teacher ids) of the tokens both vocabularies hold
-        self.hidden_divergence = losses.HIDDEN[args.hidden_divergence]
+        fused = args.loss == "fused"
+        self.jsd_ce = losses.fused_jsd_ce if fused else losses.jsd_ce
+        self.hidden_divergence = (losses.FUSED_HIDDEN if fused else losses.HIDDEN)[args.hidden_divergence]
         self.acoustic_layers = list(range(1, depth + 1)) if snapshot is not None else []
         self.tap = layer_map.Tap(decoder.layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
         if teacher is not None:
@@ -174,16 +177,13 @@ class SourceLayerStep(nn.Module):
 
     def forward(self, batch, tokens):
         args, parts = self.args, {}
-        heard, inside = self.hear(batch)
-        logits = losses.head_logits(self.student.lm_head, heard)                                   # [tokens, student vocab]
-        if args.sft:
-            parts["sft"] = losses.cross_entropy(logits, batch.labels, denominator=tokens["response"])
-        if self.frozen[0] is not None:
-            read, taught = self.read(batch)
-            target = losses.head_logits(self.frozen[0].lm_head, read)                              # [tokens, teacher vocab]
-            student_logits, teacher_logits = losses.shared_logits(logits, target, *self.shared)    # [tokens, shared] each
-            divergence = losses.jsd if args.divergence == "jsd" else losses.forward_kl
-            parts["top"] = divergence(student_logits, teacher_logits, denominator=tokens["response"])
+        heard, inside = self.hear(batch)                                                           # [tokens, hidden], tapped
+        read, taught = (None, None) if self.frozen[0] is None else self.read(batch)                # [tokens, teacher hidden], tapped
+        loss, top, sft = self.jsd_ce(
+            heard, self.student.lm_head.weight, read, None if read is None else self.frozen[0].lm_head.weight, batch.labels,
+            ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
+        parts |= {"top": top} if read is not None else {}
+        parts |= {"sft": sft} if args.sft else {}
         if self.pairs:
             parts["layer"] = sum(
                 self.hidden_divergence(self.projections(i, inside["response"][s]), taught["response"][t], mean=self.projections.mean[i],
@@ -195,8 +195,8 @@ class SourceLayerStep(nn.Module):
                 self.hidden_divergence(inside["audio"][l], kept["audio"][l], mean=self.statistics[l][0], std=self.statistics[l][1],
                                        denominator=tokens["audio"])
                 for l in self.acoustic_layers) / len(self.acoustic_layers)
-        weights = {"top": 1.0, "layer": args.alpha_layer, "acoustic": args.alpha_ac, "sft": args.alpha_sft}
-        return {"loss": sum(weights[name] * value for name, value in parts.items()), **parts}
+        inner = {"layer": args.alpha_layer, "acoustic": args.alpha_ac}
+        return {"loss": sum((inner[name] * parts[name] for name in inner if name in parts), loss), **parts}
 
     @torch.no_grad()
     def calibrate(self, batches):

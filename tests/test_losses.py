@@ -256,12 +256,12 @@ def test_logits_are_float32_under_autocast_too():
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(64, 500, bias=False), torch.randn(7, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, rounded = losses.head_logits(head, hidden), head(hidden)
+        logits, rounded = losses.head_logits(hidden, head.weight), head(hidden)
     exact = hidden.double() @ head.weight.double().T
     assert rounded.dtype == torch.bfloat16 and logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(losses.head_logits(head.double(), hidden.double()), exact.double())
-    losses.head_logits(head, hidden.double()).sum().backward()
+    torch.testing.assert_close(losses.head_logits(hidden.double(), head.double().weight), exact.double())
+    losses.head_logits(hidden.double(), head.weight).sum().backward()
     assert head.weight.grad is not None
 
 

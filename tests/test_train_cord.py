@@ -179,9 +179,11 @@ def total(step, chunks, counts):
     return {name: sum(p[name] for p in parts if name in p) for name in ("loss", "token", "group")}
 
 
-def test_the_loss_is_the_papers_formula(everything):
+@pytest.mark.parametrize("form", [losses.fused_cord, losses.cord])
+def test_the_loss_is_the_papers_formula(everything, form, monkeypatch):
     """D_t, weights and log p again, one rollout at a time, unbatched, from transformers' own logits, with scipy."""
     model, processor, step, prompts, rollouts, args = everything
+    monkeypatch.setattr(step, "cord", form)
     counts = {"token": 3, "group": 6}
     token = group = 0.0
     allowed = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), rollout.banned_ids(model, processor.tokenizer))
@@ -269,7 +271,7 @@ def test_the_current_teacher_is_the_student_without_gradient(everything):
     grad = model.lm_head.weight.grad.clone()
     step.zero_grad()
     last = model.model(**chunk.audio.inputs).last_hidden_state.flatten(0, 1)[chunk.audio.predict_positions]
-    kl = losses.token_divergence(step.allowed(model.lm_head(last)), step.allowed(target), beta=1)
+    kl = losses.token_divergence(*(model_logits.index_fill(-1, step.banned, losses.FLOOR) for model_logits in (model.lm_head(last), target)), beta=1)
     weight = losses.cord_weights(kl, [len(r.ids) for r in chunk.read])
     ((weight * kl).sum() / 3).backward()
     torch.testing.assert_close(model.lm_head.weight.grad, grad)
@@ -368,6 +370,22 @@ def test_dry_run_of_everything(tmp_path):
         assert {"aqa", "ser"} <= results[when]["elsewhere"].keys()
     assert "gap_reduction_percent" in results and (tmp_path / "run.png").stat().st_size > 10_000
     assert "[[" in done.stdout and "rollout tokens/s" in done.stdout and "gold answer" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--token-loss", "forward-kl", "--group-size", "0"], ["--token-loss", "sft"], ["--share-rollouts"]],
+                         ids=["cord", "forward-kl", "sft", "shared"])
+def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
+    """Ten steps, float32: rollouts to the token, losses to a relative 1e-4."""
+    logs = []
+    for form in ("fused", "reference"):
+        main(small_run(world, tmp_path / form, *flags, "--max-steps", "10", "--micro-batch", "3", "--lr", "3e-4", "--loss", form))
+        logs.append(log_of(tmp_path / form))
+    timing = ("seconds", "rollout_tokens_per_second", "memory_gb")
+    for fused, reference in zip(*logs):
+        assert fused.keys() == reference.keys() and fused.get("length") == reference.get("length")
+        for name, value in reference.items():
+            assert name.startswith(timing) or fused[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (reference["step"], name)
+    assert len(logs[0]) == 10 and logs[0][-1]["loss"] != logs[0][0]["loss"]
 
 
 def test_another_rate_counts_after_a_resume(world, one_process, tmp_path):

@@ -96,11 +96,13 @@ def js(p, q):
 FORMULAS = {"jsd": lambda x, y: js(scipy.special.softmax(x, -1), scipy.special.softmax(y, -1)), "mse": lambda x, y: ((x - y) ** 2).mean(-1)}
 
 
+@pytest.mark.parametrize("form", ["fused", "reference"])
 @pytest.mark.parametrize("divergence", FORMULAS)
-def test_the_loss_is_the_papers_formula(everything, divergence, monkeypatch):
+def test_the_loss_is_the_papers_formula(everything, divergence, form, monkeypatch):
     """Every term recomputed one example at a time, unbatched, with transformers' own logits, hooks of our own, and scipy's divergence."""
     student, snapshot, teacher, processor, tokenizer, batch, step, examples, (student_ids, teacher_ids) = everything
-    monkeypatch.setattr(step, "hidden_divergence", losses.HIDDEN[divergence])
+    monkeypatch.setattr(step, "hidden_divergence", (losses.FUSED_HIDDEN if form == "fused" else losses.HIDDEN)[divergence])
+    monkeypatch.setattr(step, "jsd_ce", losses.fused_jsd_ce if form == "fused" else losses.jsd_ce)
     sums, counts = dict.fromkeys(["top", "layer", "acoustic", "sft"], 0.0), {"response": 0, "audio": 0}
     with torch.no_grad():
         parts = step(batch, {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)})
@@ -260,6 +262,19 @@ def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
     assert rates == pytest.approx({"tower": 4e-3, "lower": 1e-4, "upper": 1e-3, "head": 1e-3}, rel=0.02)
     rates = moved("--lr", "1e-3", "--train", "decoder", "--lower-lr", "0")
     assert rates == pytest.approx({"tower": 0, "lower": 0, "upper": 1e-3, "head": 1e-3}, rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [[], ["--divergence", "kl", "--text-kd", "top", "--no-sft"], ["--text-kd", "none"]], ids=["default", "kl", "sft"])
+def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
+    """Ten steps, float32: every term of the curve to a relative 1e-4."""
+    logs = []
+    for form in ("fused", "reference"):
+        main(small_run(world, tmp_path / form, *flags, "--max-steps", "10", "--loss", form))
+        logs.append(log_of(tmp_path / form))
+    for fused, reference in zip(*logs):
+        for name in reference.keys() - {"seconds", "tokens_per_second", "memory_gb"}:
+            assert fused[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-8), (reference["step"], name)
+    assert len(logs[0]) == 10 and logs[0][-1]["loss"] != logs[0][0]["loss"]
 
 
 def test_two_processes_equal_one(world, one_process, tmp_path):
