@@ -329,7 +329,7 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
             raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let free memory decide")
         return chunk_tokens
     if device.type == "cuda":
-        return min(8192, max(128, torch.cuda.mem_get_info(device)[0] // 4 // (6 * 4 * vocab) // 128 * 128))
+        return min(2048, max(128, torch.cuda.mem_get_info(device)[0] // 4 // (6 * 4 * vocab) // 128 * 128))
     return max(16, CHUNK_ELEMENTS // vocab)
 
 
@@ -466,10 +466,12 @@ class _KnownGradient(torch.autograd.Function):
         return None, *gradients, *[None] * len(gradients)
 
 
-def _heads(student_hidden, student_weight, teacher_hidden, teacher_weight):
+def _heads(student_hidden, student_weight, teacher_hidden, teacher_weight, shared_ids=None):
     """-> the four operands of the products; whether hidden and weight learn; zeros [vocab, hidden] for the weight's gradient, or None."""
     if student_hidden.shape[1:] != student_weight.shape[1:] or (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError(f"hidden {list(student_hidden.shape)} does not fit weight {list(student_weight.shape)}, or the teacher lacks one of the two")
+    if teacher_weight is not None and shared_ids is None and len(teacher_weight) != len(student_weight):
+        raise ValueError(f"vocabularies of {len(student_weight)} and {len(teacher_weight)} tokens: say which they share (shared_ids)")
     learn = [torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight)]
     dtype = torch.promote_types(student_hidden.dtype, student_weight.dtype)
     operands = [_operand(student_hidden, dtype), _operand(student_weight, dtype), None, None]
@@ -485,7 +487,7 @@ def fused_jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight,
     """jsd_ce, fused: the same arguments, the same (loss, jsd, ce), from one pass over the student's logits. chunk_tokens: how many at a time."""
     if not 0 <= beta <= 1 or temperature <= 0:
         raise ValueError(f"beta {beta} must lie in [0, 1] and temperature {temperature} above 0")
-    (hidden, weight, teacher, teacher_weight), learn, d_weight, exact = _heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    (hidden, weight, teacher, teacher_weight), learn, d_weight, exact = _heads(student_hidden, student_weight, teacher_hidden, teacher_weight, shared_ids)
     if labels.shape != hidden.shape[:1] or teacher is not None and len(teacher) != len(hidden):
         raise ValueError(f"{list(labels.shape)} labels and {None if teacher is None else len(teacher)} teacher rows for {len(hidden)} hidden states")
     counted = (labels != IGNORE).nonzero()[:, 0]                                                 # [rows]
