@@ -86,6 +86,9 @@ def load_audio_model(path, *, dtype=torch.float32):
     model, processor = _load(path, "an audio language model", AutoModelForMultimodalLM, AutoProcessor, dtype)
     if not hasattr(processor, "feature_extractor") or not hasattr(processor, "audio_token"):
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
+    if model.config.get_text_config()._attn_implementation != "sdpa":
+        raise SystemExit(f"{path}: the decoder runs with {model.config.get_text_config()._attn_implementation!r} attention, but rollouts that share "
+                         "their prompt need a mask that only PyTorch's own (sdpa) takes; give a model that has it")
     if processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
     if processor.tokenizer.chat_template is None:       # some models keep it with the processor alone; turn ends are read off the tokenizer

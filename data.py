@@ -27,6 +27,7 @@ Validate one and see its durations and token lengths:
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -339,7 +340,7 @@ def token_map(student_ids, teacher_ids, size):
 @dataclass
 class View:
     """One batch as one model reads it. Positions index the FLATTENED axis: hidden.flatten(0, 1)[positions] -> [tokens, hidden]."""
-    inputs: dict[str, torch.Tensor]     # exactly what model.forward takes; input_ids and attention_mask are [batch, seq]
+    inputs: dict[str, torch.Tensor]     # exactly what model.forward takes; input_ids [batch, seq], attention_mask too (but see audio_view)
     predict_positions: torch.Tensor     # [tokens] int64: where the response's tokens are predicted
     audio_positions: torch.Tensor       # [audio tokens] int64: the audio placeholders; empty in a text view
 
@@ -404,14 +405,28 @@ def _pad(rows: list[list[int]], tokenizer, side: str) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _view(prompts, responses, tokenizer, *, audio_id=None, extra={}) -> View:
-    # right padding: the causal mask alone then keeps every real token blind to the padding, and position ids need no care
-    inputs = _pad([prompt + response for prompt, response in zip(prompts, responses)], tokenizer, "right")
-    seq = inputs["input_ids"].shape[1]
-    # response token k stands at column len(prompt) + k of its row; what predicts it, one column earlier
-    starts = [row * seq + len(prompt) for row, prompt in enumerate(prompts)]
-    predict = [start + k - 1 for start, response in zip(starts, responses) for k in range(len(response))]
-    audio = [row * seq + column for row, prompt in enumerate(prompts) for column, token in enumerate(prompt) if token == audio_id]
+def _view(prompts, rows, responses, tokenizer, *, audio_id=None, extra={}) -> View:
+    # Responses that stand together and are to the same prompt share it: one sequence, prompt + response + response + ..., in which each response
+    # sees the prompt and itself, and counts its positions from the prompt's end. Right padding: the causal mask keeps real tokens blind to it.
+    groups = [list(group) for _, group in itertools.groupby(range(len(rows)), key=lambda i: rows[i])]
+    starts = [prompts[rows[group[0]]] for group in groups]
+    inputs = _pad([prompt + [token for i in group for token in responses[i]] for prompt, group in zip(starts, groups)], tokenizer, "right")
+    batch, seq = inputs["input_ids"].shape
+    places, branch = torch.arange(seq).repeat(batch, 1), inputs["attention_mask"] - 1            # [batch, seq]; branch: 0 the prompt, -1 padding
+    predict = []
+    for row, (prompt, group) in enumerate(zip(starts, groups)):
+        begin = len(prompt)
+        for number, i in enumerate(group, 1):
+            end = begin + len(responses[i])
+            # response token k stands at column begin + k of its row; what predicts it one column earlier, the first by the prompt's last
+            predict += [row * seq + (column - 1 if column > begin else len(prompt) - 1) for column in range(begin, end)]
+            places[row, begin:end] = torch.arange(len(prompt), len(prompt) + end - begin)
+            branch[row, begin:end] = number
+            begin = end
+    if len(groups) < len(rows):
+        sees = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])                  # [batch, seq, seq]: may q see k?
+        inputs |= {"attention_mask": (sees & torch.ones(seq, seq, dtype=torch.bool).tril())[:, None], "position_ids": places}
+    audio = [row * seq + column for row, prompt in enumerate(starts) for column, token in enumerate(prompt) if token == audio_id]
     return View({**inputs, **extra}, torch.tensor(predict, dtype=torch.int64), torch.tensor(audio, dtype=torch.int64))
 
 
@@ -431,14 +446,17 @@ def encode_prompts(examples, processor, tokenizer, *, words, max_seconds=None) -
 
 
 def audio_view(prompts: Prompts, rows, responses, processor) -> View:
-    """Response i (list of ids) behind the audio prompt of example rows[i], and with that example's sound: several responses may share one."""
-    features = {name: tensor[torch.as_tensor(rows)] for name, tensor in prompts.features.items()}
-    return _view([prompts.audio[row] for row in rows], responses, processor.tokenizer, audio_id=_audio_id(processor), extra=features)
+    """Response i (list of ids) behind the audio prompt of example rows[i], with that example's sound.
+
+    Neighbours with the same row share one sequence: sound and prompt are run once, and no response sees another (attention_mask is then bool
+    [batch, 1, seq, seq], and there are position_ids; for models with PyTorch's own attention). predict_positions: in the order of the responses."""
+    features = {name: tensor[torch.as_tensor([row for row, _ in itertools.groupby(rows)])] for name, tensor in prompts.features.items()}
+    return _view(prompts.audio, rows, responses, processor.tokenizer, audio_id=_audio_id(processor), extra=features)
 
 
 def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
     """The same behind the text prompts; the responses in the text view's vocabulary."""
-    return _view([prompts.text[row] for row in rows], responses, tokenizer)
+    return _view(prompts.text, rows, responses, tokenizer)
 
 
 def collate(examples, processor, tokenizer, *, words="description", student_to_teacher=None, max_seconds=None) -> Batch:

@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import time
@@ -150,12 +151,19 @@ class Chunk:
 
 
 def chunks_of(rollouts, prompts, processor, size, device):
-    """Rollouts -> Chunks of at most `size`. Long ones together, so that little is padded; what carries no gradient stays out."""
+    """Rollouts -> Chunks of at most `size`; what carries no gradient stays out. A prompt's rollouts go together, so that they share it, and long
+    prompts go with long ones, so that little is padded."""
     live = [r for r in rollouts if r.kl or r.advantage] or rollouts[:1]         # one in any case: no rank may miss the others' backward
-    live.sort(key=lambda r: len(r.ids), reverse=True)
-    chunks = []
-    for part in (sorted(live[i:i + size], key=lambda r: not r.kl) for i in range(0, len(live), size)):
-        read = [r for r in part if r.kl]                                        # first in both views
+    live.sort(key=lambda r: r.row)
+    of_prompt = [list(group) for _, group in itertools.groupby(live, key=lambda r: r.row)]
+    pieces = [group[i:i + size] for group in of_prompt for i in range(0, len(group), size)]
+    pieces.sort(key=lambda piece: len(prompts.audio[piece[0].row]) + sum(len(r.ids) for r in piece), reverse=True)
+    parts, chunks = [[]], []
+    for piece in pieces:
+        parts += [[]] * (len(parts[-1]) + len(piece) > size)
+        parts[-1] = parts[-1] + piece
+    for part in parts:
+        read = [r for r in part if r.kl]
         flat = lambda values, kind: torch.tensor([v for r, v in zip(part, values) for _ in r.ids], dtype=kind, device=device)
         chunks.append(Chunk(
             audio=data.audio_view(prompts, [r.row for r in part], [r.ids for r in part], processor).to(device),
@@ -198,14 +206,13 @@ class CordStep(nn.Module):
         heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
         advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
         how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
-        # SFT: log p of the text view's own tokens with the same weight everywhere, in the place of the KL
-        learnt, carries_kl = chunk.kl & sft, chunk.kl & (not sft)
+        # SFT: log p of the text view's own tokens, all of one weight, in the place of the KL
         loss, kl, log_p, entropy = self.cord(
             heard, self.student.lm_head.weight, read, None if read is None else self.teacher[1].weight, chunk.labels,
-            lengths=[] if sft else lengths, carries_kl=carries_kl, advantage=advantage + learnt / max(counts["token"], 1), temperature=chunk.temperature,
-            banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
+            lengths=[] if sft else lengths, carries_kl=chunk.kl & (not sft), advantage=advantage + (chunk.kl & sft) / max(counts["token"], 1),
+            temperature=chunk.temperature, banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
         if lengths and sft:
-            parts["token"] = -log_p[learnt].sum() / counts["token"]
+            parts["token"] = -log_p[chunk.kl].sum() / counts["token"]
         elif lengths:
             kl = kl[chunk.kl]                                                                    # D_t [kl tokens]
             weight, largest = losses.cord_weights(kl, lengths, **how), losses.largest_share(kl, lengths, args.top_share)

@@ -221,6 +221,32 @@ def test_chunks_of_any_size_add_up_to_the_same(everything):
             np.testing.assert_allclose(other[name].item(), sizes[0][name].item(), rtol=1e-9)
 
 
+def test_rollouts_that_share_a_prompt_do_not_see_each_other(everything):
+    """Packed behind one prompt, the losses and gradients of rollouts run one by one; and nothing changes for one when another changes."""
+    model, processor, step, prompts, rollouts, args = everything
+    ids = torch.randint(100, 300, (9, 7)).tolist()
+    packed, rows = data.audio_view(prompts, [0, 0, 0, 1, 2, 2], [ids[0], ids[1][:3], ids[2], ids[3], ids[4][:1], ids[5]], processor), [0, 0, 0, 1, 2, 2]
+    assert packed.inputs["input_ids"].shape[0] == packed.inputs["input_features"].shape[0] == 3
+
+    def hidden(view):
+        return model.model(**view.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[view.predict_positions]
+
+    with torch.no_grad():
+        together = hidden(packed)
+        alone = torch.cat([hidden(data.audio_view(prompts, [row], [said], processor)) for row, said in zip(rows, (ids[0], ids[1][:3], ids[2], ids[3], ids[4][:1], ids[5]))])
+        other = hidden(data.audio_view(prompts, rows, [ids[0], ids[6][:3], ids[2], ids[3], ids[7][:1], ids[5]], processor))
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    changed = (together - other).abs().amax(-1) > 1e-6
+    assert changed.nonzero()[:, 0].tolist() == [8, 9]                        # what stands behind the changed tokens; the first is predicted by the prompt
+
+    gradients = []
+    for size in (9, 1):                                                      # all of a prompt in one row; one rollout a row
+        total(step, chunks_of(rollouts, prompts, processor, size, "cpu"), {"token": 3, "group": 6})["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
+        step.zero_grad()
+    assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[1].norm()         # the norms of Qwen2 are float32 in any case
+
+
 def test_a_shift_by_one_changes_both_terms(everything):
     model, processor, step, prompts, rollouts, args = everything
     chunk, = chunks_of(rollouts, prompts, processor, 9, "cpu")
@@ -235,7 +261,8 @@ def test_a_shift_by_one_changes_both_terms(everything):
 def test_what_carries_no_gradient_is_not_run(everything):
     model, processor, step, prompts, rollouts, args = everything
     chunks = chunks_of(rollouts, prompts, processor, 4, "cpu")
-    assert sum(len(chunk.audio.inputs["input_ids"]) for chunk in chunks) == 7                # of nine: two have advantage 0 and no KL
+    assert sum(len(chunk.labels) for chunk in chunks) == sum(len(r.ids) for r in rollouts if r.kl or r.advantage)
+    assert sorted(chunk.audio.inputs["input_ids"].shape[0] for chunk in chunks) == [1, 2]    # of nine rollouts seven: 3 and 3 + 1, one prompt a row
     assert sum(len(chunk.text.inputs["input_ids"]) for chunk in chunks if chunk.text) == 3   # the teacher reads what carries the KL, nothing else
     silent = [r for r in rollouts if not r.kl and not r.advantage]
     chunk, = chunks_of(silent, prompts, processor, 4, "cpu")                                 # a rank with nothing to learn still takes part
