@@ -11,12 +11,12 @@ in the same rounds. Before anything is timed all contenders must agree on the gr
 """
 import argparse
 import functools
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,15 +85,14 @@ def loss_inputs(args, device):
 def contenders(case, x):
     """{name: callable that returns the loss}; "ours" first. Liger's GRPO is worth -A, ours -A log p, with the same gradient."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
-    gpu, tokens, vocab = x["hidden"].is_cuda, len(x["hidden"]), len(x["weight"])
+    gpu, tokens = x["hidden"].is_cuda, len(x["hidden"])
     heads = [x[name] for name in ("hidden", "weight", "teacher", "teacher_weight", "labels")]
-    same = losses._rows_per_chunk(None, vocab, x["hidden"].device)
     if case == "jsd_ce":
         def liger(size):
             loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu, chunk_size=size)
             return lambda: loss(*heads)
         return {"ours": lambda: losses.fused_jsd_ce(*heads)[0], "the formula": lambda: losses.jsd_ce(*heads)[0],
-                "Liger, chunks of 1,024 (its default)": liger(1024), f"Liger, chunks of {same:,} (as ours)": liger(same)}
+                "Liger, chunks of 1,024 (its default)": liger(1024), "Liger, chunks of 128": liger(128)}
 
     carries = torch.full((tokens,), case == "cord", device=x["hidden"].device)
     advantage = x["advantage"].repeat_interleave(ROLLOUT) * (case == "group")
@@ -129,21 +128,28 @@ def floor(case, x):
     return products
 
 
+def peak_of(case, name, args):
+    """Gigabytes that one contender needs beyond its inputs; runs in a process of its own."""
+    device = the_device()
+    x = loss_inputs(args, device)
+    step = step_of(contenders(case, x)[name], x)
+    common.forget_peak_memory(device)
+    before = common.peak_memory_gb(device)
+    step()
+    return common.peak_memory_gb(device) - before
+
+
 def bench_losses(args):
     device = the_device()
     gpu = device.type == "cuda"
-    args.tokens, args.vocab = args.tokens or (8192 if gpu else 1024), args.vocab or (151_936 if gpu else 32_768)
+    args.tokens, args.vocab = args.tokens or (8192 if gpu else 1024), args.vocab or (151_936 if gpu else 16_384)
     args.hidden, args.teacher_hidden = args.hidden or (3584 if gpu else 512), args.teacher_hidden or (4096 if gpu else 512)
     if args.tokens % ROLLOUT:
         raise SystemExit(f"--tokens {args.tokens} is no multiple of {ROLLOUT}, the length of a rollout here; change it")
     x = loss_inputs(args, device)
-    if args.alone:                                                          # the fresh process: one contender's peak memory
-        step = step_of(contenders(args.case, x)[args.alone], x)
-        common.forget_peak_memory(device)
-        before = common.peak_memory_gb(device)
-        step()
-        print(common.peak_memory_gb(device) - before)
-        return
+    processes = multiprocessing.get_context("forkserver")                   # a clean process for each, with the libraries loaded once
+    processes.set_forkserver_preload(["torch", "common", "losses", "liger_kernel.chunked_loss"])
+    fresh = ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1)
     print(f"{machine()}; {args.tokens:,} tokens, hidden {args.hidden:,}, teacher {args.teacher_hidden:,}, vocabulary {args.vocab:,}, "
           f"{'bfloat16' if gpu else 'float32'}; forward and backward, head and hidden states learn; {args.rounds} rounds")
     for case, title in CASES.items():
@@ -156,12 +162,10 @@ def bench_losses(args):
                 raise SystemExit(f"{title}: the gradient of {name!r} is off ours by {off:.1e}; nothing is worth timing")
         gradients.clear()
         times = take_turns({**{name: step_of(loss, x) for name, loss in works.items()}, "floor": floor(case, x)}, args.rounds)
-        sizes = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("tokens", "hidden", "teacher_hidden", "vocab")]
         print(f"\n| {title} | time, over ours | seconds | memory, over ours | GB | share of the floor |\n| --- | --- | --- | --- | --- | --- |")
         memory = {}
         for name in works:
-            out = subprocess.run([sys.executable, __file__, "losses", "--case", case, "--alone", name, *sizes], capture_output=True, text=True, check=True)
-            memory[name] = float(out.stdout.split()[-1])
+            memory[name] = fresh.submit(peak_of, case, name, args).result()
             print(f"| {name} | {paired(times, name, 'ours'):.2f} | {statistics.median(times[name]):.3f} | {memory[name] / memory['ours']:.2f} | {memory[name]:.2f} | "
                   f"{100 * paired(times, 'floor', name):.0f} % |", flush=True)
         print(f"| the {3 if case == 'group' else 4} matrix products alone | {paired(times, 'floor', 'ours'):.2f} | {statistics.median(times['floor']):.3f} | | | |")
@@ -175,11 +179,9 @@ def main():
     part = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     losses_part = part("losses", help="the fused losses against the formulas and Liger-Kernel")
     for name, text in (("tokens", "response tokens (CPU: 1,024; GPU: 8,192)"), ("hidden", "student's width (512; 3,584)"),
-                       ("teacher-hidden", "teacher's width (512; 4,096)"), ("vocab", "words of both (32,768; 151,936)")):
+                       ("teacher-hidden", "teacher's width (512; 4,096)"), ("vocab", "words of both (16,384; 151,936)")):
         losses_part.add_argument(f"--{name}", type=int, help=text)
-    losses_part.add_argument("--rounds", type=int, default=7, help="rounds in which every contender runs once")
-    losses_part.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)         # these two: the fresh process for memory
-    losses_part.add_argument("--alone", help=argparse.SUPPRESS)
+    losses_part.add_argument("--rounds", type=int, default=5, help="rounds in which every contender runs once")
     args = parser.parse_args()
     {"losses": bench_losses}[args.command](args)
 

@@ -318,23 +318,25 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
 # adds up to (1 - beta) (1 - m/m) = 0.) Then dh = dD/dz W / tau and dW = (dD/dz)^T h / tau. What remains are four matrix products, two
 # for logits and two for gradients, and about fifteen passes over a chunk that is still in the cache.
 
-CHUNK_ELEMENTS = 2 ** 22        # [chunk, vocab] on a CPU: 16 MB of float32, so that a chunk's handful of matrices stays near the cores
-
-
 def _rows_per_chunk(chunk_tokens, vocab, device):
-    """As given; else on a GPU what fits into a quarter of the free memory, six float32 matrices deep: every chunk reads and writes dW once, so
-    large ones are better; on a CPU by the cache."""
+    """How many tokens go through the products at once. As given; else on a GPU what fits into a quarter of the free memory, six float32 matrices deep,
+    up to 2,048; on a CPU 64 MB of logits. Every chunk reads and writes dW once: large ones are faster, small ones leaner."""
     if chunk_tokens is not None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let free memory decide")
         return chunk_tokens
     if device.type == "cuda":
         return min(2048, max(128, torch.cuda.mem_get_info(device)[0] // 4 // (6 * 4 * vocab) // 128 * 128))
-    return max(16, CHUNK_ELEMENTS // vocab)
+    return max(256, 2 ** 24 // vocab)
+
+
+def _rows_per_block(width, device):
+    """How many rows the passes between the products take at once: on a CPU as many as stay in its cache, 1 MB a matrix, but two for every thread."""
+    return max(2 ** 18 // width, 2 * torch.get_num_threads()) if device.type == "cpu" else 2 ** 25 // width + 1
 
 
 def _buffer(pool, name, rows, width):
-    """A [rows, width] view of memory that all chunks share (a fresh matrix per operation costs a CPU as much as the operation, in page
+    """A [rows, width] view of memory that all blocks share (a fresh matrix per operation costs a CPU as much as the operation, in page
     faults); None without a pool: on a GPU the allocator does this, and a compiler does better."""
     if pool is None:
         return None
@@ -351,7 +353,7 @@ def _softmaxes(z, pool, name):
 
 def _divergence_(log_q, log_p, q, p, a, c, beta, out):
     """token_divergence and its gradient: four [n, vocab] that are used up, a and c [n, 1] -> D [n], d(a D + c * -log q_y)/dz [n, vocab] but for the
-    -c at y, in the place of log_q (or q)."""
+    -c at y, in the place of q."""
     def expect(p, x):
         return torch.mul(p, x, out=out).sum(-1)                                                  # [n]
 
@@ -365,7 +367,7 @@ def _divergence_(log_q, log_p, q, p, a, c, beta, out):
         log_q, log_p, a = log_q.sub_(log_m), log_p.sub_(log_m), (1 - beta) * a
         pull = expect(q, log_q)                                                                  # KL(q || m)
         d = beta * expect(p, log_p) + (1 - beta) * pull
-    return d, log_q.mul_(a).add_(c - a * pull[:, None]).mul_(q)                                  # q (a (log(q/m) - pull) + c)
+    return d, q.mul_(log_q.mul_(a).add_(c - a * pull[:, None]))                                  # q (a (log(q/m) - pull) + c)
 
 
 def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, entropy, pool):
@@ -428,6 +430,7 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
     device, vocab = hidden.device, len(weight)
     one_chunk = _compiled_chunk() if device.type == "cuda" else _chunk
     size, out = _rows_per_chunk(chunk_tokens, vocab, device), []
+    block = _rows_per_block(vocab, device) if device.type == "cpu" else size
     d_hidden = torch.empty(hidden.shape, dtype=c.dtype, device=device) if wants_hidden else None
     pool = {"like": c} if device.type == "cpu" else None
     with torch.autocast(device.type, enabled=False):
@@ -438,9 +441,14 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
             t = None
             if teacher_hidden is not None:
                 t = _mm(teacher_hidden[part], teacher_weight.T, _buffer(pool, "teacher", len(h), len(teacher_weight)))
-            *values, g = one_chunk(z, t, labels[part], a[part], c[part], None if heat is None else heat[part], shared=shared, pool=pool, **how)
-            out.append(values)
-            g = g.to(h.dtype)
+            for j in range(0, len(h), block):
+                some, rows = slice(j, j + block), slice(i + j, min(i + j + block, i + len(h)))
+                *values, g = one_chunk(z[some], None if t is None else t[some], labels[rows], a[rows], c[rows], None if heat is None else heat[rows],
+                                       shared=shared, pool=pool, **how)
+                out.append(values)
+                if len(h) > block and g.data_ptr() != z[some].data_ptr():
+                    z[some].copy_(g)
+            g = (z if len(h) > block else g).to(h.dtype)                                         # of several blocks: where their logits were
             if wants_hidden:
                 d_hidden[part] = _mm(g, weight)                                                  # [n, hidden]
             if d_weight is not None:                                                             # summed in float32 over all chunks
@@ -553,7 +561,7 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
         raise ValueError(f"denominator {denominator} for {rows} tokens: pass the whole step's token count (data.denominators)")
     each = 1 / (denominator or max(rows, 1))
     learns = torch.is_grad_enabled() and student.requires_grad
-    gradient, size = torch.empty_like(student, requires_grad=False), _rows_per_chunk(None, width, student.device)
+    gradient, size = torch.empty_like(student, requires_grad=False), _rows_per_block(width, student.device)
     total = _wide(student.new_zeros(()))
     pool = {"like": total} if student.device.type == "cpu" else None
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
