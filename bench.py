@@ -24,7 +24,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 import common
+import data
 import losses
+import mini_world
+import rollout
 
 
 def the_device():
@@ -91,8 +94,12 @@ def contenders(case, x):
         def liger(size):
             loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu, chunk_size=size)
             return lambda: loss(*heads)
-        return {"ours": lambda: losses.fused_jsd_ce(*heads)[0], "the formula": lambda: losses.jsd_ce(*heads)[0],
-                "Liger, chunks of 1,024 (its default)": liger(1024), "Liger, chunks of 128": liger(128)}
+        works = {"ours": lambda: losses.fused_jsd_ce(*heads)[0], "the formula": lambda: losses.jsd_ce(*heads)[0],
+                 "Liger, chunks of 1,024 (its default)": liger(1024), "Liger, chunks of 128": liger(128)}
+        if gpu:
+            from liger_kernel.transformers import LigerFusedLinearJSD
+            works["Liger, Triton, JSD alone"] = lambda: LigerFusedLinearJSD()(*heads)
+        return works
 
     carries = torch.full((tokens,), case == "cord", device=x["hidden"].device)
     advantage = x["advantage"].repeat_interleave(ROLLOUT) * (case == "group")
@@ -158,7 +165,7 @@ def bench_losses(args):
             step_of(loss, x)()
             gradients[name] = [g.grad.float() for g in (x["hidden"], x["weight"])]
             off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients[name], gradients["ours"]))
-            if off > (3e-2 if gpu else 1e-4) and "uniform" not in name:
+            if off > (3e-2 if gpu else 1e-4) and not name.endswith(("uniform (alpha = beta = 1)", "JSD alone")):
                 raise SystemExit(f"{title}: the gradient of {name!r} is off ours by {off:.1e}; nothing is worth timing")
         gradients.clear()
         times = take_turns({**{name: step_of(loss, x) for name, loss in works.items()}, "floor": floor(case, x)}, args.rounds)
@@ -172,6 +179,51 @@ def bench_losses(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# rollouts
+
+def bench_rollouts(args):
+    """One step's rollouts of CORD with the mini world's student. All three ways must say the same, token by token: the sampler's numbers are keyed."""
+    device = the_device()
+    student, processor = common.load_audio_model(mini_world.MINI / "student")
+    student.to(device)
+    examples = data.read_manifest(mini_world.spoken(0, small=True)[0], require=("transcript",))[:args.prompts]
+    prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
+    plan = [(1.0, True, False)] + [(1.5, False, True)] * args.group_size
+    n, stop, banned = len(plan), rollout.stop_ids(processor.tokenizer), rollout.banned_ids(student, processor.tokenizer)
+
+    def ours():
+        return [r.ids for r in rollout.roll_out(student, processor, prompts, plan, key="0 0", max_new_tokens=args.max_new_tokens)]
+
+    def generate(rows):
+        """transformers' generate for rollouts rows = [(prompt, which of its rollouts)], each with its sound and prompt."""
+        at = [prompt for prompt, _ in rows]
+        inputs = {**data.pad_left([prompts.audio[i] for i in at], processor.tokenizer), **{k: v[torch.tensor(at)] for k, v in prompts.features.items()}}
+        length = inputs["input_ids"].shape[1]
+        choose = rollout.chooser([f"0 0 {examples[i].id} {k}" for i, k in rows], length, banned, max_new_tokens=args.max_new_tokens, temperature=[plan[k][0] for _, k in rows])
+        with rollout.plain_decoding(student):
+            said = student.generate(**{k: v.to(device) for k, v in inputs.items()}, max_new_tokens=args.max_new_tokens, do_sample=False, use_cache=True,
+                                    eos_token_id=stop, pad_token_id=stop[0], logits_processor=[choose])[:, length:].tolist()
+        return [row[:next((k for k, token in enumerate(row) if token in stop), len(row)) + 1] for row in said]
+
+    def by_prompt():
+        return [ids for i in range(len(examples)) for ids in generate([(i, k) for k in range(n)])]
+
+    def one_by_one():
+        return [ids for i in range(len(examples)) for k in range(n) for ids in generate([(i, k)])]
+
+    works = {"ours: all in one call, sound and prompt once": ours, "generate(), prompt by prompt": by_prompt, "generate(), one by one": one_by_one}
+    said = {name: work() for name, work in works.items()}
+    lengths = [len(ids) for ids in said["ours: all in one call, sound and prompt once"]]
+    times = take_turns(works, args.rounds)
+    print(f"{machine()}; the mini world's student, {len(examples)} prompts of {sum(map(len, prompts.audio)) / len(examples):.0f} tokens, {n} rollouts each of "
+          f"{sum(lengths) / len(lengths):.0f} tokens (longest {max(lengths)}); {args.rounds} rounds\n\n| rollouts | tokens/s, ours over this | tokens/s | same tokens |\n"
+          "| --- | --- | --- | --- |")
+    for name in works:
+        same = sum(a == b for a, b in zip(said[name], next(iter(said.values()))))
+        print(f"| {name} | {paired(times, name, next(iter(works))):.2f} | {sum(lengths) / statistics.median(times[name]):,.0f} | {same} of {len(lengths)} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -182,8 +234,12 @@ def main():
                        ("teacher-hidden", "teacher's width (512; 4,096)"), ("vocab", "words of both (16,384; 151,936)")):
         losses_part.add_argument(f"--{name}", type=int, help=text)
     losses_part.add_argument("--rounds", type=int, default=5, help="rounds in which every contender runs once")
+    rollouts_part = part("rollouts", help="one CORD step's rollouts against plain generate()")
+    for name, default, text in (("prompts", 16, "prompts of the step"), ("group-size", 4, "rollouts of a prompt beside the one with the KL"),
+                                ("max-new-tokens", 200, "longest rollout"), ("rounds", 3, "rounds in which every way runs once")):
+        rollouts_part.add_argument(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args()
-    {"losses": bench_losses}[args.command](args)
+    {"losses": bench_losses, "rollouts": bench_rollouts}[args.command](args)
 
 
 if __name__ == "__main__":
