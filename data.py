@@ -381,7 +381,8 @@ def _audio_prompts(examples, processor, max_seconds) -> tuple[list[list[int]], d
     waves = [load_audio(example.audio, where=example.where, max_seconds=limit).numpy() for example in examples]
     prompts = [audio_prompt(processor, _question(example, processor)[1]) for example in examples]
     options = dict(sampling_rate=SAMPLE_RATE, add_special_tokens=False, padding=True, return_tensors="pt")
-    inputs = dict(processor(text=prompts, audio=waves, **options))
+    with torch.autocast("cpu", enabled=False):                         # the spectrogram is not a matter of 16 bits
+        inputs = dict(processor(text=prompts, audio=waves, **options))
     mask = inputs.pop("attention_mask").bool()
     ids = [row[keep].tolist() for row, keep in zip(inputs.pop("input_ids"), mask)]       # padding off again: it belongs after the response
     for example, row in zip(examples, ids):

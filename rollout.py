@@ -54,7 +54,7 @@ def chooser(keys, prompt_length, banned, *, max_new_tokens, temperature, top_k=0
 
 @contextlib.contextmanager
 def plain_decoding(model):
-    """Inside, model.generate does what its arguments say and nothing else, with a KV cache, without gradients, on a GPU in bfloat16.
+    """Inside, model.generate does what its arguments say and nothing else, with a KV cache, without gradients, in bfloat16 on a GPU or if the weights are.
 
     What it is not told, generate() would fill from the checkpoint's own settings (repetition_penalty, top_p, ...): lend it empty ones. A
     model in training mode would drop units, and with gradient checkpointing its cache."""
@@ -62,7 +62,7 @@ def plain_decoding(model):
     model.generation_config = GenerationConfig()
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda" or model.dtype == torch.bfloat16):
             yield
     finally:
         model.generation_config = settings

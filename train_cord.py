@@ -55,6 +55,7 @@ import judge
 import losses
 import mini_world
 import rollout
+from split_adamw import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
 EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
@@ -91,6 +92,7 @@ def parse_flags(argv=None):
     parser.add_argument("--train", default="decoder", choices=["decoder", "all"], help="decoder (with head and projector), or all: the audio tower too")
     # optimisation
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
+    parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
@@ -154,8 +156,7 @@ def chunks_of(rollouts, prompts, processor, size, device):
     """Rollouts -> Chunks of at most `size`; what carries no gradient stays out. A prompt's rollouts go together, so that they share it, and long
     prompts go with long ones, so that little is padded."""
     live = [r for r in rollouts if r.kl or r.advantage] or rollouts[:1]         # one in any case: no rank may miss the others' backward
-    live.sort(key=lambda r: r.row)
-    of_prompt = [list(group) for _, group in itertools.groupby(live, key=lambda r: r.row)]
+    of_prompt = [list(group) for _, group in itertools.groupby(sorted(live, key=lambda r: r.row), key=lambda r: r.row)]
     pieces = [group[i:i + size] for group in of_prompt for i in range(0, len(group), size)]
     pieces.sort(key=lambda piece: len(prompts.audio[piece[0].row]) + sum(len(r.ids) for r in piece), reverse=True)
     parts, chunks = [[]], []
@@ -255,21 +256,20 @@ def main(argv=None):
 
     # 4.2 models
     student, processor = common.load_audio_model(args.student)
-    tokenizer = processor.tokenizer
-    seconds = data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
+    tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
     verdicts = judge.load(args.judge, device)
-    student.to(device)
+    student.to(device, getattr(torch, args.weights))
     common.choose_trained(student, args.train)
     step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} "
+    say(f"{device} x {world}, {args.weights} weights; student {student.num_parameters():,} "
         f"parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
@@ -296,7 +296,7 @@ def main(argv=None):
 
     # 4.4 optimizer, checkpoint
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if args.weights == "float32" else SplitAdamW)(groups, betas=(0.9, 0.98))
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, optimizer=optimizer)
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)

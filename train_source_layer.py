@@ -53,6 +53,7 @@ import evaluate
 import layer_map
 import losses
 import mini_world
+from split_adamw import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
@@ -90,6 +91,7 @@ def parse_flags(argv=None):
     parser.add_argument("--tower-lr", type=float, default=5.0, help="audio tower's learning rate over --lr (with --train all; 1 for large models)")
     parser.add_argument("--lower-lr", type=float, default=1.0, help="the same for projector, embeddings, lower half of the decoder; 0: frozen")
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
+    parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
@@ -140,9 +142,8 @@ class SourceLayerStep(nn.Module):
         width, depth = decoder.config.hidden_size, len(decoder.layers)
         self.student, self.frozen, self.pairs, self.args = student, (teacher, snapshot), pairs, args
         self.shared = shared                            # (student ids, teacher ids) of the tokens both vocabularies hold
-        fused = args.loss == "fused"
-        self.jsd_ce = losses.fused_jsd_ce if fused else losses.jsd_ce
-        self.hidden_divergence = (losses.FUSED_HIDDEN if fused else losses.HIDDEN)[args.hidden_divergence]
+        self.jsd_ce, hidden = (losses.fused_jsd_ce, losses.FUSED_HIDDEN) if args.loss == "fused" else (losses.jsd_ce, losses.HIDDEN)
+        self.hidden_divergence = hidden[args.hidden_divergence]
         self.acoustic_layers = list(range(1, depth + 1)) if snapshot is not None else []
         self.tap = layer_map.Tap(decoder.layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
         if teacher is not None:
@@ -182,8 +183,7 @@ class SourceLayerStep(nn.Module):
         loss, top, sft = self.jsd_ce(
             heard, self.student.lm_head.weight, read, None if read is None else self.frozen[0].lm_head.weight, batch.labels,
             ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
-        parts |= {"top": top} if read is not None else {}
-        parts |= {"sft": sft} if args.sft else {}
+        parts |= ({"top": top} if read is not None else {}) | ({"sft": sft} if args.sft else {})
         if self.pairs:
             parts["layer"] = sum(
                 self.hidden_divergence(self.projections(i, inside["response"][s]), taught["response"][t], mean=self.projections.mean[i],
@@ -255,7 +255,7 @@ def main(argv=None):
     # 4.2 models
     student, processor = common.load_audio_model(args.student)
     seconds = data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32       # frozen models need no master weights
+    half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd:
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_same_shape(args.acoustic_teacher, student)
@@ -267,13 +267,13 @@ def main(argv=None):
         shared = (student_ids.to(device), teacher_ids.to(device))
         student_to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
-    student.to(device)
+    student.to(device, getattr(torch, args.weights))
     common.choose_trained(student, args.train, frozen=common.lower_half(student) if args.lower_lr == 0 else ())
     depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher or student)]
     pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
 
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
 
     def micro_batches(chunk):                           # without a text teacher nobody reads the text view
         return [data.collate(chunk[i:i + args.micro_batch], processor, tokenizer or processor.tokenizer,
@@ -284,7 +284,7 @@ def main(argv=None):
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}; student {student.num_parameters():,} "
+    say(f"{device} x {world}, {args.weights} weights; student {student.num_parameters():,} "
         f"parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
     say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
@@ -309,7 +309,7 @@ def main(argv=None):
                (student.model.audio_tower.parameters(), args.tower_lr * args.lr, args.weight_decay)]
     special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if args.weights == "float32" else SplitAdamW)(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer)

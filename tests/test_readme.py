@@ -79,8 +79,9 @@ ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": set(), 
            "rollout": {"data"}, "judge": {"data", "common"}, "inside": {"data", "losses", "layer_map", "rollout"},
            "evaluate": {"data", "common", "layer_map", "inside", "judge", "rollout"},
            "textualize": {"data", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer", "train_cord"},
-           "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate"},
-           "train_cord": {"data", "common", "losses", "mini_world", "evaluate", "judge", "rollout"}}
+           "train_source_layer": {"data", "common", "losses", "layer_map", "mini_world", "evaluate", "split_adamw"},
+           "train_cord": {"data", "common", "losses", "mini_world", "evaluate", "judge", "rollout", "split_adamw"}, "split_adamw": set(),
+           "bench": {"data", "common", "losses", "mini_world", "rollout", "split_adamw", "train_source_layer", "train_cord"}}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)

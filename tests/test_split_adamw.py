@@ -1,0 +1,86 @@
+"""AdamW for bfloat16 weights against torch's float32 AdamW: the figures in split_adamw.py, the 16 bits, and a resume."""
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import split_adamw
+from split_adamw import SplitAdamW, join, split
+from tests.test_train_source_layer import log_of, small_run, write_world
+from train_source_layer import main
+
+
+def walk(kind, size, updates=400, lr=1e-5):
+    """How far weights of a size move under noisy gradients -> [n] float32."""
+    torch.manual_seed(0)
+    start, slope = (size * torch.randn(20_000)).bfloat16(), 0.3 * torch.randn(20_000)
+    p = torch.nn.Parameter(start.float() if kind == "float32" else start.clone())
+    optimizer = (SplitAdamW if kind == "split" else torch.optim.AdamW)([p], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for i in range(updates):
+        p.grad = (1e-3 * (torch.randn(20_000, generator=torch.Generator().manual_seed(i)) + slope)).to(p.dtype)
+        optimizer.step()
+    return (join(p.detach(), optimizer.state[p]["low"]) if kind == "split" else p.detach().float()) - start.float()
+
+
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_it_walks_as_float32_does_and_plain_bfloat16_stands_still(size):
+    exact, ours, plain = (walk(kind, size) for kind in ("float32", "split", "bfloat16"))
+    assert (ours - exact).norm() < 0.003 * exact.norm()
+    assert (plain - exact).norm() > 0.9 * exact.norm()
+
+
+def test_in_float32_it_is_torchs_adamw():
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.ones(7, 5)) for _ in range(2)]
+    optimizers = [kind([p], lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1) for kind, p in zip((SplitAdamW, torch.optim.AdamW), weights)]
+    for _ in range(20):
+        gradient = torch.randn(7, 5)
+        for p, optimizer in zip(weights, optimizers):
+            p.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False, min_value=-2.0 ** 127, max_value=2.0 ** 127), min_size=1, max_size=20))
+def test_join_gives_back_what_split_took(values):
+    x = torch.tensor(values)
+    high, low = split(x)
+    assert high.dtype == low.dtype == torch.bfloat16 and torch.equal(high, x.bfloat16())
+    assert ((join(high, low).view(torch.int32) - x.view(torch.int32)).abs() <= 1).all()             # one unit in the last place, for ties
+
+
+def test_pieces_make_no_difference(monkeypatch):
+    whole = walk("split", 0.02, updates=5)
+    monkeypatch.setattr(split_adamw, "PIECE", 999)
+    assert torch.equal(whole, walk("split", 0.02, updates=5))
+
+
+def test_its_state_survives_a_save(tmp_path):
+    """To the last bit, the 16 bits too: load_state_dict casts what it loads to the parameter's type."""
+    def run(resume_at):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(100).bfloat16())
+        optimizer = SplitAdamW([p], lr=1e-4)
+        for i in range(8):
+            if i == resume_at:
+                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+                p = torch.nn.Parameter(p.detach().clone())
+                optimizer = SplitAdamW([p], lr=1.0)
+                optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            p.grad = torch.randn(100, generator=torch.Generator().manual_seed(i)).bfloat16()
+            optimizer.step()
+        return join(p.detach(), optimizer.state[p]["low"])
+    assert torch.equal(run(None), run(4))
+
+
+def test_training_with_16_bit_weights_follows_float32_and_resumes(tmp_path):
+    world = write_world(tmp_path)
+    for weights in ("float32", "bfloat16"):
+        main(small_run(world, tmp_path / weights, "--weights", weights, "--max-steps", "8", "--save-every", "4"))
+    exact, ours = log_of(tmp_path / "float32"), log_of(tmp_path / "bfloat16")
+    assert [line["sft"] for line in ours] == pytest.approx([line["sft"] for line in exact], rel=0.1)
+    assert json.loads((tmp_path / "bfloat16" / "step-0000008" / "config.json").read_text())["dtype"] == "bfloat16"
+    main(small_run(world, tmp_path / "again", "--weights", "bfloat16", "--max-steps", "8", "--resume", str(tmp_path / "bfloat16" / "step-0000004")))
+    assert [line["loss"] for line in log_of(tmp_path / "again")] == [line["loss"] for line in ours[4:]]
