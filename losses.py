@@ -409,16 +409,34 @@ _compiled_chunk = functools.cache(lambda: torch.compile(_chunk, dynamic=True))
 
 
 def _operand(x, dtype):
-    """What goes into the products: autocast's 16 bits if it is on, as F.linear would have it; on a CPU, where 16 bits win nothing, float32 again."""
+    """What goes into the products: autocast's 16 bits if it is on, as F.linear would have it; float16 has too small a range for gradients."""
     x = x.detach().to(dtype)
     if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.float() if x.dtype == torch.float16 or x.device.type == "cpu" and x.dtype != torch.float64 else x
+    return x.float() if x.dtype == torch.float16 else x
 
 
-def _mm(a, b, out=None):
-    """a @ b, in float32 from bfloat16 too: what a tensor core has summed anyway, before it would be rounded."""
-    return torch.mm(a, b, out=out) if a.dtype == b.dtype != torch.bfloat16 else torch.mm(a, b, out_dtype=torch.float32)
+def _slices(weight):
+    """The weight's rows [i, j): all, except for a 16-bit weight on a CPU, which must be widened to give float32 logits: 64 MB at a time."""
+    step = max(1, 2 ** 24 // weight.shape[1]) if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else len(weight)
+    return [slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step)]
+
+
+def _logits(hidden, weight, out):
+    """hidden weight^T [n, vocab], in float32 from bfloat16 too: what a tensor core has summed anyway, before it would be rounded."""
+    if hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
+    for some in _slices(weight):
+        torch.mm(hidden, weight[some].to(hidden.dtype).T, out=out[:, some])
+    return out
+
+
+def _back(g, weight):
+    """g weight [n, hidden], the same way."""
+    if g.dtype == torch.bfloat16:
+        return torch.mm(g, weight, out_dtype=torch.float32)
+    return sum(g[:, some] @ weight[some].to(g.dtype) for some in _slices(weight))
 
 
 def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, heat, d_weight, *, chunk_tokens, wants_hidden, shared=None, **how):
@@ -436,11 +454,10 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
     with torch.autocast(device.type, enabled=False):
         for i in range(0, len(hidden), size):
             part = slice(i, i + size)
-            h = hidden[part]                                                                     # [n, hidden]
-            z = _mm(h, weight.T, _buffer(pool, "student", len(h), vocab))                        # [n, vocab]
-            t = None
+            h, t = hidden[part], None                                                            # [n, hidden]
+            z = _logits(h, weight, _buffer(pool, "student", len(h), vocab))                      # [n, vocab]
             if teacher_hidden is not None:
-                t = _mm(teacher_hidden[part], teacher_weight.T, _buffer(pool, "teacher", len(h), len(teacher_weight)))
+                t = _logits(teacher_hidden[part], teacher_weight, _buffer(pool, "teacher", len(h), len(teacher_weight)))
             for j in range(0, len(h), block):
                 some, rows = slice(j, j + block), slice(i + j, min(i + j + block, i + len(h)))
                 *values, g = one_chunk(z[some], None if t is None else t[some], labels[rows], a[rows], c[rows], None if heat is None else heat[rows],
@@ -450,9 +467,9 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
                     z[some].copy_(g)
             g = (z if len(h) > block else g).to(h.dtype)                                         # of several blocks: where their logits were
             if wants_hidden:
-                d_hidden[part] = _mm(g, weight)                                                  # [n, hidden]
+                d_hidden[part] = _back(g, weight)                                                # [n, hidden]
             if d_weight is not None:                                                             # summed in float32 over all chunks
-                d_weight.addmm_(g.T, h) if h.dtype == d_weight.dtype else d_weight.add_(_mm(g.T, h))
+                d_weight.addmm_(g.T, h) if h.dtype == d_weight.dtype else d_weight.add_(torch.mm(g.T, h, out_dtype=torch.float32))
     d, nll, entropy = (torch.cat(x) for x in zip(*out)) if out else (c.new_zeros(0) for _ in range(3))
     return d, nll, entropy, d_hidden
 
@@ -486,6 +503,8 @@ def _heads(student_hidden, student_weight, teacher_hidden, teacher_weight, share
     if teacher_hidden is not None:
         teacher_dtype = torch.promote_types(teacher_hidden.dtype, teacher_weight.dtype)
         operands[2:] = _operand(teacher_hidden, teacher_dtype), _operand(teacher_weight, teacher_dtype)
+    if student_hidden.device.type == "cpu":                                                      # where 16-bit products win nothing
+        operands[::2] = [_wide(x) if x is not None else None for x in operands[::2]]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return operands, learn, torch.zeros(student_weight.shape, dtype=exact, device=student_weight.device) if learn[1] else None, exact
 
