@@ -2,6 +2,8 @@
 Speed and memory, side by side with the peers, in one run: what is quoted in README is printed here.
 
     python bench.py losses                      # the fused losses against the formulas and Liger-Kernel: under 3 minutes on two cores
+    python bench.py step --script cord --shapes qwen2-audio-7b --layers 1 --prompts 1 --seconds 5 --response-tokens 50       # two cores
+    python bench.py step --script cord --shapes qwen2-audio-7b                                                             # a 141 GB GPU
     python bench.py rollouts                    # the batched rollouts of a CORD step against generate(), prompt by prompt and one by one
 
 How it measures. Times: all contenders live in one process and take turns, round by round, so that a machine whose speed drifts is unfair to none;
@@ -10,24 +12,39 @@ take. The floor: the matrix products that no one can do without (logits of stude
 in the same rounds. Before anything is timed all contenders must agree on the gradients.
 """
 import argparse
+import copy
 import functools
+import json
+import math
 import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import soundfile
+import tokenizers
 import torch
+from tokenizers import Tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen3Config, Qwen3ForCausalLM,
+                          WhisperFeatureExtractor)
 
 import common
 import data
+import layer_map
 import losses
 import mini_world
 import rollout
+import train_cord
+import train_source_layer
+from split_adamw import SplitAdamW
 
 
 def the_device():
@@ -224,8 +241,191 @@ def bench_rollouts(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# whole steps at the shapes of real models, with random weights: nothing is downloaded
 
-def main():
+TOWER = dict(model_type="qwen2_audio_encoder", num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
+             max_source_positions=1500)
+# From the models' config.json. Omni's thinker is built in Qwen2-Audio's class: the same layers and widths; its rotary positions cost the same.
+STUDENTS = {"qwen2-audio-7b": dict(vocab_size=156_032, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32),
+            "qwen2.5-omni-7b": dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)}
+TEACHERS = {"qwen3-8b": dict(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+                             head_dim=128)}
+
+
+def word_tokenizer(specials, template, words=151_600):
+    """One token a word, "w0" to "w151599": as many words as the real ones, and texts of any length."""
+    tokenizer = Tokenizer(tokenizers.models.WordLevel({**{f"w{i}": i for i in range(words)}, "?": words}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+def random_models(args, device, dtype, layers):
+    """-> (student, processor, teacher or None, its tokenizer), in `dtype`, with random weights and at most so many layers (None: all)."""
+    name, _, reader = args.shapes.partition("+")
+    words = word_tokenizer(mini_world.STUDENT_SPECIALS, mini_world.STUDENT_TEMPLATE)
+    processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), words, chat_template=mini_world.STUDENT_TEMPLATE)
+    shrink = lambda config, key: {**config, key: min(config[key], layers or config[key])}
+    config = Qwen2AudioConfig(audio_config=shrink(TOWER, "encoder_layers"), audio_token_id=words.convert_tokens_to_ids("<|AUDIO|>"), text_config=dict(
+        model_type="qwen2", max_position_embeddings=8192, tie_word_embeddings=False, **shrink(STUDENTS[name], "num_hidden_layers")))
+    torch.set_default_dtype(dtype)
+    with device:
+        student, teacher = Qwen2AudioForConditionalGeneration(config).eval(), None
+        if reader:
+            teacher = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=8192, tie_word_embeddings=False, **shrink(TEACHERS[reader], "num_hidden_layers")))
+            teacher.eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return student, processor, teacher, word_tokenizer(mini_world.TEACHER_SPECIALS, mini_world.TEACHER_TEMPLATE)
+
+
+def write_examples(args, folder, count):
+    """A manifest of noise, with texts of the asked lengths: question 30 words, description or transcript 100."""
+    generator = torch.Generator().manual_seed(0)
+    text = lambda n: " ".join(f"w{i}" for i in torch.randint(151_600, (n,), generator=generator).tolist())
+    lines = []
+    for i in range(count):
+        soundfile.write(folder / f"{i}.wav", (0.1 * torch.randn(round(16_000 * args.seconds), generator=generator)).numpy(), 16_000)
+        stage = text(max(1, (args.response_tokens - 12) // 4))
+        lines.append(json.dumps({"id": str(i), "audio": f"{i}.wav", "question": text(30), "task": "speech", "answer": "w1", "description": text(100), "transcript": text(100),
+                                 "reasoning": {name: stage for name in ("planning", "caption", "reasoning", "summary")}}))
+    (folder / "noise.jsonl").write_text("\n".join(lines) + "\n")
+    return data.read_manifest(folder / "noise.jsonl")
+
+
+def gigabytes(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 1e9
+
+
+def at_full_depth(args, flags):
+    """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections."""
+    student, _, teacher, _ = random_models(args, torch.device("meta"), torch.bfloat16, None)
+    common.choose_trained(student, args.train or flags.train)
+    count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
+    learns, decoder, head = count(p for p in student.parameters() if p.requires_grad), count(student.model.language_model.parameters()), count(student.lm_head.parameters())
+    held = {"student": 2 * count(student.parameters()), "optimizer": 6 * learns, "gradients": 2 * learns}
+    if args.script == "cord":
+        return {**held, "teacher (a copy of the decoder)": 2 * (decoder + head)}
+    width, wide, depth = (student.config.text_config.hidden_size, teacher.config.hidden_size, student.config.text_config.num_hidden_layers)
+    return {**held, "teacher": 2 * count(teacher.parameters()), "snapshot": 2 * (count(student.parameters()) - head), "projections": 16 * depth * width * wide / 1e9}
+
+
+def bench_step(args):
+    """Real steps of the real step modules. The first one is counted (FLOPs) and warms up; the others are timed."""
+    device, spent, peak = the_device(), {}, {}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def timed(name, work):
+        def run(*a, **k):
+            common.forget_peak_memory(device)
+            wait()
+            start = time.perf_counter()
+            out = work(*a, **k)
+            wait()
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+            peak[name] = max(peak.get(name, 0.0), common.peak_memory_gb(device))
+            return out
+        return run
+
+    script = {"source_layer": train_source_layer, "cord": train_cord}[args.script]
+    flags = script.parse_flags(["--weights", "bfloat16"])
+    student, processor, teacher, tokenizer = random_models(args, device, torch.bfloat16, args.layers)
+    common.choose_trained(student, args.train or flags.train)
+    examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
+    if args.script == "source_layer":
+        if teacher is None:
+            raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
+        snapshot = copy.deepcopy(student).requires_grad_(False)
+        snapshot.lm_head = None
+        student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
+        pairs = layer_map.pairs(student.config.text_config.num_hidden_layers, teacher.config.num_hidden_layers)
+        step = train_source_layer.SourceLayerStep(student, teacher, snapshot, pairs, (student_ids.to(device), teacher_ids.to(device)), flags).to(device)
+        step.projections.float()
+        frozen = {"teacher": list(teacher.parameters()), "snapshot": list(snapshot.parameters())}
+        parts = {"teacher": "read", "snapshot": "remember", "losses on the response": "jsd_ce", "losses on hidden states": "hidden_divergence"}
+    else:
+        step = train_cord.CordStep(student, torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device), flags)
+        frozen = {"teacher (a copy of the decoder)": [p for part in step.teacher for p in part.parameters()]}
+        parts = {"teacher": "read", "losses on the response": "cord"}
+    learns = [p for p in step.parameters() if p.requires_grad]
+    optimizer = SplitAdamW(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
+    wraps = {attribute: timed(name, getattr(step, attribute)) for name, attribute in parts.items()}
+
+    def batches():
+        """-> [(arguments of the step module's forward)], tokens that learn, tokens run, of which padding"""
+        if args.script == "source_layer":
+            batch = data.collate(examples, processor, tokenizer, student_to_teacher=data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)).to(device)
+            views, counted = (batch.audio, batch.text), data.denominators([batch])
+            return [(batch, counted)], counted["response"], views
+        prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
+        plan = [(1.0, True, False)] + [(1.5, False, True)] * flags.group_size
+        rollouts = timed("rollout", rollout.roll_out)(student, processor, prompts, plan, key="0", max_new_tokens=args.response_tokens)
+        for i, r in enumerate(rollouts):        # a judge would call random words all wrong; here all rollouts of the group count
+            r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
+        chunks = train_cord.chunks_of(rollouts, prompts, processor, flags.micro_batch, device)
+        with autocast():
+            read = [wraps["read"](chunk) for chunk in chunks]
+        counts = {"token": len(examples), "group": len(examples) * flags.group_size}
+        return [(chunk, taught, counts) for chunk, taught in zip(chunks, read)], sum(len(r.ids) for r in rollouts), [v for chunk in chunks for v in (chunk.audio, chunk.text) if v]
+
+    def update(work):
+        for arguments in work:
+            with autocast():
+                loss = timed("forward", step)(*arguments)
+                loss = (loss[0] if isinstance(loss, tuple) else loss)["loss"]
+            timed("backward", loss.backward)()
+        timed("optimizer", lambda: (torch.nn.utils.clip_grad_norm_(learns, 1.0), optimizer.step(), optimizer.zero_grad(set_to_none=True)))()
+        if not math.isfinite(loss.item()):
+            raise SystemExit(f"the loss is {loss.item()}; the figures would be worth nothing")
+
+    work, tokens, views = batches()
+    if args.script == "source_layer":
+        with autocast():
+            step.calibrate([work[0][0]])
+    with mock.patch.object(losses, "_compiled_chunk", lambda: losses._chunk), FlopCounterMode(display=False) as counter:
+        if args.script == "cord":               # counted: what learns, and the teacher; not the rollout
+            with autocast():
+                for chunk, *_ in work:
+                    step.read(chunk)
+        update(work)
+    for attribute, wrapped in wraps.items():
+        setattr(step, attribute, wrapped)
+    spent.clear(), peak.clear()
+    for _ in range(args.steps):
+        work, tokens, views = batches()
+        update(work)
+
+    side = 4096 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).bfloat16()
+    ceiling = 2 * side ** 3 / min(seconds(lambda: a @ a) for _ in range(5))
+    inner = [name for name in spent if name in parts and not (name == "teacher" and args.script == "cord")]
+    spent["student forward"] = spent.pop("forward") - sum(spent[name] for name in inner)
+    peak["student forward"] = peak.pop("forward")
+    spent = {name: value / args.steps for name, value in spent.items()}
+    whole, outside = sum(spent.values()), sum(value for name, value in spent.items() if name not in ("rollout", "optimizer"))
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    held = {"student": gigabytes(*student.parameters()), **{name: gigabytes(*them) for name, them in frozen.items()},
+            "optimizer": gigabytes(*states), "gradients": gigabytes(*learns)}
+    padding = 1 - sum((view.inputs["attention_mask"].any(1).any(-2) if view.inputs["attention_mask"].dim() == 4 else view.inputs["attention_mask"]).sum().item() for view in views) \
+        / sum(view.inputs["input_ids"].numel() for view in views)
+    print(f"{machine()}; train_{args.script}.py at the shapes of {args.shapes}{f', {args.layers} layer(s) of each' * bool(args.layers)}, bfloat16 weights, {sum(p.numel() for p in learns):,} "
+          f"parameters learn; {len(examples)} clips of {args.seconds:g} s, {tokens:,} response tokens, {100 * padding:.0f} % padding; mean of {args.steps} steps\n")
+    print(f"{tokens / whole:,.1f} response tokens/s; {counter.get_total_flops() / 1e12:.3g} TFLOP outside the rollout, "
+          f"{100 * counter.get_total_flops() / outside / ceiling:.0f} % of what a matrix product of {side} reaches here ({ceiling / 1e12:.1f} TFLOP/s in bfloat16)\n")
+    print("| part | seconds | share | peak GB |\n| --- | --- | --- | --- |")
+    for name in sorted(spent, key=spent.get, reverse=True):
+        print(f"| {name} | {spent[name]:.3f} | {100 * spent[name] / whole:.0f} % | {peak[name]:.1f} |")
+    show = lambda held: ", ".join(f"{name} {value:.1f}" for name, value in held.items()) + f"; together {sum(held.values()):.1f}"
+    print(f"\nheld all the time, GB: {show(held)}")
+    if args.layers:
+        print(f"at full depth, by arithmetic: {show(at_full_depth(args, flags))}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     part = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -238,8 +438,17 @@ def main():
     for name, default, text in (("prompts", 16, "prompts of the step"), ("group-size", 4, "rollouts of a prompt beside the one with the KL"),
                                 ("max-new-tokens", 200, "longest rollout"), ("rounds", 3, "rounds in which every way runs once")):
         rollouts_part.add_argument(f"--{name}", type=int, default=default, help=text)
-    args = parser.parse_args()
-    {"losses": bench_losses, "rollouts": bench_rollouts}[args.command](args)
+    step_part = part("step", help="whole steps of a training script at a real model's shapes, with random weights")
+    step_part.add_argument("--script", choices=["source_layer", "cord"], required=True)
+    step_part.add_argument("--shapes", choices=["qwen2.5-omni-7b+qwen3-8b", "qwen2-audio-7b+qwen3-8b", "qwen2.5-omni-7b", "qwen2-audio-7b"], required=True,
+                           help="student+teacher; CORD needs no other teacher")
+    step_part.add_argument("--layers", type=int, help="of each model's, at most so many; all the widths stay")
+    step_part.add_argument("--train", choices=["decoder", "all"], help="what learns; default: the script's")
+    for name, kind, default, text in (("prompts", int, 2, "clips of a step, in one micro-batch"), ("seconds", float, 10.0, "length of a clip"),
+                                      ("response-tokens", int, 200, "tokens of a response or rollout"), ("steps", int, 3, "steps that are timed")):
+        step_part.add_argument(f"--{name}", type=kind, default=default, help=text)
+    args = parser.parse_args(argv)
+    {"losses": bench_losses, "rollouts": bench_rollouts, "step": bench_step}[args.command](args)
 
 
 if __name__ == "__main__":

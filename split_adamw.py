@@ -26,7 +26,7 @@ import functools
 
 import torch
 
-PIECE = 2 ** 22         # elements at a time on a CPU: what stands beside the weights is never [parameters] of float32
+PIECE = 2 ** 18         # elements at a time on a CPU, which stay in its cache; what stands beside the weights is never [parameters] of float32
 GPU_PIECE = 2 ** 27
 
 

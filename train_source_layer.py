@@ -259,7 +259,7 @@ def main(argv=None):
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd:
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_same_shape(args.acoustic_teacher, student)
-        snapshot.to(device, half).requires_grad_(False)
+        snapshot.to(device, half).requires_grad_(False).lm_head = None      # it is never asked for a word
     if args.text_kd != "none":
         teacher, tokenizer = common.load_text_model(args.teacher)
         teacher.to(device, half).requires_grad_(False)

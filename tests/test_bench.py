@@ -1,0 +1,63 @@
+"""bench.py at sizes that say nothing about speed: every command runs, its contenders agree, its tables add up."""
+import re
+
+import pytest
+import torch
+
+import bench
+
+
+def rows(text):
+    """{first cell: [the others]} of the markdown tables in a text."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines if not set(cells[0]) <= {"-", " "}}
+
+
+def test_ratios_are_taken_within_a_round():
+    assert bench.paired({"a": [1.0, 20, 3], "b": [2.0, 10, 6]}, "a", "b") == 0.5
+    calls = []
+    times = bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert "".join(calls) == "abbaab" and [len(t) for t in times.values()] == [2, 2]
+
+
+def test_losses(capsys):
+    bench.main(["losses", "--tokens", "256", "--hidden", "32", "--teacher-hidden", "16", "--vocab", "500", "--rounds", "1"])
+    text = capsys.readouterr().out
+    assert text.count("| ours | 1.00 |") == 3 and len(re.findall("Liger", text)) == 3 and text.count("matrix products alone") == 3
+    assert all(float(x) >= 0 for cells in re.findall(r"\| Liger[^|]*\|([^|]*)\|([^|]*)\|", text) for x in cells)
+    with pytest.raises(SystemExit, match="multiple of 128"):
+        bench.main(["losses", "--tokens", "100"])
+
+
+def test_a_contender_that_disagrees_is_not_timed(monkeypatch):
+    right = bench.losses.jsd_ce
+    monkeypatch.setattr(bench.losses, "jsd_ce", lambda *a, **k: right(*a, **{**k, "ce_weight": 0.6}))
+    with pytest.raises(SystemExit, match="the formula.*nothing is worth timing"):
+        bench.main(["losses", "--tokens", "128", "--hidden", "16", "--teacher-hidden", "16", "--vocab", "100", "--rounds", "1"])
+
+
+def test_rollouts(capsys):
+    bench.main(["rollouts", "--prompts", "2", "--group-size", "1", "--max-new-tokens", "6", "--rounds", "1"])
+    table = rows(capsys.readouterr().out)
+    assert [cells[-1] for name, cells in table.items() if name != "rollouts"] == ["4 of 4"] * 3
+
+
+@pytest.mark.parametrize("script, shapes, parts", [
+    ("cord", "qwen2-audio-7b", {"rollout", "teacher", "student forward", "losses on the response", "backward", "optimizer"}),
+    ("source_layer", "qwen2.5-omni-7b+qwen3-8b", {"teacher", "snapshot", "student forward", "losses on the response", "losses on hidden states", "backward", "optimizer"})])
+def test_steps(script, shapes, parts, monkeypatch, capsys):
+    small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    for shape in (*bench.STUDENTS.values(), *bench.TEACHERS.values()):
+        for name, value in small.items():
+            monkeypatch.setitem(shape, name, value)
+    for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
+        monkeypatch.setitem(bench.TOWER, name, value)
+    bench.main(["step", "--script", script, "--shapes", shapes, "--layers", "2", "--prompts", "2", "--seconds", "1", "--response-tokens", "20", "--steps", "1"])
+    text = capsys.readouterr().out
+    table = rows(text)
+    assert table.keys() - {"part"} == parts and all(float(table[part][0]) >= 0 for part in parts)
+    assert sum(float(table[part][1].rstrip(" %")) for part in parts) == pytest.approx(100, abs=4)
+    assert float(re.search(r"([\d.e-]+) TFLOP outside", text)[1]) > 0
+    held, full = (float(x) for x in re.findall(r"together ([\d.]+)", text))
+    assert 0 < held <= full
+    assert torch.get_default_dtype() == torch.float32
