@@ -9,8 +9,8 @@ CORD (paper B, arXiv 2601.16547): the model that reads teaches the model that li
 
     python train_cord.py                                  # laptop: the mini world, audio synthesised on the first run
     python train_cord.py --dry-run                        # two steps and a small evaluation of everything
-    torchrun --nproc_per_node 8 train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct \\
-        --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --micro-batch 2 --max-seconds 30
+    torchrun --nproc_per_node 8 train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct --weights bfloat16 --micro-batch 5 \\
+        --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --max-seconds 30
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_cord.py ...        # on each node
 
 The rows of the paper's tables (python experiments.py cord: all of them, two epochs, three seeds each):
@@ -96,7 +96,7 @@ def parse_flags(argv=None):
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
-    parser.add_argument("--micro-batch", type=int, default=16, help="rollouts per forward on one rank; accumulation follows from it")
+    parser.add_argument("--micro-batch", type=int, default=16, help="rollouts per forward on one rank; those of a prompt share its sequence")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     # evaluation
     parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
