@@ -88,8 +88,10 @@ def paired(times, name, other):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # losses
 
-CASES = {"jsd_ce": "L_top + L_SFT (paper A)", "cord": "L_tok (paper B), all tokens with KL", "group": "L_seq (paper B), no KL"}
+CASES = {"jsd_ce": "L_top + L_SFT (paper A)", "cord": "L_tok (paper B), all tokens with KL", "group": "L_seq (paper B), no KL", "states": "L_layer and L_ac (paper A), one pair of layers"}
+LEARN = ("hidden", "weight", "states")
 ROLLOUT = 128                   # tokens of a rollout in the cases of paper B
+WIDTH = 3584                    # features of the hidden states
 
 
 def loss_inputs(args, device):
@@ -99,7 +101,8 @@ def loss_inputs(args, device):
     make = lambda rows, width, scale=1.0: (scale * torch.randn(rows, width, device=device)).to(dtype)
     return {"hidden": make(args.tokens, args.hidden).requires_grad_(), "weight": make(args.vocab, args.hidden, 3 * args.hidden ** -0.5).requires_grad_(),
             "teacher": make(args.tokens, args.teacher_hidden), "teacher_weight": make(args.vocab, args.teacher_hidden, 3 * args.teacher_hidden ** -0.5),
-            "labels": torch.randint(args.vocab, (args.tokens,), device=device), "advantage": torch.randn(args.tokens // ROLLOUT, device=device)}
+            "labels": torch.randint(args.vocab, (args.tokens,), device=device), "advantage": torch.randn(args.tokens // ROLLOUT, device=device),
+            "states": make(args.tokens, WIDTH).requires_grad_(), "taught": make(args.tokens, WIDTH)}
 
 
 def contenders(case, x):
@@ -107,6 +110,9 @@ def contenders(case, x):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
     gpu, tokens = x["hidden"].is_cuda, len(x["hidden"])
     heads = [x[name] for name in ("hidden", "weight", "teacher", "teacher_weight", "labels")]
+    if case == "states":
+        how = dict(mean=x["taught"].float().mean(0), std=x["taught"].float().std(0))
+        return {"ours": lambda: losses.fused_hidden_jsd(x["states"], x["taught"], **how), "the formula": lambda: losses.hidden_jsd(x["states"], x["taught"], **how)}
     if case == "jsd_ce":
         def liger(size):
             loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu, chunk_size=size)
@@ -133,7 +139,8 @@ def contenders(case, x):
 
 def step_of(loss, x):
     def step():
-        x["hidden"].grad = x["weight"].grad = None
+        for name in LEARN:
+            x[name].grad = None
         loss().backward()
     return step
 
@@ -180,19 +187,21 @@ def bench_losses(args):
         works, gradients = contenders(case, x), {}
         for name, loss in works.items():
             step_of(loss, x)()
-            gradients[name] = [g.grad.float() for g in (x["hidden"], x["weight"])]
+            gradients[name] = [x[learner].grad.float() for learner in LEARN if x[learner].grad is not None]
             off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients[name], gradients["ours"]))
             if off > (3e-2 if gpu else 1e-4) and not name.endswith(("uniform (alpha = beta = 1)", "JSD alone")):
                 raise SystemExit(f"{title}: the gradient of {name!r} is off ours by {off:.1e}; nothing is worth timing")
         gradients.clear()
-        times = take_turns({**{name: step_of(loss, x) for name, loss in works.items()}, "floor": floor(case, x)}, args.rounds)
+        products = {} if case == "states" else {"floor": floor(case, x)}
+        times = take_turns({**{name: step_of(loss, x) for name, loss in works.items()}, **products}, args.rounds)
         print(f"\n| {title} | time, over ours | seconds | memory, over ours | GB | share of the floor |\n| --- | --- | --- | --- | --- | --- |")
         memory = {}
         for name in works:
             memory[name] = fresh.submit(peak_of, case, name, args).result()
             print(f"| {name} | {paired(times, name, 'ours'):.2f} | {statistics.median(times[name]):.3f} | {memory[name] / memory['ours']:.2f} | {memory[name]:.2f} | "
-                  f"{100 * paired(times, 'floor', name):.0f} % |", flush=True)
-        print(f"| the {3 if case == 'group' else 4} matrix products alone | {paired(times, 'floor', 'ours'):.2f} | {statistics.median(times['floor']):.3f} | | | |")
+                  + (f"{100 * paired(times, 'floor', name):.0f} % |" if products else "|"), flush=True)
+        if products:
+            print(f"| the {3 if case == 'group' else 4} matrix products alone | {paired(times, 'floor', 'ours'):.2f} | {statistics.median(times['floor']):.3f} | | | |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

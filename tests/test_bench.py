@@ -23,7 +23,7 @@ def test_ratios_are_taken_within_a_round():
 def test_losses(capsys):
     bench.main(["losses", "--tokens", "256", "--hidden", "32", "--teacher-hidden", "16", "--vocab", "500", "--rounds", "1"])
     text = capsys.readouterr().out
-    assert text.count("| ours | 1.00 |") == 3 and len(re.findall("Liger", text)) == 3 and text.count("matrix products alone") == 3
+    assert text.count("| ours | 1.00 |") == 4 and len(re.findall("Liger", text)) == 3 and text.count("matrix products alone") == 3
     assert all(float(x) >= 0 for cells in re.findall(r"\| Liger[^|]*\|([^|]*)\|([^|]*)\|", text) for x in cells)
     with pytest.raises(SystemExit, match="multiple of 128"):
         bench.main(["losses", "--tokens", "100"])
