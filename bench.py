@@ -42,9 +42,9 @@ import layer_map
 import losses
 import mini_world
 import rollout
+import split_adamw
 import train_cord
 import train_source_layer
-from split_adamw import SplitAdamW
 
 
 def the_device():
@@ -308,7 +308,8 @@ def gigabytes(*tensors):
 
 
 def at_full_depth(args, flags):
-    """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections."""
+    """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections.
+    With DDP the gradients live in its buckets, so that they are not there twice."""
     student, _, teacher, _ = random_models(args, torch.device("meta"), torch.bfloat16, None)
     common.choose_trained(student, args.train or flags.train)
     count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
@@ -321,19 +322,26 @@ def at_full_depth(args, flags):
 
 
 def bench_step(args):
-    """Real steps of the real step modules. The first one is counted (FLOPs) and warms up; the others are timed."""
-    device, spent, peak = the_device(), {}, {}
+    """Real steps of the real step modules: one warms up, in one the FLOPs are counted, the others are timed."""
+    device, spent, peak, running = the_device(), {}, {}, []
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def timed(name, work):
-        def run(*a, **k):
+        def note_peak():                        # of the innermost part that runs; then it starts afresh
+            if running:
+                peak[running[-1]] = max(peak.get(running[-1], 0.0), common.peak_memory_gb(device))
             common.forget_peak_memory(device)
+
+        def run(*a, **k):
             wait()
+            note_peak()
+            running.append(name)
             start = time.perf_counter()
             out = work(*a, **k)
             wait()
             spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-            peak[name] = max(peak.get(name, 0.0), common.peak_memory_gb(device))
+            note_peak()
+            running.pop()
             return out
         return run
 
@@ -359,7 +367,7 @@ def bench_step(args):
         frozen = {"teacher (a copy of the decoder)": [p for part in step.teacher for p in part.parameters()]}
         parts = {"teacher": "read", "losses on the response": "cord"}
     learns = [p for p in step.parameters() if p.requires_grad]
-    optimizer = SplitAdamW(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
+    optimizer = split_adamw.SplitAdamW(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     wraps = {attribute: timed(name, getattr(step, attribute)) for name, attribute in parts.items()}
 
     def batches():
@@ -393,7 +401,10 @@ def bench_step(args):
     if args.script == "source_layer":
         with autocast():
             step.calibrate([work[0][0]])
-    with mock.patch.object(losses, "_compiled_chunk", lambda: losses._chunk), FlopCounterMode(display=False) as counter:
+    update(work)                                # warms up; what is compiled on a GPU is compiled here
+    work, tokens, views = batches()
+    eager = mock.patch.multiple(losses, _compiled_chunk=lambda: losses._chunk), mock.patch.multiple(split_adamw, _compiled_update=lambda: split_adamw._update)
+    with eager[0], eager[1], FlopCounterMode(display=False) as counter:
         if args.script == "cord":               # counted: what learns, and the teacher; not the rollout
             with autocast():
                 for chunk, *_ in work:

@@ -86,9 +86,6 @@ def load_audio_model(path, *, dtype=torch.float32):
     model, processor = _load(path, "an audio language model", AutoModelForMultimodalLM, AutoProcessor, dtype)
     if not hasattr(processor, "feature_extractor") or not hasattr(processor, "audio_token"):
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
-    if model.config.get_text_config()._attn_implementation != "sdpa":
-        raise SystemExit(f"{path}: the decoder runs with {model.config.get_text_config()._attn_implementation!r} attention, but rollouts that share "
-                         "their prompt need a mask that only PyTorch's own (sdpa) takes; give a model that has it")
     if processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
     if processor.tokenizer.chat_template is None:       # some models keep it with the processor alone; turn ends are read off the tokenizer
@@ -122,9 +119,22 @@ def _load(path, what, model_class, reader_class, dtype):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"cannot load {what} from {path} ({reason}); give a directory or a hub id of one") from None
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise SystemExit(f"the output head of {path} has a bias, which losses.py does not know; give a model whose head is a matrix alone")
     return model.eval(), reader
+
+
+def cast(model, dtype):
+    """A model's parameters to a type, in place -> the model. Its buffers stay as they are: .to(bfloat16) would round the rotary frequencies too, and a
+    thousand tokens on every position would be another one (from_pretrained keeps them as well)."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def head_weight(model):
+    """The output head [vocab, hidden] as losses.py takes it. Raises SystemExit if it has a bias as well."""
+    if model.lm_head.bias is not None:
+        raise SystemExit(f"the output head of {type(model).__name__} has a bias, which losses.py does not know; take a model whose head is a matrix alone")
+    return model.lm_head.weight
 
 
 def choose_trained(student, train, frozen=()):

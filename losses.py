@@ -13,7 +13,7 @@ Four rules hold for every loss here:
 3. The arithmetic is float32, or float64 if the inputs are: differences of logarithms do not survive in bfloat16.
 4. The teacher's side is detached: only the student learns.
 
-Each fused loss needs nothing but torch, IGNORE, FLOOR and the helpers above it on its page: copy from "The fused form" on.
+Everything here needs nothing but torch: copy the file, or "The fused form" on with the few small functions above that it names.
 
     python bench.py losses          # time, memory and share of the floor, beside Liger's and beside the formulas
 
@@ -153,11 +153,15 @@ def cross_entropy(logits, labels, *, denominator=None):
 #
 # Tokens of all rollouts lie behind each other in one flat axis; `lengths` says how many belong to each.
 
+def _check_lengths(kl, lengths):
+    if sum(lengths) != len(kl):
+        raise ValueError(f"lengths add up to {sum(lengths)}, but there are {len(kl)} tokens")
+
+
 def largest_share(kl, lengths, share):
     """The K = share * T (rounded up) tokens of each rollout with the largest D_t: kl [tokens], lengths: list of ints that sum to tokens ->
     [tokens] bool. Of equal ones the earlier counts as larger."""
-    if sum(lengths) != len(kl):
-        raise ValueError(f"lengths add up to {sum(lengths)}, but there are {len(kl)} tokens")
+    _check_lengths(kl, lengths)
     mask, start = torch.zeros_like(kl, dtype=torch.bool), 0
     for length in lengths:
         order = kl[start:start + length].argsort(descending=True, stable=True)
@@ -175,9 +179,13 @@ def cord_weights(kl, lengths, *, alpha=2.0, beta=2.0, top_share=0.1):
     The paper has K = 20 for rollouts of at most 200 tokens; we keep the share, K = top_share * T, so that short rollouts are weighted alike.
     A rollout of one token is its own start: w^pos = beta.
     """
-    largest = largest_share(kl.detach(), lengths, top_share)
-    position = [beta - (beta - 1) * t / max(length - 1, 1) for length in lengths for t in range(length)]
-    return torch.where(largest, alpha, 1.0) * torch.tensor(position, dtype=kl.dtype, device=kl.device)
+    return torch.where(largest_share(kl.detach(), lengths, top_share), alpha, 1.0) * position_weights(kl, lengths, beta)
+
+
+def position_weights(kl, lengths, beta):
+    """w_t^pos alone: kl [tokens] gives type and device."""
+    _check_lengths(kl, lengths)
+    return torch.tensor([beta - (beta - 1) * t / max(length - 1, 1) for length in lengths for t in range(length)], dtype=kl.dtype, device=kl.device)
 
 
 def group_advantages(rewards):
@@ -282,6 +290,8 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
     each rollout that does, teacher_hidden: [their sum, teacher hidden]. banned: int64 ids that are never sampled, without probability in both views.
     divergence_beta: 1 for the reverse KL; 0 for forward, the off-policy baseline's. denominator: rollouts of the whole step that carry the KL (default: len(lengths)).
     """
+    _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage, temperature, banned, divergence_beta, denominator)
+
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
         return logits if banned is None else logits.index_fill(-1, banned, FLOOR)
@@ -293,10 +303,23 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
         heard = logits[carries_kl]                                                               # [kl tokens, vocab]
         divergence = token_divergence(heard, logits_of(teacher_hidden, teacher_weight), beta=divergence_beta)      # D_t [kl tokens]
         weight = cord_weights(divergence, lengths, alpha=alpha, beta=beta, top_share=top_share)
-        loss = loss + (weight * divergence).sum() / (denominator or len(lengths))
+        loss = loss + (weight * divergence).sum() / (len(lengths) if denominator is None else denominator)
         log_q = _log_softmax(heard.detach(), 1.0)
         kl[carries_kl], entropy[carries_kl] = divergence.detach(), -(log_q.exp() * log_q).sum(-1)
     return loss, kl.detach(), log_p.detach(), entropy.detach()
+
+
+def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, temperature, banned, divergence_beta, denominator):
+    if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden):
+        raise ValueError(f"{len(hidden)} hidden states, {len(labels)} labels, {len(carries_kl)} carries_kl, {len(advantage)} advantages and "
+                         f"{len(temperature)} temperatures must be as many")
+    if not sum(lengths) == carries_kl.sum() == (0 if teacher is None else len(teacher)):
+        raise ValueError(f"lengths add up to {sum(lengths)}; carries_kl names {carries_kl.sum().item()} tokens and the teacher has "
+                         f"{0 if teacher is None else len(teacher)} rows: these must be the same")
+    if not 0 <= divergence_beta <= 1 or denominator is not None and lengths and denominator <= 0:
+        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1] and denominator {denominator} above 0: the whole step's rollouts with a KL")
+    if banned is not None and torch.isin(labels, banned).any():
+        raise ValueError(f"label {labels[torch.isin(labels, banned)][0].item()} is banned, so it cannot have been sampled")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -326,7 +349,8 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
             raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let free memory decide")
         return chunk_tokens
     if device.type == "cuda":
-        return min(2048, max(128, torch.cuda.mem_get_info(device)[0] // 4 // (6 * 4 * vocab) // 128 * 128))
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(2048, max(128, free // 4 // (6 * 4 * vocab) // 128 * 128))
     return max(256, 2 ** 24 // vocab)
 
 
@@ -408,17 +432,18 @@ def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, entro
 _compiled_chunk = functools.cache(lambda: torch.compile(_chunk, dynamic=True))
 
 
-def _operand(x, dtype):
-    """What goes into the products: autocast's 16 bits if it is on, as F.linear would have it; float16 has too small a range for gradients."""
-    x = x.detach().to(dtype)
-    if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.float() if x.dtype == torch.float16 else x
+def _operands(hidden, weight):
+    """What goes into the products: the wider type of the two, whatever autocast says (see head_logits). With weights in bfloat16 both are that, and
+    nothing is rounded; with float32 heads on a GPU the products are float32 (fast with torch.backends.cuda.matmul.allow_tf32)."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = torch.float32 if dtype == torch.float16 else dtype                                   # too small a range for gradients
+    hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
+    return (_wide(hidden), weight) if hidden.device.type == "cpu" else (hidden, weight)          # 16-bit products win nothing there
 
 
 def _slices(weight):
-    """The weight's rows [i, j): all, except for a 16-bit weight on a CPU, which must be widened to give float32 logits: 64 MB at a time."""
-    step = max(1, 2 ** 24 // weight.shape[1]) if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else len(weight)
+    """The rows of a weight or of its gradient, for what needs a float32 copy of a 16-bit one: 64 MB at a time on a CPU, 1 GB on a GPU."""
+    step = max(1, 2 ** (24 if weight.device.type == "cpu" else 28) // weight.shape[1])
     return [slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step)]
 
 
@@ -426,7 +451,8 @@ def _logits(hidden, weight, out):
     """hidden weight^T [n, vocab], in float32 from bfloat16 too: what a tensor core has summed anyway, before it would be rounded."""
     if hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    out = hidden.new_empty(len(hidden), len(weight)) if out is None else out
+    if hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.T, out=out)
     for some in _slices(weight):
         torch.mm(hidden, weight[some].to(hidden.dtype).T, out=out[:, some])
     return out
@@ -436,7 +462,18 @@ def _back(g, weight):
     """g weight [n, hidden], the same way."""
     if g.dtype == torch.bfloat16:
         return torch.mm(g, weight, out_dtype=torch.float32)
+    if g.dtype == weight.dtype:
+        return torch.mm(g, weight)
     return sum(g[:, some] @ weight[some].to(g.dtype) for some in _slices(weight))
+
+
+def _add_outer(d_weight, g, hidden):
+    """d_weight [vocab, hidden] += g^T hidden, summed in float32 over all chunks."""
+    if g.dtype == d_weight.dtype:
+        d_weight.addmm_(g.T, hidden)
+    else:
+        for some in _slices(d_weight):
+            d_weight[some].add_(torch.mm(g[:, some].T, hidden, out_dtype=torch.float32))
 
 
 def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, heat, d_weight, *, chunk_tokens, wants_hidden, shared=None, **how):
@@ -468,8 +505,8 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
             g = (z if len(h) > block else g).to(h.dtype)                                         # of several blocks: where their logits were
             if wants_hidden:
                 d_hidden[part] = _back(g, weight)                                                # [n, hidden]
-            if d_weight is not None:                                                             # summed in float32 over all chunks
-                d_weight.addmm_(g.T, h) if h.dtype == d_weight.dtype else d_weight.add_(torch.mm(g.T, h, out_dtype=torch.float32))
+            if d_weight is not None:
+                _add_outer(d_weight, g, h)
     d, nll, entropy = (torch.cat(x) for x in zip(*out)) if out else (c.new_zeros(0) for _ in range(3))
     return d, nll, entropy, d_hidden
 
@@ -485,9 +522,7 @@ class _KnownGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, above):
-        gradients = ctx.saved_tensors
-        if above != 1:                                                                           # else they go on without a copy
-            gradients = [None if g is None else above * g for g in gradients]
+        gradients = [None if g is None else above * g for g in ctx.saved_tensors]
         return None, *gradients, *[None] * len(gradients)
 
 
@@ -498,14 +533,8 @@ def _heads(student_hidden, student_weight, teacher_hidden, teacher_weight, share
     if teacher_weight is not None and shared_ids is None and len(teacher_weight) != len(student_weight):
         raise ValueError(f"vocabularies of {len(student_weight)} and {len(teacher_weight)} tokens: say which they share (shared_ids)")
     learn = [torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight)]
-    dtype = torch.promote_types(student_hidden.dtype, student_weight.dtype)
-    operands = [_operand(student_hidden, dtype), _operand(student_weight, dtype), None, None]
-    if teacher_hidden is not None:
-        teacher_dtype = torch.promote_types(teacher_hidden.dtype, teacher_weight.dtype)
-        operands[2:] = _operand(teacher_hidden, teacher_dtype), _operand(teacher_weight, teacher_dtype)
-    if student_hidden.device.type == "cpu":                                                      # where 16-bit products win nothing
-        operands[::2] = [_wide(x) if x is not None else None for x in operands[::2]]
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    operands = [*_operands(student_hidden, student_weight), *((None, None) if teacher_hidden is None else _operands(teacher_hidden, teacher_weight))]
+    exact = torch.float64 if operands[0].dtype == torch.float64 else torch.float32
     return operands, learn, torch.zeros(student_weight.shape, dtype=exact, device=student_weight.device) if learn[1] else None, exact
 
 
@@ -539,11 +568,9 @@ def fused_cord(student_hidden, student_weight, teacher_hidden, teacher_weight, l
     alone, and a second one adds (alpha - 1) times that for the K largest: a tenth of the tokens once more, instead of the gradient of all.
     Tokens that carry no KL never touch the teacher's head.
     """
+    _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage, temperature, banned, divergence_beta, denominator)
     operands, learn, d_weight, exact = _heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
     hidden, weight, teacher, teacher_weight = operands
-    if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden) or sum(lengths) != (0 if teacher is None else len(teacher)):
-        raise ValueError(f"{len(hidden)} hidden states, {len(labels)} labels, {len(carries_kl)} carries_kl, {len(advantage)} advantages and "
-                         f"{len(temperature)} temperatures must be as many, and lengths {lengths} add up to the teacher's rows")
     kl, log_p, entropy = (hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3))          # [tokens]
     d_hidden = hidden.new_zeros(hidden.shape, dtype=exact) if learn[0] else None
 
@@ -560,7 +587,7 @@ def fused_cord(student_hidden, student_weight, teacher_hidden, teacher_weight, l
     log_p[alone] = -run(alone, None, c[alone], c[alone], temperature[alone])[1]
     loss = -(c[alone] * log_p[alone]).sum()
     if lengths:
-        position = cord_weights(kl[rows], lengths, alpha=1, beta=beta) / (denominator or len(lengths))       # [kl tokens]
+        position = position_weights(kl[rows], lengths, beta) / (len(lengths) if denominator is None else denominator)        # [kl tokens]
         kl[rows], nll, entropy[rows] = run(rows, teacher, position, c[rows], temperature[rows])
         log_p[rows] = -nll
         factor = torch.where(largest_share(kl[rows], lengths, top_share), alpha, 1.0)            # w_t^KL [kl tokens]
@@ -580,7 +607,8 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
         raise ValueError(f"denominator {denominator} for {rows} tokens: pass the whole step's token count (data.denominators)")
     each = 1 / (denominator or max(rows, 1))
     learns = torch.is_grad_enabled() and student.requires_grad
-    gradient, size = torch.empty_like(student, requires_grad=False), _rows_per_block(width, student.device)
+    gradient = torch.empty(rows, width, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype, device=student.device)
+    size = _rows_per_block(width, student.device)
     total = _wide(student.new_zeros(()))
     pool = {"like": total} if student.device.type == "cpu" else None
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):

@@ -190,8 +190,8 @@ class CordStep(nn.Module):
         self.cord = losses.fused_cord if args.loss == "fused" else losses.cord
         self.teacher = (student.model.language_model, student.lm_head)                           # reading needs no audio tower
         if args.teacher == "initial" and args.token_loss in ("reverse-kl", "forward-kl"):
-            decoder, head = copy.deepcopy(self.teacher)                                          # frozen: no master weights needed on a GPU
-            self.teacher = decoder.to(torch.bfloat16 if student.device.type == "cuda" else student.dtype).requires_grad_(False), head.requires_grad_(False)
+            decoder, head = (part.requires_grad_(False) for part in copy.deepcopy(self.teacher))
+            self.teacher = common.cast(decoder, torch.bfloat16 if student.device.type == "cuda" else student.dtype), head    # no master weights needed
 
     @torch.no_grad()
     def read(self, chunk):
@@ -209,7 +209,7 @@ class CordStep(nn.Module):
         how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
         # SFT: log p of the text view's own tokens, all of one weight, in the place of the KL
         loss, kl, log_p, entropy = self.cord(
-            heard, self.student.lm_head.weight, read, None if read is None else self.teacher[1].weight, chunk.labels,
+            heard, common.head_weight(self.student), read, None if read is None else self.teacher[1].weight, chunk.labels,
             lengths=[] if sft else lengths, carries_kl=chunk.kl & (not sft), advantage=advantage + (chunk.kl & sft) / max(counts["token"], 1),
             temperature=chunk.temperature, banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
         if lengths and sft:
@@ -258,7 +258,7 @@ def main(argv=None):
     student, processor = common.load_audio_model(args.student)
     tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
     verdicts = judge.load(args.judge, device)
-    student.to(device, getattr(torch, args.weights))
+    common.cast(student.to(device), getattr(torch, args.weights)).set_attn_implementation("sdpa")     # takes the mask of shared prompts
     common.choose_trained(student, args.train)
     step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
@@ -269,7 +269,7 @@ def main(argv=None):
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {args.weights} weights; student {student.num_parameters():,} "
+    say(f"{device} x {world}, {args.weights} weights{', bfloat16 autocast' * (device.type == 'cuda')}; student {student.num_parameters():,} "
         f"parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
@@ -301,7 +301,7 @@ def main(argv=None):
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)
         say(f"going on from step {done}, {checkpoint}")
-    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False) if world > 1 else step_module
+    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
     if rank == 0:
         common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
         common.open_log(out / "log.jsonl", done)

@@ -181,7 +181,7 @@ class SourceLayerStep(nn.Module):
         heard, inside = self.hear(batch)                                                           # [tokens, hidden], tapped
         read, taught = (None, None) if self.frozen[0] is None else self.read(batch)                # [tokens, teacher hidden], tapped
         loss, top, sft = self.jsd_ce(
-            heard, self.student.lm_head.weight, read, None if read is None else self.frozen[0].lm_head.weight, batch.labels,
+            heard, common.head_weight(self.student), read, None if read is None else common.head_weight(self.frozen[0]), batch.labels,
             ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
         parts |= ({"top": top} if read is not None else {}) | ({"sft": sft} if args.sft else {})
         if self.pairs:
@@ -259,15 +259,15 @@ def main(argv=None):
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd:
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_same_shape(args.acoustic_teacher, student)
-        snapshot.to(device, half).requires_grad_(False).lm_head = None      # it is never asked for a word
+        common.cast(snapshot.to(device), half).requires_grad_(False).lm_head = None      # it is never asked for a word
     if args.text_kd != "none":
         teacher, tokenizer = common.load_text_model(args.teacher)
-        teacher.to(device, half).requires_grad_(False)
+        common.cast(teacher.to(device), half).requires_grad_(False)
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
         student_to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
-    student.to(device, getattr(torch, args.weights))
+    common.cast(student.to(device), getattr(torch, args.weights))
     common.choose_trained(student, args.train, frozen=common.lower_half(student) if args.lower_lr == 0 else ())
     depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher or student)]
     pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
@@ -284,7 +284,7 @@ def main(argv=None):
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {args.weights} weights; student {student.num_parameters():,} "
+    say(f"{device} x {world}, {args.weights} weights{', bfloat16 autocast' * (half == torch.bfloat16)}; student {student.num_parameters():,} "
         f"parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
     say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
@@ -323,7 +323,7 @@ def main(argv=None):
         with autocast():
             step_module.calibrate(micro_batches(few))
     stop = min(steps, done + 2) if args.dry_run else steps
-    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False) if world > 1 else step_module
+    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
     if rank == 0:
         common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
         common.open_log(out / "log.jsonl", done)

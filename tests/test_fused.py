@@ -14,8 +14,7 @@ import losses
 
 BETAS = [0.0, 0.3, 0.5, 1.0]
 KINDS = ["random", "close", "identical", "one-hot", "disjoint", "huge"]
-settings.register_profile("fused", max_examples=200, deadline=None, derandomize=True)
-settings.load_profile("fused")
+many = settings(max_examples=200, deadline=None, derandomize=True)
 
 
 def model(kind, tokens, vocab, width, generator, scale=1.0, twin=None):
@@ -63,6 +62,7 @@ def compare(fused, formula, args, how, tolerance, chunk, scale=1.0):
         assert (x - y).norm() <= tolerance * y.norm() + floor * one.norm(), (name, (x - y).norm() / y.norm(), y.norm(), one.norm())
 
 
+@many
 @given(st.integers(1, 300), st.one_of(st.integers(2, 60), st.integers(2, 5000)), st.integers(1, 12), st.integers(1, 400), st.sampled_from(KINDS),
        st.sampled_from(BETAS), st.sampled_from([1.0, 0.7, 2.0]), st.sampled_from(["none", "one", "pair"]), st.sampled_from([0.0, 0.3, 1.0]),
        st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 10_000))
@@ -88,6 +88,7 @@ def test_jsd_ce_equals_its_formula(tokens, vocab, width, chunk, kind, beta, temp
             2e-5 if dtype == torch.float32 else 1e-2, chunk)
 
 
+@many
 @given(st.lists(st.tuples(st.integers(1, 60), st.booleans(), st.sampled_from([0.0, 0.75, -0.25]), st.sampled_from([1.0, 1.5, 0.6])), min_size=1, max_size=6),
        st.one_of(st.integers(4, 60), st.integers(4, 5000)), st.integers(1, 12), st.integers(1, 400), st.sampled_from(["random", "identical", "huge"]),
        st.sampled_from([(2.0, 2.0, 0.1), (1.0, 1.0, 0.1), (3.0, 1.0, 0.5)]), st.sampled_from([1.0, 0.0]), st.booleans(),
@@ -109,6 +110,7 @@ def test_cord_equals_its_formula(rollouts, vocab, width, chunk, kind, weights, d
         alpha=1.0 if kind == "identical" else alpha, beta=beta, top_share=top_share, denominator=5), 2e-5 if dtype == torch.float32 else 1e-2, chunk, scale=sum(counts) * alpha * beta / 5)
 
 
+@many
 @given(st.integers(1, 300), st.integers(2, 200), st.sampled_from(["random", "close", "identical"]), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]),
        st.integers(0, 10_000))
 def test_hidden_jsd_equals_its_formula(tokens, width, kind, standardised, dtype, seed):
@@ -167,7 +169,7 @@ def test_gradcheck_cord_and_hidden(divergence_beta):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_against_liger(beta, temperature):
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    LigerFusedLinearJSDLoss = pytest.importorskip("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
     generator = torch.Generator().manual_seed(0)
     student, teacher = (model("random", 50, 300, 16, generator) for _ in range(2))
     labels = torch.randint(300, (50,), generator=generator)
@@ -298,6 +300,11 @@ def test_bad_arguments_are_named():
         (lambda: losses.fused_cord(hidden, weight, teacher[1:], teacher_weight, labels, **how), "lengths"),
         (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": [120, 81]}), "lengths"),
         (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "advantage": torch.zeros(3)}), "3 advantages"),
+        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": []}), "the same"),
+        (lambda: losses.cord(hidden, weight, None, None, labels, **{**{k: v for k, v in how.items() if k != "chunk_tokens"}, "lengths": []}), "the same"),
+        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, banned=labels[7:8]), f"label {labels[7].item()} is banned"),
+        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, denominator=0), "denominator 0"),
+        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, divergence_beta=1.7), "divergence_beta 1.7"),
         (lambda: losses.fused_hidden_jsd(hidden, hidden[:1]), "same"),
         (lambda: losses.fused_hidden_jsd(hidden, hidden.detach(), mean=hidden[0]), "mean and std")]
     for call, sentence in cases:
@@ -305,44 +312,51 @@ def test_bad_arguments_are_named():
             call()
 
 
-def test_under_autocast_inputs_are_rounded_and_logits_are_not():
-    """As F.linear would round its inputs; the gradient against that of bfloat16 logits, for two distributions that are nearly the same."""
+def test_autocast_rounds_neither_inputs_nor_logits():
+    """Two distributions that are nearly the same: fused, under autocast, beside the formula in float64, and what autocast's own logits would give."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32), 0.5 * torch.randn(4000, 32)
-    other = hidden + 0.02 * torch.randn_like(hidden)
-    rounded = [x.bfloat16().double() for x in (hidden, weight, other)]
-    how = dict(ce_weight=0.0, beta=1.0)
-    exact = gradients(losses.jsd_ce, rounded[0], rounded[1], rounded[2], rounded[1], torch.zeros(64, dtype=torch.int64), **how)
+    other, labels, how = hidden + 0.02 * torch.randn_like(hidden), torch.zeros(64, dtype=torch.int64), dict(ce_weight=0.0, beta=1.0)
+    exact = gradients(losses.jsd_ce, *map(torch.Tensor.double, (hidden, weight, other, weight)), labels, **how)
     with torch.autocast("cpu", torch.bfloat16):
-        got = gradients(losses.fused_jsd_ce, hidden, weight, other, weight, torch.zeros(64, dtype=torch.int64), **how)
+        got = gradients(losses.fused_jsd_ce, hidden, weight, other, weight, labels, **how)
         z = torch.nn.functional.linear(hidden.requires_grad_(), weight)
         losses.reverse_kl(z.float(), torch.nn.functional.linear(other, weight).float()).backward()
     assert (got[1] - exact[1]).norm() < 1e-4 * exact[1].norm()
     assert (hidden.grad.double() - exact[1]).norm() > 3e-2 * exact[1].norm()
 
 
+def test_float16_hidden_states_and_a_large_loss_scale():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(40, 16).half().requires_grad_(), torch.randn(40, 16).half()
+    (2 ** 16 * losses.fused_hidden_jsd(student, teacher)).backward()
+    exact = student.detach().double().requires_grad_()
+    losses.hidden_jsd(exact, teacher.double()).backward()
+    assert ((student.grad.double() / 2 ** 16) - exact.grad).norm() < 1e-2 * exact.grad.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_path_has_the_right_shapes_and_types(dtype, monkeypatch):
     """No GPU at hand: fake tensors on a fake CUDA device go the same way, and every operation checks its types."""
     monkeypatch.setattr(losses, "_compiled_chunk", lambda: losses._chunk)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 << 30, 80 << 30))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)    # torch switches it off where there is no GPU
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(losses, "_rows_per_chunk", lambda chunk_tokens, vocab, device: 2048)
     with FakeTensorMode():
         on = dict(device="cuda")
         hidden, weight, teacher, teacher_weight = (torch.empty(*shape, dtype=dtype, **on) for shape in ((6000, 32), (151_936, 32), (6000, 48), (152_064, 48)))
         d_weight, each = torch.zeros(151_936, 32, **on), torch.empty(6000, **on)
         shared = torch.empty(151_000, dtype=torch.int64, **on), torch.empty(151_000, dtype=torch.int64, **on)
-        operands = [losses._operand(x, dtype) for x in (hidden, weight, teacher, teacher_weight)]
+        operands = [*losses._operands(hidden, weight), *losses._operands(teacher, teacher_weight)]
         d, nll, spread, d_hidden = losses._head_pass(
             *operands, torch.empty(6000, dtype=torch.int64, **on), each, each, each, d_weight, chunk_tokens=None, wants_hidden=True, beta=0.5, temperature=1.0,
             shared=shared, banned=torch.empty(5, dtype=torch.int64, **on), entropy=True)
-    assert all(x.dtype == torch.bfloat16 for x in operands)
+    assert all(x.dtype == dtype for x in operands)
     assert all(x.dtype == torch.float32 and x.shape == (6000,) for x in (d, nll, spread)) and d_hidden.shape == (6000, 32) and d_hidden.dtype == torch.float32
 
 
 def test_chunks_by_free_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free // 2 << 30, 80 << 30))      # the other half is in PyTorch's own cache, unused
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 + free - free // 2 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 30)
     sizes = []
     for free in (1, 8, 40, 80):
         sizes.append(losses._rows_per_chunk(None, 151_936, torch.device("cuda")))

@@ -11,8 +11,33 @@ from tests.test_train_source_layer import log_of, small_run, write_world
 from train_source_layer import main
 
 
+def kahan(p, update, state):
+    """Kahan summation in bfloat16: what an addition loses is added to the next update."""
+    update = update.bfloat16() + state.setdefault("lost", torch.zeros_like(p))
+    new = p + update
+    state["lost"] = update - (new - p)
+    p.copy_(new)
+
+
+def stochastic(p, update, state):
+    """Rounded up or down at random, by how near either is."""
+    bits = (p.float() + update).view(torch.int32) + torch.randint(2 ** 16, p.shape, dtype=torch.int32)
+    p.copy_((bits & -2 ** 16).view(torch.float32))
+
+
 def walk(kind, size, updates=400, lr=1e-5):
-    """How far weights of a size move under noisy gradients -> [n] float32."""
+    """How far weights of a size move under noisy gradients -> [n] float32. kahan, stochastic: what a float32 optimizer would do, added so."""
+    if callable(kind):
+        torch.manual_seed(0)
+        start, slope, state = (size * torch.randn(20_000)).bfloat16(), 0.3 * torch.randn(20_000), {}
+        p, shadow = start.clone(), torch.nn.Parameter(start.float())
+        optimizer = torch.optim.AdamW([shadow], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        for i in range(updates):
+            before = shadow.detach().clone()
+            shadow.grad = 1e-3 * (torch.randn(20_000, generator=torch.Generator().manual_seed(i)) + slope)
+            optimizer.step()
+            kind(p, shadow.detach() - before, state)
+        return p.float() - start.float()
     torch.manual_seed(0)
     start, slope = (size * torch.randn(20_000)).bfloat16(), 0.3 * torch.randn(20_000)
     p = torch.nn.Parameter(start.float() if kind == "float32" else start.clone())
@@ -28,6 +53,8 @@ def test_it_walks_as_float32_does_and_plain_bfloat16_stands_still(size):
     exact, ours, plain = (walk(kind, size) for kind in ("float32", "split", "bfloat16"))
     assert (ours - exact).norm() < 0.003 * exact.norm()
     assert (plain - exact).norm() > 0.9 * exact.norm()
+    off = [((walk(kind, size) - exact).norm() / exact.norm()).item() for kind in (kahan, stochastic)]
+    assert off == pytest.approx({0.02: [0.03, 0.29], 1.0: [0.80, 2.0]}[size], rel=0.1)
 
 
 def test_in_float32_it_is_torchs_adamw():
@@ -49,6 +76,32 @@ def test_join_gives_back_what_split_took(values):
     high, low = split(x)
     assert high.dtype == low.dtype == torch.bfloat16 and torch.equal(high, x.bfloat16())
     assert ((join(high, low).view(torch.int32) - x.view(torch.int32)).abs() <= 1).all()             # one unit in the last place, for ties
+
+
+def test_what_float32_weights_left_goes_on_with_its_16_bits():
+    p = torch.nn.Parameter(torch.ones(50))
+    old = SplitAdamW([p], lr=1e-5)
+    p.grad = torch.ones(50)
+    old.step()
+    q = torch.nn.Parameter(p.detach().bfloat16())
+    new = SplitAdamW([q], lr=1e-5)
+    new.load_state_dict(old.state_dict())
+    for _ in range(20):
+        q.grad = torch.ones(50).bfloat16()
+        new.step()
+    torch.testing.assert_close(join(q.detach(), new.state[q]["low"]), torch.full((50,), 1 - 20e-5), rtol=0, atol=5e-6)
+
+
+def test_what_it_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="beta2 0.999"):
+        SplitAdamW([torch.nn.Parameter(torch.ones(3).bfloat16())], betas=(0.9, 0.999))
+    SplitAdamW([torch.nn.Parameter(torch.ones(3))], betas=(0.9, 0.999))
+    with pytest.raises(ValueError, match="float16"):
+        SplitAdamW([torch.nn.Parameter(torch.ones(3).half())])
+    odd = torch.nn.Parameter(torch.ones(3, 4).bfloat16().T)                  # in another order in memory: loud, not silently left alone
+    odd.grad = torch.ones(4, 3).bfloat16()
+    with pytest.raises(RuntimeError, match="view"):
+        SplitAdamW([odd]).step()
 
 
 def test_pieces_make_no_difference(monkeypatch):

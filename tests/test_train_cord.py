@@ -415,6 +415,32 @@ def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
     assert len(logs[0]) == 10 and logs[0][-1]["loss"] != logs[0][0]["loss"]
 
 
+def test_16_bit_weights_train_save_and_go_on(world, tmp_path):
+    run = lambda out, *more: main(small_run(world, tmp_path / out, "--weights", "bfloat16", "--lr", "3e-4", "--save-every", "2", *more))
+    run("a")
+    run("b", "--resume", str(tmp_path / "a" / "step-0000002"))
+    whole, rest = log_of(tmp_path / "a"), log_of(tmp_path / "b")
+    assert [line["loss"] for line in rest] == [line["loss"] for line in whole[2:]] and whole[0]["kl"] > 0
+    main(small_run(world, tmp_path / "exact", "--lr", "3e-4"))
+    assert whole[0]["kl"] == pytest.approx(log_of(tmp_path / "exact")[0]["kl"], rel=0.2)
+
+
+def test_a_cast_keeps_the_rotary_frequencies():
+    """Rounded to bfloat16 they would turn long positions into others."""
+    model = common.load_audio_model(mini_world.MINI / "student")[0]
+    exact = model.model.language_model.rotary_emb.inv_freq.clone()
+    common.cast(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.equal(model.model.language_model.rotary_emb.inv_freq, exact)
+    loaded = common.load_audio_model(mini_world.MINI / "student", dtype=torch.bfloat16)[0]
+    ids = torch.randint(5, 300, (1, 900))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+        wrong = model.to(torch.float32).to(torch.bfloat16)(input_ids=ids).logits                 # the planted error
+    assert not torch.equal(wrong, loaded(input_ids=ids).logits)
+    step = CordStep(common.cast(loaded, torch.bfloat16), torch.tensor([0]), parse_flags([]))
+    assert torch.equal(step.teacher[0].rotary_emb.inv_freq, exact)
+
+
 def test_another_rate_counts_after_a_resume(world, one_process, tmp_path):
     shutil.copytree(one_process / "step-0000002", tmp_path / "step-0000002")
     main(small_run(world, tmp_path, "--resume", "auto", "--lr", "1e-5"))
