@@ -61,14 +61,17 @@ def _same_shape(student, teacher):
                          "at their positions; unequal vocabularies need shared_logits, unequal hidden sizes a projection")
 
 
+def _count(tokens, denominator):
+    """What a sum over so many tokens is divided by: the denominator, or their number; 1 without tokens, because a global count of 0 must not become 0 / 0."""
+    denominator = tokens if denominator is None else denominator
+    if tokens and denominator <= 0:
+        raise ValueError(f"denominator {denominator} for {tokens} tokens: pass the whole step's token count (data.denominators)")
+    return denominator if tokens else 1
+
+
 def _mean(per_token, denominator):
-    """[tokens] -> scalar: sum / denominator (default: number of tokens); 0 without tokens, whatever the denominator."""
-    if per_token.numel() == 0:
-        return per_token.sum()      # 0 with a graph; a global count of 0 must not become 0 / 0 either
-    denominator = per_token.numel() if denominator is None else denominator
-    if denominator <= 0:
-        raise ValueError(f"denominator {denominator} for {per_token.numel()} tokens: pass the whole step's token count (data.denominators)")
-    return per_token.sum() / denominator
+    """[tokens] -> scalar: sum / denominator (default: number of tokens); 0 without tokens, with a graph, whatever the denominator."""
+    return per_token.sum() / _count(per_token.numel(), denominator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -213,10 +216,14 @@ def log_probability(logits, tokens, temperature):
 #
 # A small difference with mean square e costs e in mse, e / 2 in cosine, e / 8 in JSD: the same alpha does not mean the same in all three.
 
-def _standardise(student, teacher, mean, std):
+def _check_states(student, teacher, mean, std):
     _same_shape(student, teacher)
     if (mean is None) != (std is None):
         raise ValueError("mean and std belong together: pass both, or neither for raw features")
+
+
+def _standardise(student, teacher, mean, std):
+    _check_states(student, teacher, mean, std)
     student, teacher = _wide(student), _wide(teacher.detach())
     if mean is None:
         return student, teacher
@@ -547,9 +554,7 @@ def fused_jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight,
     if labels.shape != hidden.shape[:1] or teacher is not None and len(teacher) != len(hidden):
         raise ValueError(f"{list(labels.shape)} labels and {None if teacher is None else len(teacher)} teacher rows for {len(hidden)} hidden states")
     counted = (labels != IGNORE).nonzero()[:, 0]                                                 # [rows]
-    if len(counted) and denominator is not None and denominator <= 0:
-        raise ValueError(f"denominator {denominator} for {len(counted)} tokens: pass the whole step's token count (data.denominators)")
-    each = hidden.new_full((len(counted),), 1 / (denominator or max(len(counted), 1)), dtype=exact)
+    each = hidden.new_full((len(counted),), 1 / _count(len(counted), denominator), dtype=exact)
     d, nll, _, d_rows = _head_pass(
         hidden[counted], weight, None if teacher is None else teacher[counted], teacher_weight, labels[counted], jsd_weight * each, ce_weight * each, None,
         d_weight, chunk_tokens=chunk_tokens, wants_hidden=learn[0], beta=beta, temperature=temperature, banned=None, entropy=False,
@@ -599,13 +604,9 @@ def fused_cord(student_hidden, student_weight, teacher_hidden, teacher_weight, l
 
 def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
     """hidden_jsd, fused: one pass, of which nothing is kept but the gradient, in the student's own precision."""
-    _same_shape(student, teacher)
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std belong together: pass both, or neither for raw features")
+    _check_states(student, teacher, mean, std)
     rows, width = student.shape
-    if denominator is not None and rows and denominator <= 0:
-        raise ValueError(f"denominator {denominator} for {rows} tokens: pass the whole step's token count (data.denominators)")
-    each = 1 / (denominator or max(rows, 1))
+    each = 1 / _count(rows, denominator)
     learns = torch.is_grad_enabled() and student.requires_grad
     gradient = torch.empty(rows, width, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype, device=student.device)
     size = _rows_per_block(width, student.device)
