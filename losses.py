@@ -523,7 +523,8 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, *tensors):
-        ctx.save_for_backward(*tensors[len(tensors) // 2:])
+        inputs, gradients = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]             # kept as wide as they will be used
+        ctx.save_for_backward(*(g.to(x.dtype) if g is not None and x.dtype == torch.bfloat16 else g for x, g in zip(inputs, gradients)))
         return loss.clone()
 
     @staticmethod

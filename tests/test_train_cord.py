@@ -239,9 +239,11 @@ def test_rollouts_that_share_a_prompt_do_not_see_each_other(everything):
     changed = (together - other).abs().amax(-1) > 1e-6
     assert changed.nonzero()[:, 0].tolist() == [8, 9]                        # what stands behind the changed tokens; the first is predicted by the prompt
 
-    gradients = []
+    gradients, both = [], [dataclasses.replace(r, kl=True) for r in rollouts]        # the text view is shared, too
     for size in (9, 1):                                                      # all of a prompt in one row; one rollout a row
-        total(step, chunks_of(rollouts, prompts, processor, size, "cpu"), {"token": 3, "group": 6})["loss"].backward()
+        chunks = chunks_of(both, prompts, processor, size, "cpu")
+        assert len(chunks[0].text.inputs["input_ids"]) == (3 if size == 9 else 1)
+        total(step, chunks, {"token": 9, "group": 6})["loss"].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
         step.zero_grad()
     assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[1].norm()         # the norms of Qwen2 are float32 in any case
