@@ -14,6 +14,7 @@ in the same rounds. Before anything is timed all contenders must agree on the gr
 import argparse
 import copy
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -106,8 +107,10 @@ def loss_inputs(args, device):
 
 
 def contenders(case, x):
-    """{name: callable that returns the loss}; "ours" first. Liger's GRPO is worth -A, ours -A log p, with the same gradient."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
+    """{name: callable that returns the loss}; "ours" first, Liger's where it can be installed (Linux). Its GRPO is worth -A, ours -A log p, with the same gradient."""
+    there = importlib.util.find_spec("liger_kernel") is not None
+    if there:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
     gpu, tokens = x["hidden"].is_cuda, len(x["hidden"])
     heads = [x[name] for name in ("hidden", "weight", "teacher", "teacher_weight", "labels")]
     if case == "states":
@@ -117,9 +120,9 @@ def contenders(case, x):
         def liger(size):
             loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu, chunk_size=size)
             return lambda: loss(*heads)
-        works = {"ours": lambda: losses.fused_jsd_ce(*heads)[0], "the formula": lambda: losses.jsd_ce(*heads)[0],
-                 "Liger, chunks of 1,024 (its default)": liger(1024), "Liger, chunks of 128": liger(128)}
-        if gpu:
+        works = {"ours": lambda: losses.fused_jsd_ce(*heads)[0], "the formula": lambda: losses.jsd_ce(*heads)[0]}
+        works |= {"Liger, chunks of 1,024 (its default)": liger(1024), "Liger, chunks of 128": liger(128)} if there else {}
+        if gpu and there:
             from liger_kernel.transformers import LigerFusedLinearJSD
             works["Liger, Triton, JSD alone"] = lambda: LigerFusedLinearJSD()(*heads)
         return works
@@ -132,6 +135,8 @@ def contenders(case, x):
     works = {"ours": lambda: losses.fused_cord(*heads, **how)[0], "the formula": lambda: losses.cord(*heads, **how)[0]}
     if case == "cord":
         return {**works, "ours, uniform (alpha = beta = 1)": lambda: losses.fused_cord(*heads, **how, alpha=1.0, beta=1.0)[0]}
+    if not there:
+        return works
     grpo = LigerFusedLinearGRPOLoss(beta=0.0, compiled=gpu, use_ref_model=False, loss_type="grpo")
     rollouts = [t.view(-1, ROLLOUT, *t.shape[1:]) for t in (heads[0], heads[4])]
     return {**works, "Liger, GRPO": lambda: grpo(rollouts[0], heads[1], rollouts[1], torch.ones_like(rollouts[1]), x["advantage"])[0]}

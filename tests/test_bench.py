@@ -1,4 +1,5 @@
 """bench.py at sizes that say nothing about speed: every command runs, its contenders agree, its tables add up."""
+import argparse
 import re
 
 import pytest
@@ -21,12 +22,20 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_losses(capsys):
+    pytest.importorskip("liger_kernel")
     bench.main(["losses", "--tokens", "256", "--hidden", "32", "--teacher-hidden", "16", "--vocab", "500", "--rounds", "1"])
     text = capsys.readouterr().out
     assert text.count("| ours | 1.00 |") == 4 and len(re.findall("Liger", text)) == 3 and text.count("matrix products alone") == 3
     assert all(float(x) >= 0 for cells in re.findall(r"\| Liger[^|]*\|([^|]*)\|([^|]*)\|", text) for x in cells)
     with pytest.raises(SystemExit, match="multiple of 128"):
         bench.main(["losses", "--tokens", "100"])
+
+
+def test_without_liger_its_rows_are_left_out(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    args = argparse.Namespace(tokens=128, hidden=8, teacher_hidden=8, vocab=50)
+    x = bench.loss_inputs(args, torch.device("cpu"))
+    assert [list(bench.contenders(case, x)) for case in ("jsd_ce", "group")] == [["ours", "the formula"]] * 2
 
 
 def test_a_contender_that_disagrees_is_not_timed(monkeypatch):
