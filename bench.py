@@ -253,6 +253,21 @@ def bench_rollouts(args):
         same = sum(a == b for a, b in zip(said[name], next(iter(said.values()))))
         print(f"| {name} | {paired(times, name, next(iter(works))):.2f} | {sum(lengths) / statistics.median(times[name]):,.0f} | {same} of {len(lengths)} |")
 
+    # The update: neighbours with one prompt share its sequence (data.audio_view), so an order in which neighbours differ shares nothing.
+    rows, ids = [i for i in range(len(examples)) for _ in range(n)], next(iter(said.values()))
+    orders = {"ours: a prompt's rollouts in one sequence": range(len(rows)), "one sequence a rollout": [i * n + k for k in range(n) for i in range(len(examples))]}
+    views = {name: data.audio_view(prompts, [rows[i] for i in order], [ids[i] for i in order], processor).to(device) for name, order in orders.items()}
+
+    def hidden(view):
+        return student.model(**view.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[view.predict_positions]
+
+    sums = [hidden(view).sum(0) for view in views.values()]
+    times = take_turns({name: (lambda view=view: (hidden(view).sum().backward(), student.zero_grad())) for name, view in views.items()}, args.rounds)
+    print("\n| update, forward and backward | seconds, over ours | seconds | tokens run |\n| --- | --- | --- | --- |")
+    for name, view in views.items():
+        print(f"| {name} | {paired(times, name, next(iter(views))):.2f} | {statistics.median(times[name]):.2f} | {view.inputs['input_ids'].numel():,} |")
+    print(f"hidden states differ by {((sums[0] - sums[1]).norm() / sums[1].norm()).item():.0e}")
+
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # whole steps at the shapes of real models, with random weights: nothing is downloaded
