@@ -198,16 +198,16 @@ class CordStep(nn.Module):
         """The teacher on the text view: last hidden states that predict the rollouts' tokens -> [kl tokens, hidden]."""
         if chunk.text is None or self.args.token_loss == "sft":
             return None
-        last = self.teacher[0](**chunk.text.inputs, use_cache=False).last_hidden_state           # [rollouts, seq, hidden]
+        last = self.teacher[0](**chunk.text.inputs, use_cache=False).last_hidden_state           # [prompts, seq, hidden]
         return last.flatten(0, 1)[chunk.text.predict_positions]
 
     def forward(self, chunk, read, counts):
         args, view, parts, each = self.args, chunk.audio, {}, {}
-        last = self.student.model(**view.inputs, use_cache=False).last_hidden_state              # [rollouts, seq, hidden]
+        last = self.student.model(**view.inputs, use_cache=False).last_hidden_state              # [prompts, seq, hidden]
         heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
         advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
         how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
-        # SFT: log p of the text view's own tokens, all of one weight, in the place of the KL
+        # L = sum_t w_t D_t / rollouts with a KL - sum_t A_i log p_t / rewarded rollouts. SFT: log p of the text view's tokens in the place of the KL
         loss, kl, log_p, entropy = self.cord(
             heard, common.head_weight(self.student), read, None if read is None else self.teacher[1].weight, chunk.labels,
             lengths=[] if sft else lengths, carries_kl=chunk.kl & (not sft), advantage=advantage + (chunk.kl & sft) / max(counts["token"], 1),
