@@ -42,6 +42,7 @@ import data
 import layer_map
 import losses
 import mini_world
+import models
 import rollout
 import split_adamw
 import train_cord
@@ -215,7 +216,7 @@ def bench_losses(args):
 def bench_rollouts(args):
     """One step's rollouts of CORD with the mini world's student. All three ways must say the same, token by token: the sampler's numbers are keyed."""
     device = the_device()
-    student, processor = common.load_audio_model(mini_world.MINI / "student")
+    student, processor = models.load_audio_model(mini_world.MINI / "student")
     student.to(device)
     examples = data.read_manifest(mini_world.spoken(0, small=True)[0], require=("transcript",))[:args.prompts]
     prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
@@ -331,7 +332,7 @@ def at_full_depth(args, flags):
     """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections.
     With DDP the gradients live in its buckets, so that they are not there twice."""
     student, _, teacher, _ = random_models(args, torch.device("meta"), torch.bfloat16, None)
-    common.choose_trained(student, args.train or flags.train)
+    models.choose_trained(student, args.train or flags.train)
     count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
     learns, decoder, head = count(p for p in student.parameters() if p.requires_grad), count(student.model.language_model.parameters()), count(student.lm_head.parameters())
     held = {"student": 2 * count(student.parameters()), "optimizer": 6 * learns, "gradients": 2 * learns}
@@ -368,7 +369,7 @@ def bench_step(args):
     script = {"source_layer": train_source_layer, "cord": train_cord}[args.script]
     flags = script.parse_flags(["--weights", "bfloat16"])
     student, processor, teacher, tokenizer = random_models(args, device, torch.bfloat16, args.layers)
-    common.choose_trained(student, args.train or flags.train)
+    models.choose_trained(student, args.train or flags.train)
     examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     if args.script == "source_layer":

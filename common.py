@@ -1,5 +1,5 @@
 """
-Plumbing that must never disagree between the two training scripts: ranks, loading, optimizer groups, checkpoints, logs.
+Plumbing that must never disagree between the two training scripts: ranks, optimizer groups, checkpoints, logs.
 
 What this file teaches: what has to be saved so that a killed run goes on as if nothing had happened (weights, optimizer, step;
 everything random is a function of seed and step, so that no generator state needs saving), and how to write it so that a kill at
@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+
+import models
 
 
 # ------------------------------------------------------------- 1. ranks ---------------------------------------------------------------
@@ -79,83 +80,7 @@ def examples_of_step(examples, step, batch_size, seed):
     return [examples[orders[row // len(examples)][row % len(examples)]] for row in rows]
 
 
-# ------------------------------------------------------------ 2. loading --------------------------------------------------------------
-
-def load_audio_model(path, *, dtype=torch.float32):
-    """A directory or hub id -> (audio language model, its processor). Raises SystemExit with one sentence when it cannot be used."""
-    model, processor = _load(path, "an audio language model", AutoModelForMultimodalLM, AutoProcessor, dtype)
-    if not hasattr(processor, "feature_extractor") or not hasattr(processor, "audio_token"):
-        raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
-    if processor.chat_template is None and processor.tokenizer.chat_template is None:
-        raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
-    if processor.tokenizer.chat_template is None:       # some models keep it with the processor alone; turn ends are read off the tokenizer
-        processor.tokenizer.chat_template = processor.chat_template
-    return model, processor
-
-
-def load_text_model(path, *, dtype=torch.float32):
-    """A directory or hub id -> (causal language model, tokenizer). Raises SystemExit with one sentence when it cannot be used."""
-    model, tokenizer = _load(path, "a causal language model", AutoModelForCausalLM, AutoTokenizer, dtype)
-    if tokenizer.chat_template is None:
-        raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
-    return model, tokenizer
-
-
-def load_same_shape(path, student):
-    """Another acoustic teacher than the student's snapshot: L_ac compares them layer by layer. Raises SystemExit if the shapes differ."""
-    model = load_audio_model(path)[0]
-    ours, theirs = student.config.text_config, model.config.text_config
-    if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
-        raise SystemExit(f"{path} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the student "
-                         f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layers: give a model of the same shape")
-    return model
-
-
-def _load(path, what, model_class, reader_class, dtype):
-    # no remote code, and safetensors alone: nothing that comes with a checkpoint is executed or unpickled
-    try:
-        reader = reader_class.from_pretrained(path, trust_remote_code=False)
-        model = model_class.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"cannot load {what} from {path} ({reason}); give a directory or a hub id of one") from None
-    return model.eval(), reader
-
-
-def cast(model, dtype):
-    """A model's parameters to a type, in place -> the model. Its buffers stay as they are: .to(bfloat16) would round the rotary frequencies too, and a
-    thousand tokens on every position would be another one (from_pretrained keeps them as well)."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def head_weight(model):
-    """The output head [vocab, hidden] as losses.py takes it. Raises SystemExit if it has a bias as well."""
-    if model.lm_head.bias is not None:
-        raise SystemExit(f"the output head of {type(model).__name__} has a bias, which losses.py does not know; take a model whose head is a matrix alone")
-    return model.lm_head.weight
-
-
-def choose_trained(student, train, frozen=()):
-    """What learns: "decoder" = decoder, head and projector, audio tower frozen; "all" = the audio tower too; in any case not `frozen`.
-
-    The tower's position embeddings stay frozen either way, as in the original (from_pretrained forgets that): they are sinusoids."""
-    student.requires_grad_(True)
-    student.model.audio_tower.requires_grad_(train == "all")
-    student.model.audio_tower.embed_positions.requires_grad_(False)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-
-
-def lower_half(student):
-    """What the words and sounds pass first: projector, embeddings and the lower half of the decoder's layers. -> list of parameters"""
-    decoder = student.model.language_model
-    parts = [student.model.multi_modal_projector, decoder.embed_tokens, *decoder.layers[:len(decoder.layers) // 2]]
-    return [p for part in parts for p in part.parameters()]
-
-
-# ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------
+# ------------------------------------------------------ 2. optimizer groups -------------------------------------------------------------
 
 def parameter_groups(module, *, lr, weight_decay, special=()):
     """AdamW groups: matrices decay, vectors (norms, biases) do not; special: [(parameters, lr, weight decay)] have rates of their own.
@@ -171,7 +96,7 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
     return [group for group in groups if group["params"]]
 
 
-# --------------------------------------------------------- 4. checkpoints ---------------------------------------------------------------
+# --------------------------------------------------------- 3. checkpoints ---------------------------------------------------------------
 
 def save_checkpoint(folder, *, step, model, processor, beside, optimizer, keep=2):
     """Write folder/step-N: the model in the hub's layout, `beside` {file name: module} (all safetensors), state.pt; then drop old ones.
@@ -181,8 +106,7 @@ def save_checkpoint(folder, *, step, model, processor, beside, optimizer, keep=2
     final, partial = folder / f"step-{step:07d}", folder / f"partial-{step:07d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    models.save(model, processor, partial)
     for name, module in beside.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in module.state_dict().items()}, partial / name)
     torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "state.pt")
@@ -232,9 +156,8 @@ def find_checkpoint(resume, folder, dry_run):
 def load_checkpoint(path, model, optimizer):
     """Fill model and optimizer in place -> the number of steps that were done. Rates and decay stay those of today's flags."""
     flags = [{name: group[name] for name in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
-    try:                        # through the class, because save_pretrained writes other names than the module's own
-        saved = type(model).from_pretrained(path, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict())
+    try:
+        models.fill(model, path)
         state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])           # ValueError: other parameters learnt (--train, --lower-lr)
     except (OSError, RuntimeError, ValueError) as error:
@@ -245,7 +168,7 @@ def load_checkpoint(path, model, optimizer):
     return state["step"]
 
 
-# ------------------------------------------------------------- 5. logs -----------------------------------------------------------------
+# ------------------------------------------------------------- 4. logs -----------------------------------------------------------------
 
 def write_json(path, value):
     """Indented JSON, complete or not at all."""

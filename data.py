@@ -194,14 +194,16 @@ def audio_seconds(path, *, where=None, max_seconds=None) -> float:
     return info.duration
 
 
-def load_audio(path, *, where=None, max_seconds=None) -> torch.Tensor:
-    """Any WAV, FLAC, OGG or MP3 file as a float32 tensor [samples]: 16 kHz, mono (mean of the channels), 1.0 is full scale.
+def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Tensor:
+    """Any WAV, FLAC, OGG or MP3 file as a float32 tensor [samples]: 16 kHz, mono (mean of the channels), 1.0 is full scale; its first `cut` seconds.
 
     Raises DataError for a file that is missing, empty, undecodable, too short for an audio token, over max_seconds, or not finite."""
     duration = audio_seconds(path, where=where, max_seconds=max_seconds)
     clip = f"{where}: the audio file {path}" if where else f"the audio file {path}"
     try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)      # [samples, channels]
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            wave = file.read(-1 if cut == math.inf else math.ceil(cut * rate), dtype="float32", always_2d=True)      # [samples, channels]
     except (RuntimeError, OSError, MemoryError, ValueError) as error:
         raise DataError(f"{clip} breaks off while decoding ({str(error).rstrip('.')}); make or fetch it again") from None
     wave = torch.from_numpy(wave).mean(1)
@@ -217,15 +219,25 @@ def load_audio(path, *, where=None, max_seconds=None) -> torch.Tensor:
     return wave
 
 
-def longest(processor, max_seconds=None) -> float:
-    """The longest clip in seconds that a model takes whole: its feature extractor cuts off what is beyond its window without a word."""
-    window = processor.feature_extractor.n_samples / processor.feature_extractor.sampling_rate
-    return window if max_seconds is None else min(window, max_seconds)
+def extractor(processor):
+    """What makes features of a waveform, by whichever name the processor holds it, or None."""
+    return getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
+
+
+def longest(processor) -> float:
+    """How much of a clip the model hears, in seconds: what is beyond, its feature extractor would cut off without a word. inf: all of it."""
+    return getattr(extractor(processor), "n_samples", math.inf) / extractor(processor).sampling_rate
 
 
 def check_audio(examples, max_seconds=None) -> list[float]:
     """The durations in seconds, from the headers; raises DataError at the first clip that training could not use."""
     return [audio_seconds(example.audio, where=example.where, max_seconds=max_seconds) for example in examples]
+
+
+def report_cut(seconds, processor) -> str:
+    """Of these durations, how many does the model hear in part only? A sentence, or nothing if none."""
+    long = sum(s > longest(processor) for s in seconds)
+    return f"{long:,} of {len(seconds):,} clips are longer than the {longest(processor):g} s that the model hears and are cut there; --max-seconds refuses them" if long else ""
 
 
 def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
@@ -275,9 +287,15 @@ def parse_response(text: str) -> dict[str, str | None]:
 
 
 def audio_prompt(processor, question: str) -> str:
-    """The audio view's prompt as text: the student's own chat template around one clip and the question."""
-    content = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    """The audio view's prompt as text: the student's own chat template around one clip and the question.
+
+    Templates that know no parts (Granite Speech's) get the placeholder written into the text. Raises DataError where neither gives exactly one."""
+    for content in ([{"type": "audio", "audio": "clip"}, {"type": "text", "text": question}], processor.audio_token + question):
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        if prompt.count(processor.audio_token) == 1:
+            return prompt
+    raise DataError(f"the chat template puts {prompt.count(processor.audio_token)} audio placeholders {processor.audio_token} for one clip; use the "
+                    "template of the model's own checkpoint")
 
 
 def text_prompt(tokenizer, words: str, question: str) -> str:
@@ -340,7 +358,7 @@ def token_map(student_ids, teacher_ids, size):
 @dataclass
 class View:
     """One batch as one model reads it. Positions index the FLATTENED axis: hidden.flatten(0, 1)[positions] -> [tokens, hidden]."""
-    inputs: dict[str, torch.Tensor]     # exactly what model.forward takes; input_ids [batch, seq], attention_mask too (but see audio_view)
+    inputs: dict[str, torch.Tensor]     # exactly what model.forward takes; input_ids, position_ids [batch, seq], attention_mask too (but see audio_view)
     predict_positions: torch.Tensor     # [tokens] int64: where the response's tokens are predicted
     audio_positions: torch.Tensor       # [audio tokens] int64: the audio placeholders; empty in a text view
 
@@ -377,18 +395,34 @@ def _question(example, processor, words=None) -> tuple[str, str]:
 
 
 def _audio_prompts(examples, processor, max_seconds) -> tuple[list[list[int]], dict]:
-    limit = longest(processor, max_seconds)
-    waves = [load_audio(example.audio, where=example.where, max_seconds=limit).numpy() for example in examples]
-    prompts = [audio_prompt(processor, _question(example, processor)[1]) for example in examples]
-    options = dict(sampling_rate=SAMPLE_RATE, add_special_tokens=False, padding=True, return_tensors="pt")
-    with torch.autocast("cpu", enabled=False):                         # the spectrogram is not a matter of 16 bits
-        inputs = dict(processor(text=prompts, audio=waves, **options))
-    mask = inputs.pop("attention_mask").bool()
-    ids = [row[keep].tolist() for row, keep in zip(inputs.pop("input_ids"), mask)]       # padding off again: it belongs after the response
+    waves = [load_audio(example.audio, where=example.where, max_seconds=max_seconds, cut=longest(processor)).numpy() for example in examples]
+    ids, inputs = _audio_inputs(processor, [audio_prompt(processor, _question(example, processor)[1]) for example in examples], waves)
     for example, row in zip(examples, ids):
         if _audio_id(processor) not in row:
             raise DataError(f"{example.where}: the clip {example.audio} gives no audio token; use a longer clip")
     return ids, inputs
+
+
+def _audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
+    # -> ids of each prompt, with as many placeholders as its wave [samples] gives; features, one row per wave
+    how = {"sampling_rate": SAMPLE_RATE}
+    if 30 < longest(processor) < math.inf:
+        # Whisper's encoder wants its 30 s and no less. A longer window means that the tower splits a clip by itself, and zeros up to the window's end
+        # (Omni: 300 s, 15 MB a clip) are waste. 400 samples behind the longest clip keep its last frames what they are beside a longer one.
+        how |= {"padding": "max_length", "max_length": 160 * math.ceil((max(map(len, waves)) + 400) / 160)}
+    with torch.autocast("cpu", enabled=False):                         # the spectrogram is not a matter of 16 bits
+        inputs = dict(processor(text=prompts, audio=waves, text_kwargs={"add_special_tokens": False, "padding": True}, audio_kwargs=how, return_tensors="pt"))
+    mask = inputs.pop("attention_mask").bool()
+    ids = [row[keep].tolist() for row, keep in zip(inputs.pop("input_ids"), mask)]       # padding off again: it belongs after the response
+    if odd := [name for name, x in inputs.items() if len(x) != len(waves)]:              # rows are picked by example from here on
+        raise DataError(f"the processor gives {len(inputs[odd[0]])} rows of {odd[0]} for {len(waves)} clips; one clip of this model must be one row")
+    return ids, inputs
+
+
+def noise_prompts(processor, waves) -> "Prompts":
+    """Waves [samples] in prompts that ask what they are, without any example: what models.check listens to."""
+    ids, features = _audio_inputs(processor, [audio_prompt(processor, "What is that?")] * len(waves), waves)
+    return Prompts([], ids, [], features)
 
 
 def _text_prompts(examples, processor, tokenizer, words) -> list[list[int]]:
@@ -424,9 +458,10 @@ def _view(prompts, rows, responses, tokenizer, *, audio_id=None, extra={}) -> Vi
             places[row, begin:end] = torch.arange(len(prompt), len(prompt) + end - begin)
             branch[row, begin:end] = number
             begin = end
+    inputs["position_ids"] = places                         # given to all: some families (Omni) would count them for sound and pictures, row by row
     if len(groups) < len(rows):
         sees = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])                  # [batch, seq, seq]: may q see k?
-        inputs |= {"attention_mask": (sees & torch.ones(seq, seq, dtype=torch.bool).tril())[:, None], "position_ids": places}
+        inputs["attention_mask"] = (sees & torch.ones(seq, seq, dtype=torch.bool).tril())[:, None]
     audio = [row * seq + column for row, prompt in enumerate(starts) for column, token in enumerate(prompt) if token == audio_id]
     return View({**inputs, **extra}, torch.tensor(predict, dtype=torch.int64), torch.tensor(audio, dtype=torch.int64))
 
@@ -492,8 +527,10 @@ def collate(examples, processor, tokenizer, *, words="description", student_to_t
 
 
 def pad_left(prompts, tokenizer) -> dict[str, torch.Tensor]:
-    """Lists of ids -> {"input_ids", "attention_mask"} [batch, seq] for generation: every row's first new token follows its last prompt token."""
-    return _pad(prompts, tokenizer, "left")
+    """Lists of ids -> {"input_ids", "attention_mask", "position_ids"} [batch, seq] for generation: every row's first new token follows its last
+    prompt token. Positions count real tokens."""
+    inputs = _pad(prompts, tokenizer, "left")
+    return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
 
 def prompt_batch(examples, processor, *, view="audio", tokenizer=None, words=None, max_seconds=None) -> dict[str, torch.Tensor]:
@@ -514,7 +551,7 @@ def audio_prefix(view: View) -> View:
     seq = view.inputs["input_ids"].shape[1]
     row, column = view.audio_positions // seq, view.audio_positions % seq
     cut = int(column.max()) + 1
-    inputs = {**view.inputs, **{name: view.inputs[name][:, :cut] for name in ("input_ids", "attention_mask")}}
+    inputs = {**view.inputs, **{name: view.inputs[name][:, :cut] for name in ("input_ids", "attention_mask", "position_ids")}}
     return View(inputs, view.predict_positions[:0], row * cut + column)
 
 

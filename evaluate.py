@@ -32,6 +32,7 @@ import torch
 
 import data
 import judge
+import models
 from judge import extract_choice
 from rollout import generate
 
@@ -494,11 +495,11 @@ def look_inside(args):
     if len(examples) < 4:
         raise data.DataError(f"{args.data[0]}: has {len(examples)} examples with reasoning and description; at least 4 are needed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher, tokenizer = common.load_text_model(teacher_name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    teacher, tokenizer = models.load_text_model(teacher_name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     teacher.to(device)
 
     def states(name):
-        student, processor = common.load_audio_model(str(name), dtype=teacher.dtype)
+        student, processor = models.load_audio_model(str(name), dtype=teacher.dtype)
         return [inside.states(student.to(device), processor, teacher, tokenizer, part) for part in (examples[::2], examples[1::2])]
 
     known, found = states(settings.get("student", model) if args.task == "layers" else model)
@@ -533,7 +534,7 @@ def stems(files):
 
 def run_gap(args):
     """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone."""
-    from common import load_audio_model, write_json
+    from common import write_json
     baseline = read_json(args.baseline, "the results.json of a gap evaluation or of a CORD run") if args.baseline else {}
     baseline = baseline.get("before", baseline) if isinstance(baseline, dict) else {}     # a training run holds "before" and "after"
     if args.baseline and "text_accuracy" not in baseline:
@@ -542,7 +543,7 @@ def run_gap(args):
     sets = [(name, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for name, file in zip(stems(args.data), args.data)]
     if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
         raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
-    model, processor = load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
+    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
     model.to("cuda" if gpu else "cpu")
     out = Path(args.out or "runs/evaluate")
     out.mkdir(parents=True, exist_ok=True)
@@ -576,7 +577,7 @@ def run_kl(args):
     gpu = torch.cuda.is_available()
 
     def load(name):
-        student, processor = common.load_audio_model(str(name), dtype=torch.bfloat16 if gpu else torch.float32)
+        student, processor = models.load_audio_model(str(name), dtype=torch.bfloat16 if gpu else torch.float32)
         return student.to("cuda" if gpu else "cpu"), processor
 
     teacher, processor = load(settings.get("student", model))
@@ -609,9 +610,8 @@ def run(args):
             if not sets[-1][1]:
                 raise data.DataError(f"{file}: has no example of the tasks {', '.join(wanted)}; check --task and --split")
         out = Path(args.out or "runs/evaluate") / "results.json"
-        from common import load_audio_model
         gpu = torch.cuda.is_available()
-        model, processor = load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
+        model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
         model.to("cuda" if gpu else "cpu")
         results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
                                  max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,

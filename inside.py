@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import data
 import layer_map
 import losses
+import models
 import rollout
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
@@ -44,7 +45,7 @@ def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
     MOST_TOKENS."""
     student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
     to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
-    sides = {"student": (student, student.model.language_model.layers), "teacher": (teacher, teacher.model.layers)}
+    sides = {"student": (student, models.decoder(student).layers), "teacher": (teacher, models.decoder(teacher).layers)}
     taps = {name: layer_map.Tap(layers, {"response": range(1, len(layers) + 1)}) for name, (_, layers) in sides.items()}
     kept = {name: {layer: [] for layer in range(1, len(layers) + 1)} for name, (_, layers) in sides.items()}
     rows, divergence, stray = [], [], []
@@ -55,11 +56,10 @@ def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
         rows += [len(data.encode_response(processor.tokenizer, data.response_text(e))) for e in batch.examples]
         logits = []
         for name, view, ids in (("student", batch.audio, student_ids), ("teacher", batch.text, teacher_ids)):
-            model = sides[name][0]
-            inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
+            run = {"student": models.hear, "teacher": models.read}[name]
             with taps[name].at(response=view.predict_positions) as hidden:
-                last = model.model(**inputs, use_cache=False).last_hidden_state
-            said = model.lm_head(last.flatten(0, 1)[view.predict_positions])                # [tokens, vocab]
+                last = run(sides[name][0], **view.inputs)
+            said = last.flatten(0, 1)[view.predict_positions] @ models.head_weight(sides[name][0]).T               # [tokens, vocab]
             logits.append(said.index_select(-1, ids.to(said.device)))                        # [tokens, shared]
             for layer, tensor in hidden["response"].items():
                 kept[name][layer].append(tensor.float().cpu())
@@ -279,12 +279,11 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
         prompts = data.encode_prompts(examples[start:start + batch_size], processor, processor.tokenizer, words="transcript")
         said = [r.ids for r in rollout.roll_out(student, processor, prompts, [(1.0, True, False)], key=f"{seed} kl", max_new_tokens=max_new_tokens)]
         logits = []
-        for model, view in ((student, data.audio_view(prompts, range(len(said)), said, processor)),
-                            (teacher, data.text_view(prompts, range(len(said)), said, processor.tokenizer))):
+        for run, model, view in ((models.hear, student, data.audio_view(prompts, range(len(said)), said, processor)),
+                                 (models.read, teacher, data.text_view(prompts, range(len(said)), said, processor.tokenizer))):
             view = view.to(model.device)
-            inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in view.inputs.items()}
-            last = model.model(**inputs, use_cache=False).last_hidden_state                      # [rollouts, seq, hidden]
-            logits.append(losses.head_logits(last.flatten(0, 1)[view.predict_positions], model.lm_head.weight).index_fill(-1, banned, losses.FLOOR))
+            last = run(model, **view.inputs)                                                     # [rollouts, seq, hidden]
+            logits.append(losses.head_logits(last.flatten(0, 1)[view.predict_positions], models.head_weight(model)).index_fill(-1, banned, losses.FLOOR))
         kl = losses.token_divergence(*logits, beta=1).split([len(ids) for ids in said])          # D_t [tokens]
         pairs += [(ids, row.tolist()) for ids, row in zip(said, kl)]
     return pairs

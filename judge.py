@@ -16,8 +16,8 @@ from fractions import Fraction
 import torch
 from text_to_num import alpha2digit
 
-import common
 import data
+import models
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. What did the model choose?
@@ -156,7 +156,7 @@ def load(name, device):
     list of bool. Raises SystemExit with one sentence if the model cannot be loaded or has no word for yes or no."""
     if name == "rule":
         return lambda triples: [agree(said, reference, example.choices) for example, said, reference in triples]
-    model, tokenizer = common.load_text_model(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model, tokenizer = models.load_text_model(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.to(device).requires_grad_(False)
     yes, no = ({ids[0] for word in words if (ids := tokenizer(word, add_special_tokens=False)["input_ids"])}
                for words in (("yes", "Yes"), ("no", "No")))

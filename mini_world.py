@@ -39,9 +39,9 @@ from tqdm import tqdm
 from transformers import (PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen3ForCausalLM,
                           WhisperFeatureExtractor)
 
-from common import load_audio_model, load_text_model
 from data import (Example, audio_prompt, encode_response, parse_response, prompt_batch, question_text, read_manifest, response_text,
                   text_prompt, turn_end_id)
+from models import load_audio_model, load_text_model
 from speak import SAMPLE_RATE, speak
 
 WORLD = 2                       # part of the cache's name: raise it when the same seed gives another world

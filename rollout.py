@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 import data
+import models
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. One logits processor, and generate() as it is
@@ -128,7 +129,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most."""
     path, tokenizer = Path(path), processor.tokenizer
-    weights = zlib.crc32(model.lm_head.weight[:1000].detach().float().cpu().numpy().tobytes())      # another student, or this one trained further
+    weights = zlib.crc32(models.head_weight(model)[:1000].detach().float().cpu().numpy().tobytes())      # another student, or this one trained further
     asks = {e.id: f"{weights} {max_new_tokens} {data.text_prompt(tokenizer, e.transcript, data.question_text(e))}" for e in examples}
     keys = {i: zlib.crc32(prompt.encode()) for i, prompt in asks.items()}
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")] if path.exists() else []
@@ -180,19 +181,18 @@ def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
         return []
     rollouts = [Rollout(row, *kind, []) for row in range(len(prompts.examples)) for kind in plan]
     tokenizer, stop, banned, n = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor.tokenizer), len(plan)
-    inputs = {k: v.to(student.device) for k, v in {**data.pad_left(prompts.audio, tokenizer), **prompts.features}.items()}
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]                                    # [prompts, seq]
+    places = data.pad_left(prompts.audio, tokenizer)                                             # ids, mask, positions: [prompts, seq] each
+    inputs, seq = {k: v.to(student.device) for k, v in {**places, **prompts.features}.items()}, places["input_ids"].shape[1]
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]
-    choose = chooser(keys, ids.shape[1], banned, max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
+    choose = chooser(keys, seq, banned, max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
     with plain_decoding(student):
         # Sound and prompt are the same for a prompt's n rollouts: run them once, all but the last token, which generate() starts from
-        cache, places = DynamicCache(config=student.config.get_text_config()), (mask.cumsum(-1) - 1).clamp(min=0)
-        student.model(**{**inputs, "input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}, position_ids=places[:, :-1], past_key_values=cache,
-                      use_cache=True)
+        cache = DynamicCache(config=student.config.get_text_config())
+        models.hear(student, **{name: x[:, :-1] if name in places else x for name, x in inputs.items()}, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(n)                                                         # A A A B B B, as the rollouts
-        said = student.generate(input_ids=ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
+        said = student.generate(**{name: inputs[name].repeat_interleave(n, 0) for name in places}, past_key_values=cache,
                                 max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[0],
-                                logits_processor=[choose])[:, ids.shape[1]:].tolist()            # [rollouts, new]
+                                logits_processor=[choose])[:, seq:].tolist()                     # [rollouts, new]
     for rollout, row in zip(rollouts, said):
         end = next((k for k, token in enumerate(row) if token in stop), len(row))
         rollout.ids = row[:end + 1]

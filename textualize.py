@@ -41,6 +41,7 @@ import data
 import evaluate
 import judge
 import mini_world
+import models
 import rollout
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -384,8 +385,9 @@ def main(argv=None):
     grounding = args.grounding or ("none" if mini else "reasoning")
     name, failed = f"{args.model}, grounding: {grounding}", out.with_suffix(".failed.jsonl")
     if {e.id for e in examples} - written(out, name) - written(failed, name):
-        model, processor = common.load_audio_model(args.model, dtype=half)
-        seconds = data.check_audio(examples, processor.feature_extractor.n_samples / data.SAMPLE_RATE)      # what the model hears at most
+        model, processor = models.load_audio_model(args.model, dtype=half)
+        seconds = data.check_audio(examples)
+        say(data.report_cut(seconds, processor), end="\n" * (max(seconds) > data.longest(processor)))
         say(f"{len(examples):,} clips, {sum(seconds) / 3600:.2f} hours, described on {device} x {world} by {name}")
         counts = textualize(examples, records, model.to(device), processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
                             grounding=grounding, chunk=args.batch_size, max_new_tokens=args.max_new_tokens, rank=rank, name=name)
@@ -396,7 +398,7 @@ def main(argv=None):
     described = [e for e in data.read_manifest(out, require=("description",)) if e.id in ids]
     say(f"{out}: {len(described):,} described clips; train with --data {out}")
     if args.check:
-        teacher, tokenizer = common.load_text_model(args.teacher, dtype=half)
+        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
         found = check(examples, described, teacher.to(device), tokenizer, batch_size=args.batch_size)
         tasks = list(found["nothing"])
         say(f"\n{args.teacher} answers {found['questions']:,} questions right, per cent, when it reads\n{'':12}" + "".join(f"{t:>10}" for t in tasks))

@@ -54,6 +54,7 @@ import evaluate
 import judge
 import losses
 import mini_world
+import models
 import rollout
 from split_adamw import SplitAdamW
 
@@ -93,6 +94,7 @@ def parse_flags(argv=None):
     # optimisation
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
@@ -188,28 +190,29 @@ class CordStep(nn.Module):
         super().__init__()
         self.student, self.args, self.banned = student, args, banned
         self.cord = losses.fused_cord if args.loss == "fused" else losses.cord
-        self.teacher = (student.model.language_model, student.lm_head)                           # reading needs no audio tower
-        if args.teacher == "initial" and args.token_loss in ("reverse-kl", "forward-kl"):
-            decoder, head = (part.requires_grad_(False) for part in copy.deepcopy(self.teacher))
-            self.teacher = common.cast(decoder, torch.bfloat16 if student.device.type == "cuda" else student.dtype), head    # no master weights needed
+        self.teacher = (models.decoder(student), student.get_output_embeddings())                # reading needs no audio tower
+        if args.teacher == "initial" and args.token_loss in ("reverse-kl", "forward-kl") and not args.lora:
+            decoder, head = (copy.deepcopy(part).requires_grad_(False) for part in self.teacher)
+            self.teacher = models.cast(decoder, torch.bfloat16 if student.device.type == "cuda" else student.dtype), head    # no master weights needed
 
     @torch.no_grad()
     def read(self, chunk):
         """The teacher on the text view: last hidden states that predict the rollouts' tokens -> [kl tokens, hidden]."""
         if chunk.text is None or self.args.token_loss == "sft":
             return None
-        last = self.teacher[0](**chunk.text.inputs, use_cache=False).last_hidden_state           # [prompts, seq, hidden]
+        with models.without_lora(self.teacher[0]) if self.args.teacher == "initial" else contextlib.nullcontext():      # LoRA: no copy is needed
+            last = self.teacher[0](**chunk.text.inputs, use_cache=False).last_hidden_state       # [prompts, seq, hidden]
         return last.flatten(0, 1)[chunk.text.predict_positions]
 
     def forward(self, chunk, read, counts):
         args, view, parts, each = self.args, chunk.audio, {}, {}
-        last = self.student.model(**view.inputs, use_cache=False).last_hidden_state              # [prompts, seq, hidden]
+        last = models.hear(self.student, **view.inputs)                                          # [prompts, seq, hidden]
         heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
         advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
         how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
         # L = sum_t w_t D_t / rollouts with a KL - sum_t A_i log p_t / rewarded rollouts. SFT: log p of the text view's tokens in the place of the KL
         loss, kl, log_p, entropy = self.cord(
-            heard, common.head_weight(self.student), read, None if read is None else self.teacher[1].weight, chunk.labels,
+            heard, models.head_weight(self.student), read, None if read is None else self.teacher[1].weight, chunk.labels,
             lengths=[] if sft else lengths, carries_kl=chunk.kl & (not sft), advantage=advantage + (chunk.kl & sft) / max(counts["token"], 1),
             temperature=chunk.temperature, banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
         if lengths and sft:
@@ -255,11 +258,14 @@ def main(argv=None):
     scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
-    student, processor = common.load_audio_model(args.student)
-    tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
+    half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
+    student, processor = models.load_audio_model(args.student, dtype=getattr(torch, args.weights))
+    tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, args.max_seconds)
     verdicts = judge.load(args.judge, device)
-    common.cast(student.to(device), getattr(torch, args.weights)).set_attn_implementation("sdpa")     # takes the mask of shared prompts
-    common.choose_trained(student, args.train)
+    models.cast(student.to(device), half if args.lora else getattr(torch, args.weights)).set_attn_implementation("sdpa")   # takes the mask of shared prompts
+    models.choose_trained(student, args.train, models.check(student, processor, shared_prompts=True))
+    if args.lora:
+        models.add_lora(student, args.lora)
     step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
@@ -296,7 +302,7 @@ def main(argv=None):
 
     # 4.4 optimizer, checkpoint
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
-    optimizer = (torch.optim.AdamW if args.weights == "float32" else SplitAdamW)(groups, betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, optimizer=optimizer)
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)

@@ -53,6 +53,7 @@ import evaluate
 import layer_map
 import losses
 import mini_world
+import models
 from split_adamw import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
@@ -92,6 +93,7 @@ def parse_flags(argv=None):
     parser.add_argument("--lower-lr", type=float, default=1.0, help="the same for projector, embeddings, lower half of the decoder; 0: frozen")
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
@@ -138,26 +140,25 @@ class SourceLayerStep(nn.Module):
 
     def __init__(self, student, teacher, snapshot, pairs, shared, args):
         super().__init__()
-        decoder = student.model.language_model
-        width, depth = decoder.config.hidden_size, len(decoder.layers)
+        layers, width = models.decoder(student).layers, models.decoder(student).config.hidden_size
         self.student, self.frozen, self.pairs, self.args = student, (teacher, snapshot), pairs, args
         self.shared = shared                            # (student ids, teacher ids) of the tokens both vocabularies hold
         self.jsd_ce, hidden = (losses.fused_jsd_ce, losses.FUSED_HIDDEN) if args.loss == "fused" else (losses.jsd_ce, losses.HIDDEN)
         self.hidden_divergence = hidden[args.hidden_divergence]
-        self.acoustic_layers = list(range(1, depth + 1)) if snapshot is not None else []
-        self.tap = layer_map.Tap(decoder.layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
+        self.acoustic_layers = list(range(1, len(layers) + 1)) if snapshot is not None else []
+        self.tap = layer_map.Tap(layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
         if teacher is not None:
-            self.teacher_tap = layer_map.Tap(teacher.model.layers, {"response": [t for _, t in pairs]})
-            self.projections = layer_map.Projections(pairs, width, teacher.config.hidden_size)
+            self.teacher_tap = layer_map.Tap(models.decoder(teacher).layers, {"response": [t for _, t in pairs]})
+            self.projections = layer_map.Projections(pairs, width, models.decoder(teacher).config.hidden_size)
         if snapshot is not None:
-            self.snapshot_tap = layer_map.Tap(snapshot.model.language_model.layers, {"audio": self.acoustic_layers})
+            self.snapshot_tap = layer_map.Tap(models.decoder(snapshot).layers, {"audio": self.acoustic_layers})
             self.statistics = layer_map.Statistics(self.acoustic_layers, width)
 
     def hear(self, batch):
         """The student on the audio view -> last hidden states at response positions [tokens, hidden], tapped hidden states."""
         view = batch.audio
         with self.tap.at(response=view.predict_positions, audio=view.audio_positions) as hidden:
-            last = self.student.model(**view.inputs, use_cache=False).last_hidden_state    # [batch, seq, hidden], after the final norm
+            last = models.hear(self.student, **view.inputs)                                # [batch, seq, hidden], after the final norm
         return last.flatten(0, 1)[view.predict_positions], hidden
 
     @torch.no_grad()
@@ -165,15 +166,15 @@ class SourceLayerStep(nn.Module):
         """The text teacher on the text view -> the same two, at the same response tokens."""
         teacher, view = self.frozen[0], batch.text
         with self.teacher_tap.at(response=view.predict_positions) as hidden:
-            last = teacher.model(**view.inputs, use_cache=False).last_hidden_state
+            last = models.read(teacher, **view.inputs)
         return last.flatten(0, 1)[view.predict_positions], hidden
 
     @torch.no_grad()
     def remember(self, batch):
         """The snapshot at audio tokens. The decoder is causal, so its input can stop after the last of them."""
         view = data.audio_prefix(batch.audio)
-        with self.snapshot_tap.at(audio=view.audio_positions) as hidden:
-            self.frozen[1].model(**view.inputs, use_cache=False)
+        with self.snapshot_tap.at(audio=view.audio_positions) as hidden, models.without_lora(self.frozen[1]):
+            models.hear(self.frozen[1], **view.inputs)
         return hidden
 
     def forward(self, batch, tokens):
@@ -181,7 +182,7 @@ class SourceLayerStep(nn.Module):
         heard, inside = self.hear(batch)                                                           # [tokens, hidden], tapped
         read, taught = (None, None) if self.frozen[0] is None else self.read(batch)                # [tokens, teacher hidden], tapped
         loss, top, sft = self.jsd_ce(
-            heard, common.head_weight(self.student), read, None if read is None else common.head_weight(self.frozen[0]), batch.labels,
+            heard, models.head_weight(self.student), read, None if read is None else models.head_weight(self.frozen[0]), batch.labels,
             ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
         parts |= ({"top": top} if read is not None else {}) | ({"sft": sft} if args.sft else {})
         if self.pairs:
@@ -253,24 +254,28 @@ def main(argv=None):
     scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
-    student, processor = common.load_audio_model(args.student)
-    seconds = data.check_audio(examples + scored, data.longest(processor, args.max_seconds))
+    student, processor = models.load_audio_model(args.student, dtype=getattr(torch, args.weights))
+    seconds = data.check_audio(examples + scored, args.max_seconds)
     half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
+    models.cast(student.to(device), half if args.lora else getattr(torch, args.weights))
+    used = models.check(student, processor)
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
-    if args.acoustic_kd:
-        snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else common.load_same_shape(args.acoustic_teacher, student)
-        common.cast(snapshot.to(device), half).requires_grad_(False).lm_head = None      # it is never asked for a word
+    if args.acoustic_kd and args.lora and args.acoustic_teacher == "snapshot":
+        snapshot = student                              # without its adapter it is what it was
+    elif args.acoustic_kd:
+        snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
+        models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
     if args.text_kd != "none":
-        teacher, tokenizer = common.load_text_model(args.teacher)
-        common.cast(teacher.to(device), half).requires_grad_(False)
+        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
+        models.cast(teacher.to(device), half).requires_grad_(False)
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
-        student_to_teacher = data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)
+        student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
-    common.cast(student.to(device), getattr(torch, args.weights))
-    common.choose_trained(student, args.train, frozen=common.lower_half(student) if args.lower_lr == 0 else ())
-    depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher or student)]
-    pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
+    models.choose_trained(student, args.train, used, frozen=models.lower_half(student) if args.lower_lr == 0 else ())
+    if args.lora:
+        models.add_lora(student, args.lora)
+    pairs = layer_map.pairs(*(len(models.decoder(model).layers) for model in (student, teacher or student)), every=args.every, only=args.layers) if args.every else []
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
@@ -305,11 +310,11 @@ def main(argv=None):
         before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
     # 4.4 optimizer, checkpoint, calibration
-    special = [(common.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
-               (student.model.audio_tower.parameters(), args.tower_lr * args.lr, args.weight_decay)]
+    special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
+               (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
     special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
-    optimizer = (torch.optim.AdamW if args.weights == "float32" else SplitAdamW)(groups, betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer)

@@ -198,7 +198,7 @@ def test_planted_audio_positions(make_batch, judge):
 def test_batch_contents(make_batch, examples, tiny_processor, shifted_teacher, tiny_student_model):
     batch = make_batch()
     assert batch.ids == ["s0", "s1", "s2", "s3"] and batch.examples == examples
-    assert set(batch.audio.inputs) == {"input_ids", "attention_mask", "input_features", "feature_attention_mask"}
+    assert set(batch.audio.inputs) == {"input_ids", "attention_mask", "position_ids", "input_features", "feature_attention_mask"}
     assert set(batch.text.inputs) == {"input_ids", "attention_mask"} and len(batch.text.audio_positions) == 0
     assert all(tensor.dtype == torch.int64 for tensor in (batch.labels, batch.audio.predict_positions, batch.text.predict_positions))
     per_row = (batch.audio.inputs["input_ids"] == tiny_processor.audio_token_id).sum(1).tolist()

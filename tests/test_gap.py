@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-import common
 import data
 import evaluate
 import inside
 import mini_world
+import models
 import rollout
 from test_train_cord import write_spoken
 
@@ -59,7 +59,7 @@ def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch
     run("--out", str(tmp_path / "a"))
     found = json.loads((tmp_path / "a" / "results.json").read_text())
     said = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
-    model, processor = common.load_audio_model(mini_world.MINI / "student")
+    model, processor = models.load_audio_model(mini_world.MINI / "student")
     examples = data.read_manifest(manifest)
     read = rollout.generate(model, processor, examples, view="text", words="transcript", temperature=0, max_new_tokens=70, progress=False)
     assert [s["model_output"] for s in said if s["view"] == "text" and s["set"] == "spoken"] == read
@@ -80,7 +80,7 @@ def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch
 
 def test_kl_report_finds_what_was_planted():
     """100 rollouts of 20 tokens: D_t is 5 on token 7, which stands early, 0.01 elsewhere."""
-    tokenizer = common.load_audio_model(mini_world.MINI / "student")[1].tokenizer
+    tokenizer = models.load_audio_model(mini_world.MINI / "student")[1].tokenizer
     rng, pairs = np.random.default_rng(0), []
     for _ in range(100):
         at = int(rng.integers(5))
@@ -105,7 +105,7 @@ def test_the_kl_command_before_and_after(tmp_path, monkeypatch, capsys):
     evaluate.main()
     report = json.loads((tmp_path / "kl.json").read_text())
     assert list(report) == ["before"] and (tmp_path / "kl.png").stat().st_size > 10_000 and "largest on:" in capsys.readouterr().out
-    student, processor = common.load_audio_model(mini_world.MINI / "student")
+    student, processor = models.load_audio_model(mini_world.MINI / "student")
     pairs = inside.divergences(student, processor, student, data.read_manifest(manifest), batch_size=2, max_new_tokens=20)
     assert report["before"]["mean"] == pytest.approx(np.mean([d for _, row in pairs for d in row]), rel=1e-4)
     assert report["before"]["tokens"] == sum(len(ids) for ids, _ in pairs) and report["before"]["mean"] > 0.01

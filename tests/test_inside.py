@@ -10,12 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 
-import common
 import data
 import inside
 import layer_map
 import losses
 import mini_world
+import models
 from test_train_source_layer import small_run, write_world
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models():
-    return *common.load_audio_model(mini_world.MINI / "student"), *common.load_text_model(mini_world.MINI / "teacher")
+    return *models.load_audio_model(mini_world.MINI / "student"), *models.load_text_model(mini_world.MINI / "teacher")
 
 
 @torch.no_grad()

@@ -4,10 +4,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-import common
 import data
 import judge
 import mini_world
+import models
 from judge import agree, number, open_answer
 
 
@@ -52,7 +52,7 @@ def test_the_last_box_counts_and_braces_match():
 
 def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatch):
     """With weights of our own making: the head prefers "yes" exactly when the hidden state says that the given answer has the token "four"."""
-    model, tokenizer = common.load_text_model(mini_world.MINI / "teacher")
+    model, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
     seen = []
 
     class Says:

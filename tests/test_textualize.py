@@ -14,6 +14,7 @@ import common
 import data
 import evaluate
 import mini_world
+import models
 import rollout
 import textualize
 from test_train_source_layer import write_world
@@ -71,7 +72,7 @@ def test_grounding_reaches_the_model(world, tmp_path, monkeypatch):
 # ----------------------------------------------------------------- writing ------------------------------------------------------------
 
 def test_descriptions_are_what_the_model_says_greedily(world, described):
-    model, processor = common.load_audio_model(mini_world.MINI / "student")
+    model, processor = models.load_audio_model(mini_world.MINI / "student")
     truth, written = data.read_manifest(world), data.read_manifest(described, require=("description", "reasoning"))
     assert [e.id for e in truth] == [e.id for e in written]
     asked = [dataclasses.replace(e, question="Describe the audio.", choices=[]) for e in truth]
@@ -118,7 +119,7 @@ def test_faults(text, finished, why):
 
 
 def test_a_real_model_that_is_cut_is_seen_to_be(world):
-    model, processor = common.load_audio_model(mini_world.MINI / "student")
+    model, processor = models.load_audio_model(mini_world.MINI / "student")
     asked = [dataclasses.replace(e, question="Describe the audio.", choices=[]) for e in data.read_manifest(world)[:2]]
     listen = lambda n: rollout.generate(model, processor, asked, temperature=0, max_new_tokens=n, with_end=True, progress=False)
     whole, cut = listen(60), listen(4)
@@ -181,7 +182,7 @@ def test_a_template_that_only_the_processor_has_serves_the_tokenizer_too(tmp_pat
     folder = tmp_path / "model"
     shutil.copytree(mini_world.MINI / "student", folder)
     (folder / "chat_template.jinja").unlink()                               # Qwen2-Audio's processor class then brings its own
-    _, processor = common.load_audio_model(folder)
+    _, processor = models.load_audio_model(folder)
     assert data.turn_end_id(processor.tokenizer) == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
@@ -194,7 +195,7 @@ def test_training_takes_the_descriptions(described, tmp_path):
 # ------------------------------------------------------------------ check -------------------------------------------------------------
 
 def test_check_tells_good_descriptions_from_none(world, described, tmp_path):
-    teacher, tokenizer = common.load_text_model(mini_world.MINI / "teacher")
+    teacher, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
     truth, ours = data.read_manifest(world), data.read_manifest(described)
     found = textualize.check(truth, ours, teacher, tokenizer, batch_size=16)
     assert found["questions"] == 16 and found["true"].keys() == {"sound", "music", "average"}

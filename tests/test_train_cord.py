@@ -18,6 +18,7 @@ import data
 import evaluate
 import losses
 import mini_world
+import models
 import rollout
 import train_cord
 from train_cord import CordStep, chunks_of, main, parse_flags, reward
@@ -61,7 +62,7 @@ def small_run(world, out, *more):
 
 @pytest.fixture(scope="module")
 def student():
-    return common.load_audio_model(mini_world.MINI / "student")
+    return models.load_audio_model(mini_world.MINI / "student")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_text_answers_are_cached_by_model_and_prompt(student, world, tmp_path, m
 @pytest.fixture(scope="module")
 def everything(world):
     """A student that has moved away from its frozen teacher, prompts, and scored rollouts of several kinds, in float64."""
-    model, processor = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
+    model, processor = models.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
     args = parse_flags(["--alpha", "3", "--beta", "2.5"])
     step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), args)
     torch.manual_seed(0)
@@ -188,7 +189,7 @@ def test_the_loss_is_the_papers_formula(everything, form, monkeypatch):
     token = group = 0.0
     allowed = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), rollout.banned_ids(model, processor.tokenizer))
     column = {int(token): k for k, token in enumerate(allowed)}
-    teacher = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)[0]
+    teacher = models.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)[0]
     with torch.no_grad():
         found = total(step, chunks_of(rollouts, prompts, processor, 4, "cpu"), counts)
         for r in rollouts:
@@ -277,7 +278,7 @@ def test_what_carries_no_gradient_is_not_run(everything):
 
 def test_only_decoder_and_projector_learn_and_the_teacher_does_not(everything):
     model, processor, step, prompts, rollouts, args = everything
-    common.choose_trained(model, "decoder")
+    models.choose_trained(model, "decoder")
     total(step, chunks_of(rollouts, prompts, processor, 9, "cpu"), {"token": 3, "group": 6})["loss"].backward()
     got = {name for name, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert got == {name for name, p in step.named_parameters() if p.requires_grad}          # nothing that DDP would wait for in vain
@@ -322,7 +323,7 @@ def test_rewards_and_advantages(student, prompts):
 
 def test_with_a_frozen_teacher_d_t_falls_on_a_fixed_batch(student, prompts):
     model, processor = copy.deepcopy(student[0]), student[1]
-    common.choose_trained(model, "decoder")
+    models.choose_trained(model, "decoder")
     step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), parse_flags(["--group-size", "0"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     chunk, = chunks_of(rollout.roll_out(model, processor, prompts, PLAN[:1], key="0", max_new_tokens=40), prompts, processor, 9, "cpu")
@@ -429,17 +430,17 @@ def test_16_bit_weights_train_save_and_go_on(world, tmp_path):
 
 def test_a_cast_keeps_the_rotary_frequencies():
     """Rounded to bfloat16 they would turn long positions into others."""
-    model = common.load_audio_model(mini_world.MINI / "student")[0]
+    model = models.load_audio_model(mini_world.MINI / "student")[0]
     exact = model.model.language_model.rotary_emb.inv_freq.clone()
-    common.cast(model, torch.bfloat16)
+    models.cast(model, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.equal(model.model.language_model.rotary_emb.inv_freq, exact)
-    loaded = common.load_audio_model(mini_world.MINI / "student", dtype=torch.bfloat16)[0]
+    loaded = models.load_audio_model(mini_world.MINI / "student", dtype=torch.bfloat16)[0]
     ids = torch.randint(5, 300, (1, 900))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
         wrong = model.to(torch.float32).to(torch.bfloat16)(input_ids=ids).logits                 # the planted error
     assert not torch.equal(wrong, loaded(input_ids=ids).logits)
-    step = CordStep(common.cast(loaded, torch.bfloat16), torch.tensor([0]), parse_flags([]))
+    step = CordStep(models.cast(loaded, torch.bfloat16), torch.tensor([0]), parse_flags([]))
     assert torch.equal(step.teacher[0].rotary_emb.inv_freq, exact)
 
 

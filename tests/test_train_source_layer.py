@@ -20,6 +20,7 @@ import evaluate
 import layer_map
 import losses
 import mini_world
+import models
 from common import examples_of_step
 from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
@@ -59,8 +60,8 @@ def small_run(world, out, *more):
 @pytest.fixture(scope="module")
 def everything(world):
     """Student, snapshot that differs from it, teacher, a batch, and the step module, all in float64."""
-    student, processor = common.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
-    teacher, tokenizer = common.load_text_model(mini_world.MINI / "teacher", dtype=torch.float64)
+    student, processor = models.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
+    teacher, tokenizer = models.load_text_model(mini_world.MINI / "teacher", dtype=torch.float64)
     snapshot = copy.deepcopy(student)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -155,7 +156,7 @@ def test_a_shift_by_one_changes_every_term(everything):
 
 def test_only_the_student_and_its_projections_learn(everything):
     student, snapshot, teacher, *_, batch, step, _, _ = everything
-    common.choose_trained(student, "decoder")
+    models.choose_trained(student, "decoder")
     step(batch, {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)})["loss"].backward()
     got = {name for name, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert got == {name for name, p in step.named_parameters() if p.requires_grad}          # nothing that DDP would wait for in vain
@@ -222,7 +223,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
 
 def test_a_checkpoint_is_an_ordinary_model_with_its_projections_beside_it(one_process):
     folder = one_process / "step-0000004"
-    model, _ = common.load_audio_model(folder)
+    model, _ = models.load_audio_model(folder)
     assert not any("projection" in name and "multi_modal" not in name for name in model.state_dict())
     layer_map.load(layer_map.Projections(layer_map.pairs(7, 9), 128, 160), folder / "projections.safetensors")
     assert not list(one_process.glob("partial-*"))
@@ -246,14 +247,14 @@ def test_every_parameter_that_learns_is_in_one_group():
 
 def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
     """--tower-lr, --lower-lr and --lr reach the optimizer: what each part moves by in AdamW's first step is its own rate."""
-    student, _ = common.load_audio_model(mini_world.MINI / "student")
+    student, _ = models.load_audio_model(mini_world.MINI / "student")
     parts = {"tower": student.model.audio_tower.layers, "lower": student.model.language_model.layers[:3],
              "upper": student.model.language_model.layers[3:], "head": student.lm_head}
 
     def moved(*flags):
         out = tmp_path / str(len(list(tmp_path.iterdir())))                     # a folder for each run
         main(small_run(world, out, "--max-steps", "1", "--weight-decay", "0", *flags))
-        after = common.load_audio_model(out / "step-0000001")[0].state_dict()
+        after = models.load_audio_model(out / "step-0000001")[0].state_dict()
         before = student.state_dict()
         names = {id(p): name for name, p in student.named_parameters()}
         return {part: max((after[names[id(p)]] - before[names[id(p)]]).abs().max().item() for p in module.parameters()) for part, module in parts.items()}

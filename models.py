@@ -1,0 +1,374 @@
+"""
+What an audio language model is made of, whichever family it is from: where its parts are, how it is loaded, what of it learns, how it is saved.
+
+Both papers need five things of a student, and every family of transformers puts them elsewhere:
+
+    decoder     the text LLM inside: its layers are tapped, and CORD's teacher reads with it           decoder(model)
+    head        last hidden state -> logits, a matrix and nothing else: losses.py multiplies by it     head_weight(model)
+    tower       the audio encoder, frozen or slow                                                      tower(model)
+    projector   whatever else stands between the two                                                   projector(model)
+    hear        the whole model without its head: sound is merged into the prompt inside               hear(model, **inputs)
+
+Nothing here is a list of families. What cannot be asked of the model's class is measured at start, on a second of noise (check): does the sound
+reach the decoder, are there as many placeholders as pieces of sound, is the head a matrix alone, which parameters get a gradient, can a prompt's
+rollouts share it? A family that nobody thought of therefore works, or is refused with the sentence that says what it lacks.
+Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their thinkers, also out of a full checkpoint), AudioFlamingo3, Granite Speech.
+
+    python models.py mini/student                       # check a model, folder or hub id, and print its parts
+    python models.py mini/student --teacher mini/teacher      # and how its vocabulary goes with a text teacher's
+"""
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+
+import data
+
+ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
+
+
+# ------------------------------------------------------------ 1. loading --------------------------------------------------------------
+
+def load_audio_model(path, *, dtype=torch.float32):
+    """A directory or hub id, of a model or of a LoRA adapter -> (audio language model, its processor), in eval mode.
+
+    Raises SystemExit with one sentence when it cannot be used."""
+    model, processor = _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
+    placeholder = getattr(processor, "audio_token", None)
+    if not placeholder or data.extractor(processor) is None:
+        raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
+    if placeholder not in processor.tokenizer.get_vocab():
+        raise SystemExit(f"{path}: the processor's audio placeholder {placeholder} is not in its tokenizer; take both from one checkpoint")
+    if not isinstance(processor.chat_template or processor.tokenizer.chat_template, str):
+        raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    if processor.tokenizer.chat_template is None:       # some models keep it with the processor alone; turn ends are read off the tokenizer
+        processor.tokenizer.chat_template = processor.chat_template
+    return model, processor
+
+
+def load_text_model(path, *, dtype=torch.float32):
+    """A directory or hub id -> (causal language model, tokenizer). Raises SystemExit with one sentence when it cannot be used."""
+    model, tokenizer = _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
+    if tokenizer.chat_template is None:
+        raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    with torch.no_grad():
+        ids = torch.tensor([list(range(8))])
+        if not _close(model(ids).logits, read(model, input_ids=ids) @ head_weight(model).T):
+            raise SystemExit(_odd_head(model))
+    return model, tokenizer
+
+
+def load_same_shape(path, student, dtype):
+    """Another acoustic teacher than the student's snapshot: L_ac compares them layer by layer. Raises SystemExit if the shapes differ."""
+    model = load_audio_model(path, dtype=dtype)[0]
+    ours, theirs = decoder(student).config, decoder(model).config
+    if (ours.hidden_size, ours.num_hidden_layers) != (theirs.hidden_size, theirs.num_hidden_layers):
+        raise SystemExit(f"{path} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, the student "
+                         f"{ours.num_hidden_layers} of {ours.hidden_size}; L_ac compares layers: give a model of the same shape")
+    return model
+
+
+def _load(path, what, autos, reader_class, dtype):
+    # no remote code, and safetensors alone: nothing that comes with a checkpoint is executed or unpickled
+    adapter = Path(path) if (Path(path) / ADAPTER).is_file() else None
+    if adapter:
+        path = json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"]
+    try:
+        reader = reader_class.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        whole = hasattr(config, "thinker_config")           # Omni: a thinker, which is our model, and a talker that says aloud what it thinks
+        config = config.thinker_config if whole else config
+        auto = next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])     # AudioFlamingo3 is filed under "sequence to sequence"
+        model, found = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+        if adapter:
+            _peft()
+            model.load_adapter(str(adapter))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:300]
+        advice = "" if Path(path).is_dir() else "; a hub id needs the network once, or its files in the hub's cache"
+        raise SystemExit(f"cannot load {what} from {path} ({reason}); give a directory or a hub id of one, with safetensors{advice}") from None
+    odd = {kind: sorted(name for name in found[f"{kind}_keys"] if not (whole and kind == "unexpected" and not name.startswith("thinker.")))
+           for kind in ("missing", "unexpected")}
+    if names := [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in odd.items() if names]:
+        raise SystemExit(f"{path} does not fit {type(model).__name__}: tensors {' and '.join(names)}; get the checkpoint again, or the right version of it")
+    return model.eval(), reader
+
+
+def cast(model, dtype):
+    """A model's parameters to a type, in place -> the model. Its buffers stay as they are: .to(bfloat16) would round the rotary frequencies too, and a
+    thousand tokens on every position would be another one (from_pretrained keeps them as well)."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+# ------------------------------------------------------------ 2. its parts ------------------------------------------------------------
+
+def decoder(model):
+    """The text LLM inside an audio language model, or a text LLM without its head: a module with .layers and .config."""
+    return model.get_decoder()
+
+
+def tower(model):
+    """The audio encoder. Raises SystemExit when the model does not say where it is."""
+    found = model.get_encoder(modality="audio")
+    if found is model:                                      # transformers' own search knows audio_tower and the like; Granite says encoder
+        found = getattr(model.base_model, "encoder", None)
+    if found is None:
+        raise SystemExit(f"{type(model).__name__} does not say which of its modules hears: no audio_tower, audio_encoder, speech_encoder or encoder")
+    return found
+
+
+def projector(model):
+    """What is neither decoder, head nor tower: projectors, and what the model has for other senses. -> list of parameters"""
+    elsewhere = {id(p) for part in (decoder(model), model.get_output_embeddings(), tower(model)) for p in part.parameters()}
+    return [p for p in model.parameters() if id(p) not in elsewhere]
+
+
+def head_weight(model):
+    """The output head [vocab, hidden] as losses.py takes it. Raises SystemExit if it has a bias as well."""
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        raise SystemExit(f"the output head of {type(model).__name__} has a bias, which losses.py does not know; take a model whose head is a matrix alone")
+    return head.weight
+
+
+def hear(model, *, use_cache=False, **inputs):
+    """An audio language model without its head -> last hidden states [batch, seq, hidden], after the final norm.
+
+    Some families merge sound and words in model.model, others in the model itself; none needs to be known if the whole runs with an identity in
+    the head's place. (To run the head and drop its logits would cost [batch, seq, vocab], 10 GB for 16 thousand tokens.) Features come in float32 and
+    are cast to the tower's type."""
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(nn.Identity())
+    try:
+        return _whole(model, inputs, use_cache).logits
+    finally:
+        model.set_output_embeddings(head)
+
+
+def _whole(model, inputs, use_cache=False):
+    kind = next(tower(model).parameters()).dtype
+    return model(**{name: x.to(kind) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in inputs.items()}, use_cache=use_cache)
+
+
+def read(model, **inputs):
+    """The decoder alone on text, of an audio language model or a text LLM -> last hidden states [batch, seq, hidden]"""
+    return decoder(model)(**inputs, use_cache=False).last_hidden_state
+
+
+# ----------------------------------------------------------- 3. does it hear? -----------------------------------------------------------
+
+class Scatters(TorchFunctionMode):
+    """Counts, while it is on, how many vectors wait and how many places there are for them, wherever sound is scattered into a prompt's embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []                                      # [(elements that wait, elements' places)]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.masked_scatter:
+            into, mask, source = args
+            self.seen.append((source.numel(), int(mask.expand_as(into).sum())))
+        return function(*args, **(kwargs or {}))
+
+
+def check(model, processor, *, shared_prompts=False):
+    """Ask a model the questions of the opening, on noise of 1 and 1.5 seconds -> the parameters that get a gradient from what it hears (a list).
+
+    shared_prompts: also whether two rollouts in one sequence are what each is alone (data.audio_view). Raises SystemExit with what is wrong."""
+    name, noise = type(model).__name__, torch.Generator().manual_seed(0)
+    two = data.noise_prompts(processor, [(0.1 * torch.randn(n, generator=noise)).numpy() for n in (16_000, 24_000)])
+    view = data.audio_view(two, [0, 1], [[1, 2], [3]], processor).to(model.device)
+
+    with torch.no_grad(), _as_trained(model):
+        with Scatters() as scatters:
+            heard = hear(model, **view.inputs)                                               # [2, seq, hidden]
+        if not scatters.seen or any(waiting != places for waiting, places in scatters.seen):
+            raise SystemExit(f"{name} does not put the sound where the prompt's placeholders are ((values, places): {scatters.seen}); take model and "
+                             "processor from one checkpoint")
+        swapped = {key: x.flip(-1) if key in two.features and x.is_floating_point() else x for key, x in view.inputs.items()}
+        if (hear(model, **swapped) == heard).flatten(0, 1)[view.audio_positions].all(-1).any():
+            raise SystemExit(f"{name} does not hear: other sound in the same prompt leaves hidden states at its audio tokens as they are")
+        alone = {key: x for key, x in view.inputs.items() if key != "position_ids"}          # as transformers counts positions by itself
+        logits, real = _whole(model, alone).logits, view.inputs["attention_mask"].bool()
+        if not _close(logits[real], heard[real] @ head_weight(model).T.to(heard.dtype)):
+            raise SystemExit(_odd_head(model))
+        if shared_prompts:
+            apart, joint = (data.audio_view(two, rows, said, processor).to(model.device) for rows, said in (
+                ([0, 1, 0], [[1, 2], [3], [4]]), ([0, 0, 1], [[1, 2], [4], [3]])))           # only neighbours share a prompt
+            apart, joint = (hear(model, **v.inputs).flatten(0, 1)[v.predict_positions] for v in (apart, joint))       # [4 tokens, hidden]
+            if not _close(apart[[0, 1, 3, 2]], joint):
+                raise SystemExit(f"{name}'s attention does not take a mask of its own, so that a prompt's rollouts cannot share it, as CORD has them do")
+
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    model.requires_grad_(True)
+    with _as_trained(model):
+        nodes, seen, used = [hear(model, **view.inputs).sum().grad_fn], set(), {id(p) for p in model.get_output_embeddings().parameters()}
+    while nodes:                                            # down the graph to its leaves: nothing is computed, no gradient is made
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            used |= {id(node.variable)} if hasattr(node, "variable") else set()
+            nodes += [parent for parent, _ in node.next_functions]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return [p for p in model.parameters() if id(p) in used]
+
+
+def _as_trained(model):
+    # the autocast of both scripts: on a GPU, or with 16-bit weights
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda" or model.dtype == torch.bfloat16)
+
+
+def _close(a, b):
+    rough = torch.bfloat16 in (a.dtype, b.dtype)
+    return (a.float() - b.float()).norm() <= (5e-2 if rough else 1e-3) * b.float().norm()
+
+
+def _odd_head(model):
+    return (f"{type(model).__name__} does not get its logits by its head's matrix alone (it scales or caps them), or counts positions in a way of its own; "
+            "losses.py would learn another distribution: take another model")
+
+
+# ---------------------------------------------------------- 4. what of it learns ----------------------------------------------------------
+
+def choose_trained(student, train, used, frozen=()):
+    """What learns: "decoder" = decoder, head and projector, audio tower frozen; "all" = the audio tower too; in any case only of `used` (what check
+    found to get a gradient: DDP waits forever for the others) and not `frozen`.
+
+    The tower's position embeddings stay frozen either way, as in the original (from_pretrained forgets that): they are sinusoids."""
+    student.requires_grad_(False)
+    ears = tower(student)
+    sinusoids = getattr(ears, "embed_positions", None)
+    apart = {id(p) for p in (ears.parameters() if train != "all" else sinusoids.parameters() if sinusoids is not None else ())}
+    for parameter in used:
+        parameter.requires_grad_(id(parameter) not in apart)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def lower_half(student):
+    """What the words and sounds pass first: projector, embeddings and the lower half of the decoder's layers. -> list of parameters"""
+    layers = decoder(student).layers
+    parts = [decoder(student).get_input_embeddings(), *layers[:len(layers) // 2]]
+    return projector(student) + [p for part in parts for p in part.parameters()]
+
+
+def add_lora(student, rank):
+    """LoRA (arXiv 2106.09685): of the matrices that choose_trained let learn, none does any more, but each gets a low-rank update beside it,
+
+        W x + 32 / rank * B A x,    A [rank, in] random, B [out, rank] zero, both float32
+
+    so that the student starts as it came, and `with without_lora(student)` is what it was, for ever, without a copy: paper A's snapshot and CORD's
+    initial teacher. Head and embeddings stay as they are. The 32 keeps the best learning rate the same at any rank, about 10 times that of full
+    training. Raises SystemExit where peft is not installed."""
+    peft, head = _peft(), student.get_output_embeddings()
+    targets = [name for name, m in student.named_modules() if isinstance(m, nn.Linear) and m is not head and m.weight.requires_grad]
+    student.add_adapter(peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets))
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def without_lora(model):
+    """Inside, every adapter of `model` is off (nothing happens without one). peft's own switch also turns requires_grad off and on, under DDP's feet."""
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def has_lora(model):
+    return any(hasattr(m, "lora_A") for m in model.modules())
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise SystemExit("LoRA needs the package peft: pip install peft") from None
+    return peft
+
+
+# -------------------------------------------------------------- 5. saving ---------------------------------------------------------------
+
+def save(model, processor, folder, *, merged=False):
+    """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config, tokenizer, processor and chat template.
+
+    With LoRA the adapter alone, in peft's format; merged: added into the weights instead, in place, for those who do not know peft."""
+    if has_lora(model) and not merged:
+        model.save_pretrained(folder)
+    else:
+        for layer in (m for m in model.modules() if hasattr(m, "lora_A")):
+            layer.merge()
+        state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+        if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings().weight is decoder(model).get_input_embeddings().weight:
+            state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
+        # back to the names of the checkpoint it came from; transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss
+        state = {name.replace("language_model.model.model.", "language_model.model."): tensor
+                 for name, tensor in revert_weight_conversion(model, state).items()}
+        adapted, model._hf_peft_config_loaded = model._hf_peft_config_loaded, False
+        model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")
+        model._hf_peft_config_loaded = adapted
+    processor.save_pretrained(folder)
+
+
+def fill(model, folder):
+    """A saved model's weights, or its adapter's, into this one in place. Raises OSError, RuntimeError or ValueError where they do not fit."""
+    if has_lora(model):
+        saved, names = load_file(Path(folder) / "adapter_model.safetensors"), {name for name, _ in model.named_parameters() if ".lora_" in name}
+        found = _peft().set_peft_model_state_dict(model, saved)
+        if found.unexpected_keys or names & set(found.missing_keys) or len(saved) != len(names):
+            raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(names)}")
+    else:                           # through the class, because the hub's names are not the module's own
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict())
+
+
+def write_card(folder, base, script, flags, results=None):
+    """README.md beside the weights: what this model is, of which flags, and what it scored."""
+    lines = ["---", f"base_model: {base}", f"library_name: {'peft' if (Path(folder) / ADAPTER).exists() else 'transformers'}", "tags: [audio, distillation]", "---",
+             f"# {Path(folder).resolve().parent.name}, {Path(folder).name}", "", f"{base}, trained further by `{script}`:", "", "```",
+             *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value is not None), "```"]
+    lines += ["", "## Results, before and after", "", "```json", json.dumps(results, indent=1, default=str), "```"] if results else []
+    (Path(folder) / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description="Check an audio language model as the training scripts do, and print its parts.")
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("--teacher", help="a text LLM: how the two vocabularies go together")
+    args = parser.parse_args()
+    model, processor = load_audio_model(args.model)
+    used = {id(p) for p in check(model, processor, shared_prompts=True)}
+    parts = {"decoder": decoder(model).parameters(), "head": model.get_output_embeddings().parameters(), "tower": tower(model).parameters(), "rest": projector(model)}
+    print(f"{type(model).__name__}: {len(decoder(model).layers)} layers of width {decoder(model).config.hidden_size}; placeholder {processor.audio_token}; "
+          f"clips up to {data.longest(processor):g} s")
+    for name, parameters in parts.items():
+        parameters = list(parameters)
+        print(f"{name:8} {sum(p.numel() for p in parameters):14,} parameters, {sum(p.numel() for p in parameters if id(p) not in used):,} of them never get a gradient")
+    if args.teacher:
+        *_, summary = data.shared_vocabulary(processor.tokenizer, load_text_model(args.teacher)[1])
+        print("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as error:
+        raise SystemExit(f"error: {error}") from None
