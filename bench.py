@@ -332,7 +332,7 @@ def at_full_depth(args, flags):
     """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections.
     With DDP the gradients live in its buckets, so that they are not there twice."""
     student, _, teacher, _ = random_models(args, torch.device("meta"), torch.bfloat16, None)
-    models.choose_trained(student, args.train or flags.train)
+    models.choose_trained(student, args.train or flags.train, list(student.parameters()))
     count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
     learns, decoder, head = count(p for p in student.parameters() if p.requires_grad), count(student.model.language_model.parameters()), count(student.lm_head.parameters())
     held = {"student": 2 * count(student.parameters()), "optimizer": 6 * learns, "gradients": 2 * learns}
@@ -369,14 +369,14 @@ def bench_step(args):
     script = {"source_layer": train_source_layer, "cord": train_cord}[args.script]
     flags = script.parse_flags(["--weights", "bfloat16"])
     student, processor, teacher, tokenizer = random_models(args, device, torch.bfloat16, args.layers)
-    models.choose_trained(student, args.train or flags.train)
+    models.choose_trained(student, args.train or flags.train, list(student.parameters()))
     examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     if args.script == "source_layer":
         if teacher is None:
             raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
         snapshot = copy.deepcopy(student).requires_grad_(False)
-        snapshot.lm_head = None
+        snapshot.set_output_embeddings(torch.nn.Identity())
         student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
         pairs = layer_map.pairs(student.config.text_config.num_hidden_layers, teacher.config.num_hidden_layers)
         step = train_source_layer.SourceLayerStep(student, teacher, snapshot, pairs, (student_ids.to(device), teacher_ids.to(device)), flags).to(device)

@@ -98,8 +98,8 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
 
 # --------------------------------------------------------- 3. checkpoints ---------------------------------------------------------------
 
-def save_checkpoint(folder, *, step, model, processor, beside, optimizer, keep=2):
-    """Write folder/step-N: the model in the hub's layout, `beside` {file name: module} (all safetensors), state.pt; then drop old ones.
+def save_checkpoint(folder, *, step, model, processor, beside, optimizer, card, keep=2):
+    """Write folder/step-N: the model in the hub's layout with its card, `beside` {file name: module} (all safetensors), state.pt; then drop old ones.
 
     Written under a temporary name and renamed when complete, so that a folder called step-N is always whole."""
     folder = Path(folder)
@@ -107,6 +107,7 @@ def save_checkpoint(folder, *, step, model, processor, beside, optimizer, keep=2
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     models.save(model, processor, partial)
+    card(partial)
     for name, module in beside.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in module.state_dict().items()}, partial / name)
     torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "state.pt")

@@ -234,10 +234,14 @@ def check_audio(examples, max_seconds=None) -> list[float]:
     return [audio_seconds(example.audio, where=example.where, max_seconds=max_seconds) for example in examples]
 
 
-def report_cut(seconds, processor) -> str:
-    """Of these durations, how many does the model hear in part only? A sentence, or nothing if none."""
-    long = sum(s > longest(processor) for s in seconds)
-    return f"{long:,} of {len(seconds):,} clips are longer than the {longest(processor):g} s that the model hears and are cut there; --max-seconds refuses them" if long else ""
+def about_clips(seconds, processor) -> str:
+    """What clips of these durations mean for a model, in a line: what of them it hears, and the memory of one clip's features."""
+    window = longest(processor)
+    wave = torch.zeros(math.ceil(min(window, max(seconds)) * SAMPLE_RATE))
+    features = _audio_inputs(processor, [audio_prompt(processor, "")], [wave.numpy()])[1]
+    long = sum(s > window for s in seconds)
+    return (f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, longest {max(seconds):.1f} s; features at most {sum(x.nbytes for x in features.values()) / 2**20:.2f} MiB a clip"
+            + f"; {long:,} are longer than the {window:g} s that the model hears and are cut there (--max-seconds refuses them)" * (long > 0))
 
 
 def corrupt_descriptions(examples, share, seed=0) -> list[Example]:

@@ -544,7 +544,7 @@ def run_gap(args):
     if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
         raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
     model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
-    model.to("cuda" if gpu else "cpu")
+    models.check(model.to("cuda" if gpu else "cpu"), processor)
     out = Path(args.out or "runs/evaluate")
     out.mkdir(parents=True, exist_ok=True)
     found, samples = {}, []
@@ -612,7 +612,7 @@ def run(args):
         out = Path(args.out or "runs/evaluate") / "results.json"
         gpu = torch.cuda.is_available()
         model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
-        model.to("cuda" if gpu else "cpu")
+        models.check(model.to("cuda" if gpu else "cpu"), processor)
         results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
                                  max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                                  seed=args.seed)

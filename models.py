@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
@@ -37,7 +37,8 @@ ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weight
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
 
 def load_audio_model(path, *, dtype=torch.float32):
-    """A directory or hub id, of a model or of a LoRA adapter -> (audio language model, its processor), in eval mode.
+    """A directory or hub id, of a model or of a LoRA adapter (which is added into its base's weights) -> (audio language model, its processor), in
+    eval mode.
 
     Raises SystemExit with one sentence when it cannot be used."""
     model, processor = _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
@@ -90,6 +91,7 @@ def _load(path, what, autos, reader_class, dtype):
         if adapter:
             _peft()
             model.load_adapter(str(adapter))
+            merge_lora(model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:300]
         advice = "" if Path(path).is_dir() else "; a hub id needs the network once, or its files in the hub's cache"
@@ -240,9 +242,9 @@ def _odd_head(model):
 
 # ---------------------------------------------------------- 4. what of it learns ----------------------------------------------------------
 
-def choose_trained(student, train, used, frozen=()):
+def choose_trained(student, train, used, *, frozen=(), lora=0):
     """What learns: "decoder" = decoder, head and projector, audio tower frozen; "all" = the audio tower too; in any case only of `used` (what check
-    found to get a gradient: DDP waits forever for the others) and not `frozen`.
+    found to get a gradient: DDP waits forever for the others) and not `frozen`. lora: not these themselves, but adapters of that rank beside them.
 
     The tower's position embeddings stay frozen either way, as in the original (from_pretrained forgets that): they are sinusoids."""
     student.requires_grad_(False)
@@ -253,6 +255,8 @@ def choose_trained(student, train, used, frozen=()):
         parameter.requires_grad_(id(parameter) not in apart)
     for parameter in frozen:
         parameter.requires_grad_(False)
+    if lora:
+        add_lora(student, lora)
 
 
 def lower_half(student):
@@ -272,7 +276,8 @@ def add_lora(student, rank):
     training. Raises SystemExit where peft is not installed."""
     peft, head = _peft(), student.get_output_embeddings()
     targets = [name for name, m in student.named_modules() if isinstance(m, nn.Linear) and m is not head and m.weight.requires_grad]
-    student.add_adapter(peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets))
+    # not transformers' add_adapter: Granite Speech's generate() would switch an adapter off that it knows of whenever no sound is given, as behind a cache
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets, base_model_name_or_path=str(student.name_or_path)), student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if parameter.requires_grad:
@@ -296,6 +301,14 @@ def has_lora(model):
     return any(hasattr(m, "lora_A") for m in model.modules())
 
 
+def merge_lora(model):
+    """W <- W + 32 / rank * B A, in place; then the model is one without adapters again. Weights in 16 bits round: an update below 2^-8 of a weight goes."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if hasattr(m, "lora_A")]:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    model._hf_peft_config_loaded = False
+
+
 def _peft():
     try:
         import peft
@@ -306,45 +319,54 @@ def _peft():
 
 # -------------------------------------------------------------- 5. saving ---------------------------------------------------------------
 
-def save(model, processor, folder, *, merged=False):
-    """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config, tokenizer, processor and chat template.
-
-    With LoRA the adapter alone, in peft's format; merged: added into the weights instead, in place, for those who do not know peft."""
-    if has_lora(model) and not merged:
-        model.save_pretrained(folder)
+def save(model, processor, folder):
+    """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config, tokenizer, processor and chat template. With LoRA the
+    adapter alone, as peft saves it."""
+    if has_lora(model):
+        save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(model).items()},
+                  Path(folder) / "adapter_model.safetensors")
+        model.peft_config["default"].save_pretrained(folder)
     else:
-        for layer in (m for m in model.modules() if hasattr(m, "lora_A")):
-            layer.merge()
-        state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+        state = model.state_dict()
         if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings().weight is decoder(model).get_input_embeddings().weight:
             state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
         # back to the names of the checkpoint it came from; transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss
         state = {name.replace("language_model.model.model.", "language_model.model."): tensor
                  for name, tensor in revert_weight_conversion(model, state).items()}
-        adapted, model._hf_peft_config_loaded = model._hf_peft_config_loaded, False
         model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")
-        model._hf_peft_config_loaded = adapted
     processor.save_pretrained(folder)
 
 
 def fill(model, folder):
     """A saved model's weights, or its adapter's, into this one in place. Raises OSError, RuntimeError or ValueError where they do not fit."""
     if has_lora(model):
-        saved, names = load_file(Path(folder) / "adapter_model.safetensors"), {name for name, _ in model.named_parameters() if ".lora_" in name}
-        found = _peft().set_peft_model_state_dict(model, saved)
-        if found.unexpected_keys or names & set(found.missing_keys) or len(saved) != len(names):
-            raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(names)}")
+        saved = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items()}
+        if saved.keys() != (ours := _peft().get_peft_model_state_dict(model)).keys():
+            raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
+        _peft().set_peft_model_state_dict(model, saved)
     else:                           # through the class, because the hub's names are not the module's own
         model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict())
 
 
-def write_card(folder, base, script, flags, results=None):
-    """README.md beside the weights: what this model is, of which flags, and what it scored."""
+def write_card(folder, *, base, script, flags, results=None):
+    """README.md beside the weights: what this model is, of which flags, and what it scored (a table, as text)."""
     lines = ["---", f"base_model: {base}", f"library_name: {'peft' if (Path(folder) / ADAPTER).exists() else 'transformers'}", "tags: [audio, distillation]", "---",
              f"# {Path(folder).resolve().parent.name}, {Path(folder).name}", "", f"{base}, trained further by `{script}`:", "", "```",
              *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value is not None), "```"]
-    lines += ["", "## Results, before and after", "", "```json", json.dumps(results, indent=1, default=str), "```"] if results else []
+    lines += ["", "## Results, before and after", "", "```", results, "```"] if results else []
     (Path(folder) / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def finish(model, processor, checkpoint, card, results, merge):
+    """The end of a run: the last checkpoint's card gets the results; merge: the whole model with its adapter goes into `merged` beside it."""
+    if checkpoint.exists():
+        card(checkpoint, results=results)
+    if merge:
+        merge_lora(model)
+        folder = checkpoint.with_name("merged")
+        folder.mkdir(exist_ok=True)
+        save(model, processor, folder)
+        card(folder, results=results)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------

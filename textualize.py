@@ -387,9 +387,9 @@ def main(argv=None):
     if {e.id for e in examples} - written(out, name) - written(failed, name):
         model, processor = models.load_audio_model(args.model, dtype=half)
         seconds = data.check_audio(examples)
-        say(data.report_cut(seconds, processor), end="\n" * (max(seconds) > data.longest(processor)))
-        say(f"{len(examples):,} clips, {sum(seconds) / 3600:.2f} hours, described on {device} x {world} by {name}")
-        counts = textualize(examples, records, model.to(device), processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
+        models.check(model.to(device), processor)
+        say(f"{data.about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
+        counts = textualize(examples, records, model, processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
                             grounding=grounding, chunk=args.batch_size, max_new_tokens=args.max_new_tokens, rank=rank, name=name)
         del model
         say("\n".join(f"tried again, {why}: {n}" for why, n in sorted(counts.items())) or "no description had to be tried again")

@@ -95,6 +95,7 @@ def parse_flags(argv=None):
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
+    parser.add_argument("--merge", action="store_true", help="with --lora: at the end, save the whole model with its adapter in --out/merged, too")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
@@ -123,6 +124,8 @@ def parse_flags(argv=None):
         parser.error("batch sizes, --max-new-tokens, --save-every and --show-every are at least 1, --epochs above 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
+    if args.lora < 0 or args.merge and not args.lora:
+        parser.error("--lora is a rank, 0 or more; --merge adds its adapter to the weights, so it needs --lora")
     return args
 
 
@@ -259,13 +262,11 @@ def main(argv=None):
 
     # 4.2 models
     half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
-    student, processor = models.load_audio_model(args.student, dtype=getattr(torch, args.weights))
+    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
     tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, args.max_seconds)
     verdicts = judge.load(args.judge, device)
-    models.cast(student.to(device), half if args.lora else getattr(torch, args.weights)).set_attn_implementation("sdpa")   # takes the mask of shared prompts
-    models.choose_trained(student, args.train, models.check(student, processor, shared_prompts=True))
-    if args.lora:
-        models.add_lora(student, args.lora)
+    student.to(device).set_attn_implementation("sdpa")                                   # takes the mask of shared prompts
+    models.choose_trained(student, args.train, models.check(student, processor, shared_prompts=True), lora=args.lora)
     step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
@@ -279,7 +280,8 @@ def main(argv=None):
         f"parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
-    say(f"{len(examples):,} prompts, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {share} x {len(plan)} x {world} "
+    say(data.about_clips(seconds, processor))
+    say(f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {share} x {len(plan)} x {world} "
         f"(prompts x rollouts x ranks) = {args.batch_size * len(plan)} rollouts a step, {steps} steps")
     common.start_folder(out, checkpoint, rank, world)
     answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
@@ -303,7 +305,8 @@ def main(argv=None):
     # 4.4 optimizer, checkpoint
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
-    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, optimizer=optimizer)
+    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
+    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, optimizer=optimizer, card=card)
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)
         say(f"going on from step {done}, {checkpoint}")
@@ -384,17 +387,20 @@ def main(argv=None):
         return
 
     # 4.6 after
+    report = None
     if before:
         after = score("after")
-        minutes = (time.time() - started) / 60
+        report, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
-            print(evaluate.report_gap(after, before))
+            print(report)
             if args.data is None and not args.dry_run:
                 print("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
+    if rank == 0:
+        models.finish(student, processor, out / f"step-{done:07d}", card, report, args.merge)
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 

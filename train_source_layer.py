@@ -94,6 +94,7 @@ def parse_flags(argv=None):
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
+    parser.add_argument("--merge", action="store_true", help="with --lora: at the end, save the whole model with its adapter in --out/merged, too")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
@@ -124,6 +125,8 @@ def parse_flags(argv=None):
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
+    if args.lora < 0 or args.merge and not args.lora:
+        parser.error("--lora is a rank, 0 or more; --merge adds its adapter to the weights, so it needs --lora")
     return args
 
 
@@ -254,11 +257,10 @@ def main(argv=None):
     scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
-    student, processor = models.load_audio_model(args.student, dtype=getattr(torch, args.weights))
     seconds = data.check_audio(examples + scored, args.max_seconds)
     half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
-    models.cast(student.to(device), half if args.lora else getattr(torch, args.weights))
-    used = models.check(student, processor)
+    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
+    used = models.check(student.to(device), processor)
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd and args.lora and args.acoustic_teacher == "snapshot":
         snapshot = student                              # without its adapter it is what it was
@@ -267,14 +269,12 @@ def main(argv=None):
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
     if args.text_kd != "none":
         teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
-        models.cast(teacher.to(device), half).requires_grad_(False)
+        teacher.to(device).requires_grad_(False)
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
         student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
-    models.choose_trained(student, args.train, used, frozen=models.lower_half(student) if args.lower_lr == 0 else ())
-    if args.lora:
-        models.add_lora(student, args.lora)
+    models.choose_trained(student, args.train, used, frozen=models.lower_half(student) if args.lower_lr == 0 else (), lora=args.lora)
     pairs = layer_map.pairs(*(len(models.decoder(model).layers) for model in (student, teacher or student)), every=args.every, only=args.layers) if args.every else []
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
 
@@ -291,7 +291,8 @@ def main(argv=None):
     learns = [p for p in step_module.parameters() if p.requires_grad]
     say(f"{device} x {world}, {args.weights} weights{', bfloat16 autocast' * (half == torch.bfloat16)}; student {student.num_parameters():,} "
         f"parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
-    say(f"{len(examples):,} examples, {sum(seconds[:len(examples)]) / 3600:.2f} hours; {args.micro_batch} x {accumulation} x {world} "
+    say(data.about_clips(seconds, processor))
+    say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
     say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
     common.start_folder(out, checkpoint, rank, world)
@@ -317,7 +318,8 @@ def main(argv=None):
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
-    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer)
+    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
+    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer, card=card)
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)
         for name, module in beside.items():
@@ -382,18 +384,21 @@ def main(argv=None):
         return
 
     # 4.6 after
+    report = None
     if before:
         after = score("after")
-        minutes = (time.time() - started) / 60
+        report, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
-            print(evaluate.report_change(before, after))
+            print(report)
             if not args.dry_run:                        # eight questions a task show nothing
                 print(*evaluate.name_failures(before, after), sep="\n")
                 if args.data is None:
                     print("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
+    if rank == 0:
+        models.finish(student, processor, out / f"step-{done:07d}", card, report, args.merge)
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 

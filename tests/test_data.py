@@ -199,7 +199,7 @@ def test_batch_contents(make_batch, examples, tiny_processor, shifted_teacher, t
     batch = make_batch()
     assert batch.ids == ["s0", "s1", "s2", "s3"] and batch.examples == examples
     assert set(batch.audio.inputs) == {"input_ids", "attention_mask", "position_ids", "input_features", "feature_attention_mask"}
-    assert set(batch.text.inputs) == {"input_ids", "attention_mask"} and len(batch.text.audio_positions) == 0
+    assert set(batch.text.inputs) == {"input_ids", "attention_mask", "position_ids"} and len(batch.text.audio_positions) == 0
     assert all(tensor.dtype == torch.int64 for tensor in (batch.labels, batch.audio.predict_positions, batch.text.predict_positions))
     per_row = (batch.audio.inputs["input_ids"] == tiny_processor.audio_token_id).sum(1).tolist()
     frames = [math.ceil(len(data.load_audio(example.audio)) / 160) for example in examples]         # 100 mel frames a second
@@ -217,7 +217,7 @@ def test_to_moves_everything(make_batch):
     moved = make_batch().to("meta")
     tensors = [moved.labels, *(tensor for view in (moved.audio, moved.text)
                                for tensor in (*view.inputs.values(), view.predict_positions, view.audio_positions))]
-    assert len(tensors) == 11 and all(tensor.device.type == "meta" for tensor in tensors)
+    assert len(tensors) == 13 and all(tensor.device.type == "meta" for tensor in tensors)
 
 
 def test_cord_uses_the_students_own_tokenizer_and_the_transcript(examples, tiny_processor):
@@ -552,10 +552,17 @@ def test_collate_refuses(examples, tiny_processor, tiny_teacher_tokenizer, chang
     assert_one_sentence(refused, examples[0].where)
 
 
-def test_collate_refuses_what_the_models_window_would_cut(tmp_path, make_wav, examples, tiny_processor, tiny_teacher_tokenizer):
-    long = replace(examples[0], audio=make_wav(tmp_path / "long.wav", 3.2))
+def test_long_clips_are_cut_where_the_model_stops_hearing_and_counted_or_refused(tmp_path, make_wav, examples, tiny_processor, tiny_teacher_tokenizer):
+    long, short = (replace(examples[0], audio=make_wav(tmp_path / f"{seconds}.wav", seconds, rate=44_100)) for seconds in (3.2, 3.0))
+    ids, features = data._audio_prompts([long, short], tiny_processor, None)
+    assert ids[0] == ids[1] and ids[0].count(tiny_processor.audio_token_id) == 75
+    assert features["feature_attention_mask"].sum(1).tolist() == [300, 300]
+    torch.testing.assert_close(features["input_features"][0, :, :295], features["input_features"][1, :, :295], atol=0.02, rtol=0)      # but for the cut edge
+    line = data.about_clips([3.2, 3.0, 1.0], tiny_processor)
+    assert line.startswith("3 clips, 0.00 hours, longest 3.2 s; features at most 0.02 MiB a clip; 1 are longer than the 3 s that the model hears and are cut there")
+    assert "longer" not in data.about_clips([3.0, 1.0], tiny_processor)
     with pytest.raises(data.DataError, match="lasts 3.20 s, over the limit of 3 s"):
-        data.collate([long], tiny_processor, tiny_teacher_tokenizer, max_seconds=30)
+        data.collate([long], tiny_processor, tiny_teacher_tokenizer, max_seconds=3)
     with pytest.raises(data.DataError, match="lasts 1.00 s, over the limit of 0.5 s"):
         data.prompt_batch([examples[0]], tiny_processor, max_seconds=0.5)
 

@@ -278,7 +278,7 @@ def test_what_carries_no_gradient_is_not_run(everything):
 
 def test_only_decoder_and_projector_learn_and_the_teacher_does_not(everything):
     model, processor, step, prompts, rollouts, args = everything
-    models.choose_trained(model, "decoder")
+    models.choose_trained(model, "decoder", list(model.parameters()))
     total(step, chunks_of(rollouts, prompts, processor, 9, "cpu"), {"token": 3, "group": 6})["loss"].backward()
     got = {name for name, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert got == {name for name, p in step.named_parameters() if p.requires_grad}          # nothing that DDP would wait for in vain
@@ -323,7 +323,7 @@ def test_rewards_and_advantages(student, prompts):
 
 def test_with_a_frozen_teacher_d_t_falls_on_a_fixed_batch(student, prompts):
     model, processor = copy.deepcopy(student[0]), student[1]
-    models.choose_trained(model, "decoder")
+    models.choose_trained(model, "decoder", list(model.parameters()))
     step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), parse_flags(["--group-size", "0"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     chunk, = chunks_of(rollout.roll_out(model, processor, prompts, PLAN[:1], key="0", max_new_tokens=40), prompts, processor, 9, "cpu")

@@ -156,7 +156,7 @@ def test_a_shift_by_one_changes_every_term(everything):
 
 def test_only_the_student_and_its_projections_learn(everything):
     student, snapshot, teacher, *_, batch, step, _, _ = everything
-    models.choose_trained(student, "decoder")
+    models.choose_trained(student, "decoder", list(student.parameters()))
     step(batch, {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)})["loss"].backward()
     got = {name for name, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert got == {name for name, p in step.named_parameters() if p.requires_grad}          # nothing that DDP would wait for in vain
