@@ -162,7 +162,7 @@ def load_checkpoint(path, model, optimizer):
         state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])           # ValueError: other parameters learnt (--train, --lower-lr)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"{path} was saved by another model ({reason}); resume with the flags of its config.json") from None
     for group, ours in zip(optimizer.param_groups, flags):
         group.update(ours)

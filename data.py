@@ -335,7 +335,7 @@ def encode_response(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [turn_end_id(tokenizer)]
 
 
-def shared_vocabulary(student_tok, teacher_tok, *, minimum=0.5) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def shared_vocabulary(student_tok, teacher_tok, *, minimum=0.9) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Ids of the tokens that are equal AS STRINGS in both vocabularies: (student_ids [n], teacher_ids [n], summary of counts).
 
     Ids alone would lie: 151,646 is <|AUDIO|> in Qwen2.5-Omni and <|object_ref_start|> in Qwen3. Raises DataError where less than `minimum`

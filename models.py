@@ -191,8 +191,12 @@ def check(model, processor, *, shared_prompts=False):
     view = data.audio_view(two, [0, 1], [[1, 2], [3]], processor).to(model.device)
 
     with torch.no_grad(), _as_trained(model):
-        with Scatters() as scatters:
-            heard = hear(model, **view.inputs)                                               # [2, seq, hidden]
+        try:
+            with Scatters() as scatters:
+                heard = hear(model, **view.inputs)                                           # [2, seq, hidden]
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise SystemExit(f"{name} does not take what its processor makes of a clip ({str(error).strip().splitlines()[0]}); take both from one "
+                             "checkpoint") from None
         if not scatters.seen or any(waiting != places for waiting, places in scatters.seen):
             raise SystemExit(f"{name} does not put the sound where the prompt's placeholders are ((values, places): {scatters.seen}); take model and "
                              "processor from one checkpoint")
@@ -205,9 +209,9 @@ def check(model, processor, *, shared_prompts=False):
             raise SystemExit(_odd_head(model))
         if shared_prompts:
             apart, joint = (data.audio_view(two, rows, said, processor).to(model.device) for rows, said in (
-                ([0, 1, 0], [[1, 2], [3], [4]]), ([0, 0, 1], [[1, 2], [4], [3]])))           # only neighbours share a prompt
-            apart, joint = (hear(model, **v.inputs).flatten(0, 1)[v.predict_positions] for v in (apart, joint))       # [4 tokens, hidden]
-            if not _close(apart[[0, 1, 3, 2]], joint):
+                ([0, 1, 0], [[1, 2], [3], [4, 5]]), ([0, 0, 1], [[1, 2], [4, 5], [3]])))     # only neighbours share a prompt
+            apart, joint = (hear(model, **v.inputs).flatten(0, 1)[v.predict_positions] for v in (apart, joint))       # [5 tokens, hidden]
+            if not _close(apart[[0, 1, 3, 4, 2]], joint):
                 raise SystemExit(f"{name}'s attention does not take a mask of its own, so that a prompt's rollouts cannot share it, as CORD has them do")
 
     frozen = [p for p in model.parameters() if not p.requires_grad]
