@@ -30,12 +30,8 @@ from unittest import mock
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import soundfile
-import tokenizers
 import torch
-from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen3Config, Qwen3ForCausalLM,
-                          WhisperFeatureExtractor)
 
 import common
 import data
@@ -44,6 +40,7 @@ import losses
 import mini_world
 import models
 import rollout
+import shapes
 import split_adamw
 import train_cord
 import train_source_layer
@@ -273,41 +270,17 @@ def bench_rollouts(args):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # whole steps at the shapes of real models, with random weights: nothing is downloaded
 
-TOWER = dict(model_type="qwen2_audio_encoder", num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
-             max_source_positions=1500)
-# From the models' config.json. Omni's thinker is built in Qwen2-Audio's class: the same layers and widths; its rotary positions cost the same.
-STUDENTS = {"qwen2-audio-7b": dict(vocab_size=156_032, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32),
-            "qwen2.5-omni-7b": dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)}
-TEACHERS = {"qwen3-8b": dict(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-                             head_dim=128)}
+SHAPES = {"qwen2-audio-7b": "Qwen/Qwen2-Audio-7B-Instruct", "qwen2.5-omni-7b": "Qwen/Qwen2.5-Omni-7B", "qwen3-8b": "Qwen/Qwen3-8B"}
+ALL = 1_000                 # layers, more than any has
 
 
-def word_tokenizer(specials, template, words=151_600):
-    """One token a word, "w0" to "w151599": as many words as the real ones, and texts of any length."""
-    tokenizer = Tokenizer(tokenizers.models.WordLevel({**{f"w{i}": i for i in range(words)}, "?": words}, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(specials)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    fast.chat_template = template
-    return fast
-
-
-def random_models(args, device, dtype, layers):
-    """-> (student, processor, teacher or None, its tokenizer), in `dtype`, with random weights and at most so many layers (None: all)."""
+def random_models(args, device, layers):
+    """-> (student, processor, teacher or None, its tokenizer), in bfloat16, with random weights and at most so many layers."""
     name, _, reader = args.shapes.partition("+")
-    words = word_tokenizer(mini_world.STUDENT_SPECIALS, mini_world.STUDENT_TEMPLATE)
-    processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), words, chat_template=mini_world.STUDENT_TEMPLATE)
-    shrink = lambda config, key: {**config, key: min(config[key], layers or config[key])}
-    config = Qwen2AudioConfig(audio_config=shrink(TOWER, "encoder_layers"), audio_token_id=words.convert_tokens_to_ids("<|AUDIO|>"), text_config=dict(
-        model_type="qwen2", max_position_embeddings=8192, tie_word_embeddings=False, **shrink(STUDENTS[name], "num_hidden_layers")))
-    torch.set_default_dtype(dtype)
     with device:
-        student, teacher = Qwen2AudioForConditionalGeneration(config).eval(), None
-        if reader:
-            teacher = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=8192, tie_word_embeddings=False, **shrink(TEACHERS[reader], "num_hidden_layers")))
-            teacher.eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    return student, processor, teacher, word_tokenizer(mini_world.TEACHER_SPECIALS, mini_world.TEACHER_TEMPLATE)
+        student, processor = shapes.random_student(SHAPES[name], layers, torch.bfloat16)
+        teacher, tokenizer = shapes.random_teacher(SHAPES[reader], layers, torch.bfloat16) if reader else (None, None)
+    return student, processor, teacher and teacher.requires_grad_(False), tokenizer
 
 
 def write_examples(args, folder, count):
@@ -331,10 +304,10 @@ def gigabytes(*tensors):
 def at_full_depth(args, flags):
     """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections.
     With DDP the gradients live in its buckets, so that they are not there twice."""
-    student, _, teacher, _ = random_models(args, torch.device("meta"), torch.bfloat16, None)
+    student, _, teacher, _ = random_models(args, torch.device("meta"), ALL)
     models.choose_trained(student, args.train or flags.train, list(student.parameters()))
     count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
-    learns, decoder, head = count(p for p in student.parameters() if p.requires_grad), count(student.model.language_model.parameters()), count(student.lm_head.parameters())
+    learns, decoder, head = count(p for p in student.parameters() if p.requires_grad), count(models.decoder(student).parameters()), count([models.head_weight(student)])
     held = {"student": 2 * count(student.parameters()), "optimizer": 6 * learns, "gradients": 2 * learns}
     if args.script == "cord":
         return {**held, "teacher (a copy of the decoder)": 2 * (decoder + head)}
@@ -368,7 +341,7 @@ def bench_step(args):
 
     script = {"source_layer": train_source_layer, "cord": train_cord}[args.script]
     flags = script.parse_flags(["--weights", "bfloat16"])
-    student, processor, teacher, tokenizer = random_models(args, device, torch.bfloat16, args.layers)
+    student, processor, teacher, tokenizer = random_models(args, device, args.layers or ALL)
     models.choose_trained(student, args.train or flags.train, list(student.parameters()))
     examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)

@@ -191,6 +191,15 @@ def open_log(path, done):
     path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
 
 
+def keep_evaluation(folder, when, results, asked, rank):
+    """Rank 0 writes when.json and, apart, what was said to samples-when.jsonl -> the results without the samples, with the questions' fingerprint."""
+    samples, results["asked"] = results.pop("samples"), asked
+    if rank == 0:
+        (folder / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        write_json(folder / f"{when}.json", results)
+    return results
+
+
 def read_known(path, asked):
     """An evaluation that an earlier part of a run saved, if it asked the same questions (data.fingerprint), or None."""
     found = json.loads(path.read_text()) if path.exists() else {}

@@ -42,6 +42,7 @@ from transformers import (PreTrainedTokenizerFast, Qwen2AudioForConditionalGener
 from data import (Example, audio_prompt, encode_response, parse_response, prompt_batch, question_text, read_manifest, response_text,
                   text_prompt, turn_end_id)
 from models import load_audio_model, load_text_model
+from shapes import STUDENT_SPECIALS, STUDENT_TEMPLATE, TEACHER_SPECIALS, TEACHER_TEMPLATE
 from speak import SAMPLE_RATE, speak
 
 WORLD = 2                       # part of the cache's name: raise it when the same seed gives another world
@@ -455,20 +456,6 @@ def spoken(seed=0, *, small=False):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 4. Two tiny models in the hub's layout: a Qwen2-Audio student and a Qwen3 teacher
-
-STUDENT_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-TEACHER_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<think>", "</think>"]
-# Qwen2-Audio's template without its system prompt, and Qwen3's: with thinking off the answer follows an empty think block.
-STUDENT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TEACHER_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
-    "<think>\n\n</think>\n\n{% endif %}{% endif %}")
-
 
 def as_example(record, **changes):
     """A record as the Example that data.py's prompt functions read."""

@@ -16,6 +16,7 @@ Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their think
 
     python models.py mini/student                       # check a model, folder or hub id, and print its parts
     python models.py mini/student --teacher mini/teacher      # and how its vocabulary goes with a text teacher's
+    python models.py runs/lora/step-0000100 --merge runs/lora/merged      # a LoRA adapter added into its base, for those who do not know peft
 """
 import argparse
 import contextlib
@@ -30,18 +31,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from transformers.core_model_loading import revert_weight_conversion
 
 import data
+import shapes
 
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
 
 
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
 
-def load_audio_model(path, *, dtype=torch.float32):
+def load_audio_model(path, *, dtype=torch.float32, random_layers=0):
     """A directory or hub id, of a model or of a LoRA adapter (which is added into its base's weights) -> (audio language model, its processor), in
-    eval mode.
+    eval mode. random_layers: nothing is loaded, but a model of that name's shape, so deep, made of random weights (shapes.py).
 
     Raises SystemExit with one sentence when it cannot be used."""
-    model, processor = _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
+    model, processor = shapes.random_student(path, random_layers, dtype) if random_layers else _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
     placeholder = getattr(processor, "audio_token", None)
     if not placeholder or data.extractor(processor) is None:
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
@@ -54,9 +56,9 @@ def load_audio_model(path, *, dtype=torch.float32):
     return model, processor
 
 
-def load_text_model(path, *, dtype=torch.float32):
-    """A directory or hub id -> (causal language model, tokenizer). Raises SystemExit with one sentence when it cannot be used."""
-    model, tokenizer = _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
+def load_text_model(path, *, dtype=torch.float32, random_layers=0):
+    """A directory or hub id -> (causal language model, tokenizer), as above. Raises SystemExit with one sentence when it cannot be used."""
+    model, tokenizer = shapes.random_teacher(path, random_layers, dtype) if random_layers else _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
     with torch.no_grad():
@@ -104,10 +106,11 @@ def _load(path, what, autos, reader_class, dtype):
 
 
 def cast(model, dtype):
-    """A model's parameters to a type, in place -> the model. Its buffers stay as they are: .to(bfloat16) would round the rotary frequencies too, and a
-    thousand tokens on every position would be another one (from_pretrained keeps them as well)."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    """What a checkpoint holds of a model to a type, in place -> the model. Other buffers stay as they are, as in from_pretrained: .to(bfloat16) would round
+    the rotary frequencies too, and a thousand tokens on every position would be another one."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     return model
 
 
@@ -353,7 +356,9 @@ def fill(model, folder):
 
 
 def write_card(folder, *, base, script, flags, results=None):
-    """README.md beside the weights: what this model is, of which flags, and what it scored (a table, as text)."""
+    """README.md beside the weights: what this model is, of which flags, and what it scored (a table, as text). Nothing where there is no folder."""
+    if not Path(folder).is_dir():
+        return
     lines = ["---", f"base_model: {base}", f"library_name: {'peft' if (Path(folder) / ADAPTER).exists() else 'transformers'}", "tags: [audio, distillation]", "---",
              f"# {Path(folder).resolve().parent.name}, {Path(folder).name}", "", f"{base}, trained further by `{script}`:", "", "```",
              *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value is not None), "```"]
@@ -361,25 +366,14 @@ def write_card(folder, *, base, script, flags, results=None):
     (Path(folder) / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def finish(model, processor, checkpoint, card, results, merge):
-    """The end of a run: the last checkpoint's card gets the results; merge: the whole model with its adapter goes into `merged` beside it."""
-    if checkpoint.exists():
-        card(checkpoint, results=results)
-    if merge:
-        merge_lora(model)
-        folder = checkpoint.with_name("merged")
-        folder.mkdir(exist_ok=True)
-        save(model, processor, folder)
-        card(folder, results=results)
-
-
 # ----------------------------------------------------------------------------------------------------------------------------------------
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Check an audio language model as the training scripts do, and print its parts.")
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--teacher", help="a text LLM: how the two vocabularies go together")
-    args = parser.parse_args()
+    parser.add_argument("--merge", metavar="OUT", help="save the model in this folder; an adapter is added into its base's weights")
+    args = parser.parse_args(argv)
     model, processor = load_audio_model(args.model)
     used = {id(p) for p in check(model, processor, shared_prompts=True)}
     parts = {"decoder": decoder(model).parameters(), "head": model.get_output_embeddings().parameters(), "tower": tower(model).parameters(), "rest": projector(model)}
@@ -391,6 +385,10 @@ def main():
     if args.teacher:
         *_, summary = data.shared_vocabulary(processor.tokenizer, load_text_model(args.teacher)[1])
         print("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
+    if args.merge:
+        Path(args.merge).mkdir(parents=True)
+        save(model, processor, args.merge)
+        print(f"{args.merge}: saved")
 
 
 if __name__ == "__main__":

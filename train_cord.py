@@ -27,8 +27,7 @@ Where the paper is silent, and what we do:
    learning rate; at twice that both views fall together (python experiments.py cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call; --share-rollouts takes the KL on the group's.
 3. D_t and log p are of what was sampled from: control tokens are banned in both views; log p at the row's own temperature, D_t at 1.
-4. L_tok and L_seq are sums over a rollout's tokens, as written, and means over the rollouts of the global batch: neither the number of GPUs
-   nor accumulation changes the run.
+4. L_tok and L_seq: sums over a rollout's tokens, as written, and means over the rollouts of the global batch, on any number of GPUs.
 5. Top K is a share of the rollout (a tenth: 20 of the paper's 200 tokens), so that short rollouts are weighted alike.
 6. AdamW, linear warm-up over 3 %, cosine to zero. Decoder and projector learn, the audio tower is frozen.
 7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have no gradient and are not run again.
@@ -38,7 +37,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -95,7 +93,7 @@ def parse_flags(argv=None):
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
-    parser.add_argument("--merge", action="store_true", help="with --lora: at the end, save the whole model with its adapter in --out/merged, too")
+    parser.add_argument("--random-weights", type=int, default=0, metavar="LAYERS", help="for a dry run: the models' shapes, so deep, no weights (shapes.py)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
@@ -120,12 +118,10 @@ def parse_flags(argv=None):
         parser.error("with --token-loss none and --group-size 0 nothing is learnt; leave one of them on")
     if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
         parser.error("--share-rollouts puts the reverse KL on the group's rollouts, so it needs --token-loss reverse-kl and a --group-size")
-    if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every) < 1 or args.epochs <= 0:
-        parser.error("batch sizes, --max-new-tokens, --save-every and --show-every are at least 1, --epochs above 0")
+    if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every, args.lora + 1) < 1 or args.epochs <= 0:
+        parser.error("batch sizes, --max-new-tokens, --save-every and --show-every are at least 1, --epochs above 0, --lora at least 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
-    if args.lora < 0 or args.merge and not args.lora:
-        parser.error("--lora is a rank, 0 or more; --merge adds its adapter to the weights, so it needs --lora")
     return args
 
 
@@ -244,9 +240,8 @@ def learning_rate_factor(step, steps):
 
 def main(argv=None):
     args = parse_flags(argv)
-    started, (rank, world, device) = time.time(), common.start_distributed()
+    started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
-    out = Path(args.out)
     torch.manual_seed(args.seed)
     # 4.1 data: the whole manifest and every clip's header are checked before anything trains
     if args.batch_size % world:
@@ -261,8 +256,8 @@ def main(argv=None):
     scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
-    half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
-    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
+    kind = torch.bfloat16 if args.weights == "bfloat16" or args.lora and device.type == "cuda" else torch.float32
+    student, processor = models.load_audio_model(args.student, dtype=kind, random_layers=args.random_weights)
     tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, args.max_seconds)
     verdicts = judge.load(args.judge, device)
     student.to(device).set_attn_implementation("sdpa")                                   # takes the mask of shared prompts
@@ -288,11 +283,7 @@ def main(argv=None):
 
     def score(when, elsewhere=True):
         results = evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering)
-        samples, results["asked"] = results.pop("samples"), data.fingerprint(scored)
-        if rank == 0:
-            (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-            common.write_json(out / f"{when}.json", results)
-        return results
+        return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
 
     before = None
     if scored and not args.no_eval:
@@ -387,20 +378,18 @@ def main(argv=None):
         return
 
     # 4.6 after
-    report = None
     if before:
         after = score("after")
         report, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
+            card(out / f"step-{done:07d}", results=report)
             print(report)
             if args.data is None and not args.dry_run:
                 print("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    if rank == 0:
-        models.finish(student, processor, out / f"step-{done:07d}", card, report, args.merge)
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 

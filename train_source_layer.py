@@ -38,7 +38,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -94,7 +93,7 @@ def parse_flags(argv=None):
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
-    parser.add_argument("--merge", action="store_true", help="with --lora: at the end, save the whole model with its adapter in --out/merged, too")
+    parser.add_argument("--random-weights", type=int, default=0, metavar="LAYERS", help="for a dry run: the models' shapes, so deep, no weights (shapes.py)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
@@ -120,13 +119,11 @@ def parse_flags(argv=None):
         parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
     if not 0 <= args.corrupt_descriptions <= (kind != "none") or min(args.lower_lr, args.tower_lr) < 0:
         parser.error("--corrupt-descriptions is a share between 0 and 1 (0 with --text-kd none); --lower-lr and --tower-lr are 0 or more")
-    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.save_every) < 1:
-        parser.error("batch sizes, --epochs, --max-new-tokens and --save-every are at least 1")
+    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.save_every, args.lora + 1) < 1:
+        parser.error("batch sizes, --epochs, --max-new-tokens and --save-every are at least 1, --lora at least 0")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
-    if args.lora < 0 or args.merge and not args.lora:
-        parser.error("--lora is a rank, 0 or more; --merge adds its adapter to the weights, so it needs --lora")
     return args
 
 
@@ -235,9 +232,8 @@ def learning_rate_factor(step, steps):
 
 def main(argv=None):
     args = parse_flags(argv)
-    started, (rank, world, device) = time.time(), common.start_distributed()
+    started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
-    out = Path(args.out)
     torch.manual_seed(args.seed)
     # 4.1 data: the whole manifest and every clip's header are checked before anything trains
     part = args.micro_batch * world
@@ -259,7 +255,7 @@ def main(argv=None):
     # 4.2 models
     seconds = data.check_audio(examples + scored, args.max_seconds)
     half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
-    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
+    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights), random_layers=args.random_weights)
     used = models.check(student.to(device), processor)
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd and args.lora and args.acoustic_teacher == "snapshot":
@@ -268,7 +264,7 @@ def main(argv=None):
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
     if args.text_kd != "none":
-        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
+        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half, random_layers=args.random_weights)
         teacher.to(device).requires_grad_(False)
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
@@ -300,11 +296,7 @@ def main(argv=None):
     def score(when):
         results = evaluate.evaluate_model(student, processor, scored, batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens,
                                           seed=args.seed)
-        samples, results["asked"] = results.pop("samples"), data.fingerprint(scored)
-        if rank == 0:
-            (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-            common.write_json(out / f"{when}.json", results)
-        return results
+        return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
 
     before = None
     if scored and not args.no_eval:
@@ -384,12 +376,12 @@ def main(argv=None):
         return
 
     # 4.6 after
-    report = None
     if before:
         after = score("after")
         report, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
+            card(out / f"step-{done:07d}", results=report)
             print(report)
             if not args.dry_run:                        # eight questions a task show nothing
                 print(*evaluate.name_failures(before, after), sep="\n")
@@ -397,8 +389,6 @@ def main(argv=None):
                     print("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    if rank == 0:
-        models.finish(student, processor, out / f"step-{done:07d}", card, report, args.merge)
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+import models
 
 
 def rows(text):
@@ -59,11 +60,12 @@ def test_rollouts(capsys):
     ("source_layer", "qwen2.5-omni-7b+qwen3-8b", {"teacher", "snapshot", "student forward", "losses on the response", "losses on hidden states", "backward", "optimizer"})])
 def test_steps(script, shapes, parts, monkeypatch, capsys):
     small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
-    for shape in (*bench.STUDENTS.values(), *bench.TEACHERS.values()):
+    for shape in (*models.shapes.STUDENTS.values(), *models.shapes.TEACHERS.values()):
         for name, value in small.items():
             monkeypatch.setitem(shape, name, value)
     for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
-        monkeypatch.setitem(bench.TOWER, name, value)
+        monkeypatch.setitem(models.shapes.EARS, name, value)
+    monkeypatch.setattr(models.shapes, "EYES", dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2))
     bench.main(["step", "--script", script, "--shapes", shapes, "--layers", "2", "--prompts", "2", "--seconds", "1", "--response-tokens", "20", "--steps", "1"])
     text = capsys.readouterr().out
     table = rows(text)

@@ -1,5 +1,4 @@
 """Five families at random weights: the same five questions answered rightly by each, both scripts end to end, and every trap sprung once."""
-import contextlib
 import copy
 import json
 import os
@@ -322,8 +321,7 @@ def test_towers_of_16_bits_take_features_of_32(name, loaded, examples):
     with torch.no_grad():
         right = models.hear(model, **view.inputs)
         models.cast(model, torch.bfloat16)
-        with models._as_trained(model) if name == "granite_speech" else contextlib.nullcontext():        # it mixes types inside without autocast
-            rough = models.hear(model, **view.inputs)
+        rough = models.hear(model, **view.inputs)
     real = view.inputs["attention_mask"].bool()
     limit = 0.3 if name == "qwen3_omni" else 0.1                          # rounding sends a token to another expert now and then
     assert rough.dtype == torch.bfloat16 and (rough[real].float() - right[real]).norm() < limit * right[real].norm()
@@ -347,7 +345,8 @@ def test_two_processes_are_one_and_nobody_waits_for_what_never_gets_a_gradient(s
 def test_a_run_with_lora_goes_on_and_merges(folders, world, tmp_path):
     student, teacher = map(str, folders["qwen2_5_omni"])
     flags = ["--data", str(world), "--student", student, "--teacher", teacher, "--batch-size", "2", "--micro-batch", "2", "--no-eval", "--lora", "4", "--lr", "1e-2"]
-    train_source_layer.main([*flags, "--out", str(tmp_path / "whole"), "--max-steps", "4", "--merge"])
+    train_source_layer.main([*flags, "--out", str(tmp_path / "whole"), "--max-steps", "4"])
+    models.main([str(tmp_path / "whole" / "step-0000004"), "--merge", str(tmp_path / "whole" / "merged")])
     train_source_layer.main([*flags, "--out", str(tmp_path / "parts"), "--max-steps", "4", "--save-every", "2"])
     shutil.rmtree(tmp_path / "parts" / "step-0000004")
     train_source_layer.main([*flags, "--out", str(tmp_path / "parts"), "--max-steps", "4", "--resume", "auto"])
@@ -355,10 +354,8 @@ def test_a_run_with_lora_goes_on_and_merges(folders, world, tmp_path):
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole) and any(x.abs().max() > 0 for k, x in whole.items() if "lora_B" in k)
     merged, from_adapter = (models.load_audio_model(tmp_path / "whole" / name)[0].state_dict() for name in ("merged", "step-0000004"))
     assert all(torch.allclose(merged[key], from_adapter[key], atol=1e-6) for key in merged)
-    assert "base_model: " + student in (tmp_path / "whole" / "merged" / "README.md").read_text()
+    assert "base_model: " + student in (tmp_path / "whole" / "step-0000004" / "README.md").read_text()
     refused("was saved by another model .*size mismatch", train_source_layer.main, [*flags[:-4], "--lora", "8", "--out", str(tmp_path / "parts"), "--resume", str(tmp_path / "parts" / "step-0000004")])
-    with pytest.raises(SystemExit):
-        train_source_layer.parse_flags(["--merge"])
 
 
 # ---------------------------------------------------------- what cannot be loaded --------------------------------------------------------

@@ -80,13 +80,13 @@ def test_quoted_numbers_of_cord_are_the_measured_ones():
         assert f"    {line}".rstrip() in README, line
 
 
-ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": {"models"}, "models": {"data"}, "speak": {"data", "common"}, "mini_world": {"data", "models", "common", "speak"},
+ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": {"models"}, "models": {"data", "shapes"}, "shapes": set(), "speak": {"data", "common"}, "mini_world": {"data", "models", "shapes", "common", "speak"},
            "rollout": {"data", "models"}, "judge": {"data", "models"}, "inside": {"data", "models", "losses", "layer_map", "rollout"},
            "evaluate": {"data", "models", "common", "layer_map", "inside", "judge", "rollout"},
            "textualize": {"data", "models", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer", "train_cord"},
            "train_source_layer": {"data", "models", "common", "losses", "layer_map", "mini_world", "evaluate", "split_adamw"},
            "train_cord": {"data", "models", "common", "losses", "mini_world", "evaluate", "judge", "rollout", "split_adamw"}, "split_adamw": set(),
-           "bench": {"data", "models", "common", "losses", "layer_map", "mini_world", "rollout", "split_adamw", "train_source_layer", "train_cord"}}
+           "bench": {"data", "models", "shapes", "common", "losses", "layer_map", "mini_world", "rollout", "split_adamw", "train_source_layer", "train_cord"}}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
