@@ -120,7 +120,7 @@ def parquet_rows(path):
 
 
 def iemocap_rows(root: Path):
-    """IEMOCAP's folders -> rows {"utterance", "emotion", "audio"}, as read_rows. Session 5 is the test split. Raises SystemExit."""
+    """IEMOCAP's folders -> rows {"id", "emotion", "audio"}, as read_rows. Session 5 is the test split. Raises SystemExit."""
     files = sorted(root.glob("Session[1-5]/dialog/EmoEvaluation/*.txt"))
     if not files:
         raise SystemExit(f"error: {root}: holds no Session1/dialog/EmoEvaluation/*.txt; give the folder that Session1 to Session5 lie in")
@@ -132,8 +132,7 @@ def iemocap_rows(root: Path):
             if match := re.match(r"\[[\d.]+ - [\d.]+\]\s+(Ses\w+)\s+(\w+)\s", line):
                 utterance, emotion = match.groups()
                 wav = f"{session}/sentences/wav/{utterance.rpartition('_')[0]}/{utterance}.wav"
-                row = {"id": utterance, "utterance": utterance, "emotion": emotion, "audio": wav}
-                yield f"{file}:{number}", "test" if session == "Session5" else "train", row
+                yield f"{file}:{number}", "test" if session == "Session5" else "train", {"id": utterance, "emotion": emotion, "audio": wav}
 
 
 def choose_columns(dataset, given, row) -> dict[str, str]:
@@ -149,11 +148,13 @@ def choose_columns(dataset, given, row) -> dict[str, str]:
             raise SystemExit(f"error: --columns {pair}: {there}; after the = write one of them")
         columns[ours] = theirs
     for ours, others in needed.items():
+        if ours in columns:
+            continue
         found = [name for name in (ours, *others) if name in row]
-        if ours not in columns and len(found) != 1:
+        if len(found) != 1:
             problem = f"any of {', '.join(found)} may be {ours!r}" if found else f"none is {ours!r}"
             raise SystemExit(f"error: {dataset}: {there}, and {problem}; say which with --columns {ours}=NAME")
-        columns.setdefault(ours, *found[:1])
+        columns[ours] = found[0]
     return columns
 
 
@@ -200,7 +201,7 @@ def split_choices(text):
     if listed := re.search(r"\s*\b(?:choices|options)\b[^\[\n]{0,20}(\[[^\]\n]*\])[.\s]*", text, re.I):
         try:
             choices = ast.literal_eval(listed[1])
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return text, []
         head, tail = text[:listed.start()], text[listed.end():]
     else:
@@ -348,7 +349,7 @@ def iemocap(row, where, args):
     if row["emotion"] not in EMOTIONS:
         raise DataError(f"{where}: the emotion {row['emotion']} is none of the four classes")
     # Ses01F_impro01_M000: session 1's man. The F says whose motion was captured, the last part who speaks.
-    speaker = row["utterance"][:5] + row["utterance"].rpartition("_")[2][0]
+    speaker = row["id"][:5] + row["id"].rpartition("_")[2][0]
     return {"audio": row["audio"], "question": "Which emotion does the speaker show?", "choices": ["angry", "happy", "sad", "neutral"],
             "answer": EMOTIONS[row["emotion"]], "task": "emotion", "speaker": speaker}
 
@@ -463,6 +464,8 @@ def convert(args):
     if out.is_dir() or source.exists() and out.resolve() == source.resolve():
         raise SystemExit(f"error: {out}: is a folder or the source itself; name a new file for the manifest")
     root, folder = Path(args.audio_root or (source if source.is_dir() else source.parent)).resolve(), out.parent.resolve()
+    if args.audio_root and not root.is_dir():
+        raise SystemExit(f"error: {root}: there is no such folder of clips; check --audio-root")
     columns, ids, counts, read, dropped, notes, partial = None, set(), Counter(), 0, {}, {}, Path(f"{out}.part")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -551,7 +554,9 @@ def main(argv=None):
     parser.add_argument("--numeric", action="store_true", help="numinamath, gsm8k: only answers that are one number, for the rule that judges")
     parser.add_argument("--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP")
     args = parser.parse_args(argv)
-    for flag, takers in (("task", ("cota",)), ("numeric", TEXT_ONLY), ("drop_leaks", ("mmau",))):
+    heard = [name for name in IMPORTERS if name not in TEXT_ONLY]
+    for flag, takers in (("task", ["cota"]), ("numeric", TEXT_ONLY), ("drop_leaks", ["mmau"]), ("audio_root", heard),
+                         ("check_audio", heard), ("max_seconds", heard)):
         if getattr(args, flag) and args.dataset not in takers:
             parser.error(f"--{flag.replace('_', '-')} is for {' and '.join(takers)}, not for {args.dataset}")
     for flag in ("limit", "max_seconds"):

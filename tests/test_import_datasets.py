@@ -196,6 +196,7 @@ def test_choices_in_a_question(text, question, choices):
     "Who wrote it, A. Smith or B. Jones?", "What?\nA. gold\nC. silver", "What?\nA. gold", "What?\nA. gold\nB. gold",
     "What?\nA. gold\nor so\nB. silver", "What? (A) gold B. silver", "What? A. gold b. silver", "Plan A. Good?",
     "What? Choices: [gold, silver]", "What? Choices: ['gold']", "What?", "",
+    "What? Choices: [{{}: 1}]",
     "What? Choices: [1, 2]", "What? A. gold B. silver. Answer with the letter.", "What?\nA. gold\nB. \n", "A. gold\nB. silver"])
 def test_doubtful_choices_leave_the_question_open(text):
     assert split_choices(text) == (text, [])
@@ -462,11 +463,12 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 
 def test_flags_that_do_not_belong_and_the_source_as_out(tmp_path, capsys):
     source = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "#### 1"}])
-    for flags in (["--drop-leaks"], ["--task", "sound"], ["--limit", "0"], ["--max-seconds", "-1"]):
+    for flags in (["--drop-leaks"], ["--task", "sound"], ["--limit", "0"], ["--max-seconds", "1"], ["--check-audio"], ["--audio-root", "."]):
         with pytest.raises(SystemExit):
             main(["gsm8k", str(source), str(tmp_path / "out.jsonl"), *flags])
         assert flags[0] in capsys.readouterr().err
     assert "the source itself" in refusal("gsm8k", source, source) and "####" in source.read_text()
+    assert "no such folder of clips" in refusal("mmau", source, tmp_path / "out.jsonl", "--audio-root", tmp_path / "nowhere")
 
 
 def test_ids_stay_unique_and_bad_letters_do_not_break_the_file(tmp_path, capsys):
