@@ -87,7 +87,7 @@ def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> lis
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            example = _parse(line, f"{path}:{number}", folders)
+            example = parse_line(line, f"{path}:{number}", folders)
             if example.id in seen:
                 raise DataError(f"{example.where}: id {example.id!r} was already used at {seen[example.id]}; give every example its own id")
             seen[example.id] = example.where
@@ -120,7 +120,9 @@ def fingerprint(examples) -> str:
     return hashlib.sha256(repr([(e.id, str(e.audio), e.question, e.choices, e.answer, e.transcript) for e in examples]).encode()).hexdigest()[:16]
 
 
-def _parse(line: bytes, where: str, folders: list[Path]) -> Example:
+def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
+    """One line of a manifest -> Example. where: "manifest.jsonl:12", for messages. folders: the manifest's own, resolved, and further ones that audio may
+    lie in. Raises DataError."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
         json.dumps(record, ensure_ascii=False).encode()             # half a surrogate pair parses, but no tokenizer takes it

@@ -1,0 +1,573 @@
+"""
+Datasets as they are downloaded -> our manifests (data.py). Everything after the import reads manifests only.
+
+    python import_datasets.py cota CoTA/data CoTA/cota.jsonl                               # a folder of parquet shards, clips inside them
+    python import_datasets.py cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip   # columns of its own
+    python import_datasets.py avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
+    python import_datasets.py mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
+    python import_datasets.py mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
+    python import_datasets.py iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
+    python import_datasets.py voicebench voicebench/mmsu voicebench/mmsu.jsonl
+    python import_datasets.py gsm8k gsm8k/main gsm8k.jsonl --split test                    # text only: then python speak.py gsm8k.jsonl ...
+    python import_datasets.py numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 80000
+
+Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its own folder, links resolved. Clips that lie inside a
+parquet file are written out, to OUT_audio/. Rows stream through, so 1.2 million need no more memory than a thousand (but 100 bytes each, to
+know the ids). A row that cannot be used is dropped, and the report says how many, why, and where the first ones stand; what is left is read
+back by data.py's own parser before it is written. Parquet needs `pip install pyarrow`.
+
+Where a format leaves something open, and what we do:
+1. CoTA's columns on the hub were never verified. Usual exports are recognised (messages, conversations, query and response, instruction and output);
+   where it is not clear which column is which we stop, list the columns, and ask for --columns. A trace must have each of its parts once, closed.
+2. CoTA's choices stand in the question's text: "A. gold", "(b) silver", "Choices: [...]". They become choices if letters run from A without a
+   gap and the response names one; otherwise the question stays as it is, open. Its task comes from a column that says sound, music or speech; else
+   from --task; else from the clip's path (words, or corpora that CoTA is made of); a row without any is dropped.
+3. An audio path of somebody else's machine ("/data/x/meld/1.wav") is looked for under --audio-root by its longest ending that is there.
+4. AVQA asks about videos; as in R1-AQA's own loader "video" becomes "audio".
+5. VoiceBench speaks question and options. As in the mini world's spoken questions the choices stay in the manifest, because an answer is scored as
+   a choice; so both views also READ the options, and the numbers are not VoiceBench's own. The question is empty: the audio asks. The
+   transcript is the whole prompt.
+6. Mathematics keeps what can be checked: no proofs, no answers of several parts, no drawings. --numeric keeps answers that are one number.
+7. An id that was used before gets its row's number appended; nothing is lost.
+"""
+import argparse
+import ast
+import hashlib
+import io
+import json
+import os
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
+import soundfile
+from tqdm import tqdm
+
+import data
+from data import DataError
+
+# -------------------------------------------------------- 1. rows, one at a time -------------------------------------------------------
+
+CHUNK = 1 << 20                         # characters of a JSON list that are read at a time
+SPLITS = ("train", "validation", "valid", "dev", "test")
+
+
+def read_rows(source: Path, splits):
+    """The records of a JSONL file, a JSON list, a parquet file, or a folder of parquet shards -> (where, split or None, row). A row is a dict, or
+    the bytes of a line still to be parsed. The split is what a file's name says: "law" of law-00000-of-00001.parquet (as the hub writes them),
+    "test" of test.jsonl. splits: files whose name says another are not opened. Raises SystemExit, in one sentence, for what cannot be read at all."""
+    if not source.exists():
+        raise SystemExit(f"error: {source}: there is no such file or folder; check the path")
+    files = sorted(path for path in source.rglob("*.parquet") if path.name[0] != ".") if source.is_dir() else [source]
+    if not files:
+        raise SystemExit(f"error: {source}: the folder holds no .parquet file; give the folder of the shards, or one JSON, JSONL or parquet file")
+    names = {file: re.sub(r"-\d{5}-of-\d{5}$", "", file.stem) for file in files}
+    names = {file: name if name != file.stem or name in SPLITS else None for file, name in names.items()}
+    wanted = [file for file in files if not splits or names[file] is None or names[file] in splits]
+    if not wanted:
+        raise SystemExit(f"error: {source}: holds the splits {', '.join(sorted(set(names.values())))}, not {', '.join(splits)}; change --split")
+    for file in wanted:
+        with open(file, "rb") as start:
+            head = start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        rows = parquet_rows if head.startswith(b"PAR1") or file.suffix == ".parquet" else list_rows if head.startswith(b"[") else jsonl_rows
+        for where, row in rows(file):
+            yield where, names[file], row
+
+
+def jsonl_rows(path):
+    with open(path, "rb") as lines:
+        yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def list_rows(path):
+    # json.load would hold the whole list: decode one row at a time, and read on whenever the text at hand ends within a row
+    decoder, between, text, at, number = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 0
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            text = file.read(CHUNK)
+            at = text.index("[") + 1
+            while not text.startswith("]", at := between.match(text, at).end()):
+                try:
+                    row, at = decoder.raw_decode(text, at)
+                except ValueError:
+                    more = file.read(max(CHUNK, len(text) - at))            # as much again: a long row is not decoded over and over
+                    if not more:
+                        raise
+                    text, at = text[at:] + more, 0
+                    continue
+                number += 1
+                yield f"{path} row {number}", row
+        except (ValueError, RecursionError):
+            raise SystemExit(f"error: {path}: breaks off or is not JSON after row {number}; fetch it again") from None
+
+
+def parquet_rows(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise SystemExit(f"error: {path}: parquet is read by pyarrow, which is not installed; pip install pyarrow") from None
+    number = 0
+    try:
+        # 16 rows at a time, page by page through a buffer of 1 MB: pyarrow's default reads whole row groups ahead, and with clips those are large
+        for batch in pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20).iter_batches(batch_size=16):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        what = str(error).partition("\n")[0].rstrip(".")
+        raise SystemExit(f"error: {path}: is not parquet, or broken after row {number} ({what}); fetch it again") from None
+
+
+def iemocap_rows(root: Path):
+    """IEMOCAP's folders -> rows {"id", "emotion", "audio"}, as read_rows. Session 5 is the test split. Raises SystemExit."""
+    files = sorted(root.glob("Session[1-5]/dialog/EmoEvaluation/*.txt"))
+    if not files:
+        raise SystemExit(f"error: {root}: holds no Session1/dialog/EmoEvaluation/*.txt; give the folder that Session1 to Session5 lie in")
+    for file in files:
+        if file.name.startswith("."):                   # "._Ses01F_impro01.txt", a leftover of macOS, is not text
+            continue
+        session = file.relative_to(root).parts[0]       # of the path below root: root may lie in another "Session"
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if match := re.match(r"\[[\d.]+ - [\d.]+\]\s+(Ses\w+)\s+(\w+)\s", line):
+                utterance, emotion = match.groups()
+                wav = f"{session}/sentences/wav/{utterance.rpartition('_')[0]}/{utterance}.wav"
+                yield f"{file}:{number}", "test" if session == "Session5" else "train", {"id": utterance, "emotion": emotion, "audio": wav}
+
+
+def choose_columns(dataset, given, row) -> dict[str, str]:
+    """{our name: the file's name} of the columns that go by another name, judged by the first row. given: --columns. Raises SystemExit."""
+    _, needed, optional = IMPORTERS[dataset]
+    columns, there = {}, f"the file has the columns {', '.join(map(str, row))}"
+    for pair in given:
+        ours, _, theirs = pair.partition("=")
+        if ours not in (*needed, *optional):
+            known = ", ".join((*needed, *optional)) or "nothing (it has no columns)"
+            raise SystemExit(f"error: --columns {pair}: {dataset} knows no column {ours!r}; before the = write {known}")
+        if theirs not in row:
+            raise SystemExit(f"error: --columns {pair}: {there}; after the = write one of them")
+        columns[ours] = theirs
+    for ours, others in needed.items():
+        if ours in columns:
+            continue
+        found = [name for name in (ours, *others) if name in row]
+        if len(found) != 1:
+            problem = f"any of {', '.join(found)} may be {ours!r}" if found else f"none is {ours!r}"
+            raise SystemExit(f"error: {dataset}: {there}, and {problem}; say which with --columns {ours}=NAME")
+        columns[ours] = found[0]
+    return columns
+
+
+# ----------------------------------------------------- 2. text: choices and answers ----------------------------------------------------
+
+LETTER = re.compile(r"\s*[(\[]?([A-Za-z])(?:[)\].:](?!\w)|\s*$)\s*")                                       # "B", "(b)", "B. "
+MARK = re.compile(r"(?<!\S)(?:\(([A-Za-z])\)|([A-Za-z])([.):]))\s+(?=\S)")                                # the same in the middle of a text
+
+
+def texts(choices, where) -> list[str]:
+    """Choices without the letters A, B, C in front, if all have theirs. Raises DataError for anything but a list of strings."""
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{where}: the choices are no list of texts")
+    marks = [LETTER.match(choice) for choice in choices]
+    if all(mark and mark[0] != choice and mark[1].upper() == chr(65 + i) for i, (mark, choice) in enumerate(zip(marks, choices))):
+        return [choice[mark.end():] for mark, choice in zip(marks, choices)]
+    return choices
+
+
+def words(text) -> str:
+    return " ".join(re.findall(r"[\w#+/-]+", text.casefold()))
+
+
+def named(answer, choices):
+    """The one choice that an answer is: its text, whatever case and punctuation, with or without a letter in front; or its letter; or either of
+    them after the last "answer is". None if it is none, or two. Text counts before letter, since choices get shuffled."""
+    if not isinstance(answer, str) or answer in choices:
+        return answer if answer in choices else None
+    answer = answer.replace("**", "").strip()
+    letter = LETTER.match(answer)
+    rest = words(answer[letter.end():] if letter else answer)
+    for text in (words(answer), rest):
+        if found := [choice for choice in choices if text and text == words(choice)]:
+            return found[0] if len(found) == 1 else None
+    if letter and (index := ord(letter[1].upper()) - 65) < len(choices):
+        if not rest or f"{rest} ".startswith(f"{words(choices[index])} "):                         # "B"; "B. gold, because ..."
+            return choices[index]
+    statement = re.split(r"\banswer\b[^.:\n]{0,30}?(?:\bis\b:?|:)\s*", answer, flags=re.I)[1:]
+    return named(re.split(r"(?<=\w\w)[.!?](?:\s|$)|\n", statement[-1])[0], choices) if statement else None
+
+
+def split_choices(text):
+    """A question that holds its choices -> (question, choices); choices [] where it is not beyond doubt what they are."""
+    if listed := re.search(r"\s*\b(?:choices|options)\b[^\[\n]{0,20}(\[[^\]\n]*\])[.\s]*", text, re.I):
+        try:
+            choices = ast.literal_eval(listed[1])
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return text, []
+        head, tail = text[:listed.start()], text[listed.end():]
+    else:
+        marks = list(MARK.finditer(text))
+        letters = "".join(mark[1] or mark[2] for mark in marks)
+        start = max(letters.rfind("A"), letters.rfind("a"), 0)                  # "choose from A. or B." may go before the list itself
+        marks, letters = marks[start:], letters[start:]
+        head = text[:marks[0].start()] if marks else ""
+        # A list's letters run from A in one style, and it begins after the end of a sentence or on a line of its own
+        if not letters or letters.upper() not in string.ascii_uppercase or letters[0] not in "Aa" or not (letters.isupper() or letters.islower()) \
+                or len({mark[3] for mark in marks}) > 1 or not re.search(r"[?.:!\n]\s*$", head):
+            return text, []
+        ends = [*(mark.start() for mark in marks[1:]), (text + "\n").index("\n", marks[-1].end())]
+        choices = [re.sub(r"[,;]?(?:\s+(?:or|and))?$", "", text[mark.end():end].strip()) for mark, end in zip(marks, ends)]
+        if re.search(r"[.?!]\s", choices[-1]) and head.rstrip(" \t")[-1:] != "\n":      # "... B. silver. Answer with the letter.": where does B end?
+            return text, []
+        head, tail = re.sub(r"\b(?:choices|options)(?:\s+are)?\s*:?\s*$", "", head, flags=re.I), text[ends[-1]:]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= 26 or not all(isinstance(choice, str) for choice in choices) \
+            or len({choice.strip() for choice in choices} - {""}) < len(choices) or "\n" in "".join(choices):
+        return text, []
+    return "\n".join(part for part in (head.strip(), tail.strip()) if part), choices
+
+
+def boxes(text) -> list[str]:
+    """What stands in each \\boxed{...}, braces matched; unclosed ones are none."""
+    found = []
+    for start in re.finditer(r"\\f?boxed\s*\{", text):
+        depth, end = 1, start.end()
+        while depth and end < len(text):
+            depth, end = depth + {"{": 1, "}": -1}.get(text[end], 0), end + 1
+        found += [text[start.end():end - 1].strip()] * (not depth)
+    return found
+
+
+# ------------------------------------------------- 3. one row -> one line of a manifest ------------------------------------------------
+# Each takes a row under our column names, its place, and the flags; it returns the line, with "audio" as it stands in the row, or raises DataError.
+
+KINDS = {"sound": r"sound|audiocaps|audioset|clotho|\bavqa", "music": r"music", "speech": r"speech|speaker|covost|\bmeld\b|librispeech"}
+
+
+def cota(row, where, args):
+    def turn(value, *roles):                                                    # a text, or a chat of one question and one answer
+        if isinstance(value, list):
+            turns = [turn for turn in value if isinstance(turn, dict)]
+            said = [turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in roles]
+            value = said[0] if len(said) == 1 else None
+        if not isinstance(value, str):
+            raise DataError(f"{where}: not one question and one answer in text")
+        return value
+
+    asked, said = turn(row["question"], "user", "human"), turn(row["response"], "assistant", "gpt")
+    if "instruction" in row and isinstance(row.get("input"), str):              # Alpaca's layout: the placeholder, or the rest of the question
+        asked = f"{asked}\n{row['input']}"
+    asked = re.sub(r"\s*<audio>\s*", "\n", asked).strip()
+    reasoning = {}
+    for part in (*data.STAGES, "response"):                                     # stricter than parse_response, which forgives a model an open tag
+        found = re.findall(f"<{part}>(.*?)</{part}>", said, re.I | re.S)
+        if len(found) != 1 or not found[0].strip() or re.search(data.TAG, found[0], re.I):
+            raise DataError(f"{where}: the trace has not exactly one <{part.upper()}> that is closed and filled")
+        reasoning[part] = found[0].strip()
+    answer = reasoning.pop("response")
+    if row.get("choices"):
+        question, choices = asked, texts(row["choices"], where)
+        if (chosen := named(answer, choices)) is None:
+            raise DataError(f"{where}: the response names none of the choices")
+    else:
+        question, choices = split_choices(asked)
+        chosen = named(answer, choices)
+    if chosen is None:
+        question, choices, chosen = asked, [], answer
+    clip = row["audio"][0] if isinstance(row["audio"], list) and row["audio"] else row["audio"]
+    path = clip.get("path") if isinstance(clip, dict) else clip
+    column, path = ([kind for kind, names in KINDS.items() if re.search(names, str(text or ""), re.I)] for text in (row.get("task"), path))
+    task = column[0] if len(column) == 1 else args.task or (path[0] if len(path) == 1 else None)
+    if task is None:
+        raise DataError(f"{where}: neither a column nor the path says whether it is sound, music or speech (--task)")
+    return {"audio": row["audio"], "question": question, "choices": choices, "answer": chosen, "task": task, "reasoning": reasoning}
+
+
+def avqa(row, where, args):
+    choices, answer, question = texts(row["multi_choice"], where), row["answer"], row["question_text"]
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(f"{where}: the answer is not the index of a choice")
+    question = re.sub(r"\bvideo\b", "audio", question) if isinstance(question, str) else question
+    return {"audio": row["audio_path"], "question": question, "choices": choices, "answer": choices[answer], "task": "sound"}
+
+
+def mathematics(problem, gold, where, args):
+    """A spoken question that nobody has spoken yet: a line without audio."""
+    if not isinstance(problem, str) or not problem.strip():
+        raise DataError(f"{where}: the problem is empty")
+    if re.search(r"\bprove\b|\bshow that\b", problem, re.I):
+        raise DataError(f"{where}: a proof is asked for")
+    if re.search(r"\[asy\]|!\[|\\includegraphics", problem):
+        raise DataError(f"{where}: the problem has a drawing, which cannot be spoken")
+    if not gold:
+        raise DataError(f"{where}: no answer after #### or in \\boxed{{}}")
+    bare = re.sub(r"\\[,!;$%]|[$%]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", gold)                   # 1,000 is one number, (1, 2) is two
+    if re.search(r"[,;&]|\\\\|\\quad|\b(?:and|or)\b", bare):
+        raise DataError(f"{where}: the answer has several parts")
+    bare = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", re.sub(r"\\text\{[^{}]*\}|\^\{?\\circ\}?|\s", "", bare))
+    if args.numeric and not re.fullmatch(r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?", bare):
+        raise DataError(f"{where}: the answer is not one number (--numeric)")
+    return {"question": "", "choices": [], "answer": gold, "task": "math", "transcript": problem.strip()}
+
+
+def numinamath(row, where, args):
+    found = boxes(row["solution"]) if isinstance(row["solution"], str) else []
+    if len(set(found)) > 1:
+        raise DataError(f"{where}: the answer has several parts")
+    return mathematics(row["problem"], found[-1] if found else None, where, args) | {"sub-category": row.get("source")}
+
+
+def gsm8k(row, where, args):
+    _, mark, gold = str(row["answer"]).rpartition("####")
+    return mathematics(row["question"], gold.strip() if mark else None, where, args)
+
+
+def mmau(row, where, args):
+    leak = str(row.get("dataset")).upper() == "IEMOCAP"
+    if leak and args.drop_leaks:
+        raise DataError(f"{where}: a clip of IEMOCAP (--drop-leaks)")
+    line = benchmark(row, where) | {"audio": row["audio_id"], "task": row["task"], "difficulty": row.get("difficulty")}
+    return line | ({"leak": "IEMOCAP"} if leak else {})
+
+
+def mmar(row, where, args):
+    modality = str(row["modality"])
+    if modality not in KINDS and not modality.startswith("mix"):
+        raise DataError(f"{where}: the modality is neither sound, music, speech nor a mix")
+    return benchmark(row, where) | {"audio": row["audio_path"], "task": modality if modality in KINDS else "mix"}
+
+
+def benchmark(row, where):
+    choices = texts(row["choices"], where)
+    if (answer := named(row["answer"], choices)) is None:
+        raise DataError(f"{where}: the answer is none of the choices")
+    return {"question": row["question"], "choices": choices, "answer": answer, "sub-category": row.get("sub-category")}
+
+
+EMOTIONS = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}            # the usual four classes: excited is happy
+
+
+def iemocap(row, where, args):
+    if row["emotion"] not in EMOTIONS:
+        raise DataError(f"{where}: the emotion {row['emotion']} is none of the four classes")
+    # Ses01F_impro01_M000: session 1's man. The F says whose motion was captured, the last part who speaks.
+    speaker = row["id"][:5] + row["id"].rpartition("_")[2][0]
+    return {"audio": row["audio"], "question": "Which emotion does the speaker show?", "choices": ["angry", "happy", "sad", "neutral"],
+            "answer": EMOTIONS[row["emotion"]], "task": "emotion", "speaker": speaker}
+
+
+def voicebench(row, where, args):
+    prompt, letter = row["prompt"], str(row.get("reference")).strip()
+    if not re.fullmatch("[A-Z]", letter):
+        raise DataError(f"{where}: the reference is no letter, as it is in openbookqa and mmsu")
+    choices = split_choices(prompt)[1] if isinstance(prompt, str) else []
+    if ord(letter) - 65 >= len(choices):
+        raise DataError(f"{where}: the prompt has no such choice as the reference")
+    return {"audio": row["audio"], "question": "", "choices": choices, "answer": choices[ord(letter) - 65], "task": "speech", "transcript": prompt,
+            "sub-category": None if row["split"] == "test" else row["split"]}          # mmsu's domain: the audio-text gap is reported by it
+
+
+# name -> (function, {a column it needs: other names that it goes by}, columns it takes if there are any)
+CHAT = ("messages", "conversations")
+IMPORTERS = {
+    "cota": (cota, {"question": ("query", "prompt", "instruction", *CHAT), "response": ("answer", "output", "completion", *CHAT),
+                    "audio": ("audios", "audio_path", "wav")}, ("id", "task", "choices", "split")),
+    "avqa": (avqa, {"question_text": (), "multi_choice": (), "answer": (), "audio_path": ()}, ("id", "split")),
+    "numinamath": (numinamath, {"problem": (), "solution": ()}, ("id", "source", "split")),
+    "gsm8k": (gsm8k, {"question": (), "answer": ()}, ("id", "split")),
+    "mmau": (mmau, dict.fromkeys(("audio_id", "question", "choices", "answer", "task"), ()),
+             ("id", "dataset", "split", "sub-category", "difficulty")),
+    "mmar": (mmar, dict.fromkeys(("audio_path", "question", "choices", "answer", "modality"), ()), ("id", "split", "sub-category")),
+    "iemocap": (iemocap, {}, ()),
+    "voicebench": (voicebench, {"audio": (), "prompt": ()}, ("id", "reference", "split")),
+}
+TEXT_ONLY = ("numinamath", "gsm8k")
+
+
+# --------------------------------------------------------------- 4. audio --------------------------------------------------------------
+
+SUFFIXES = {"WAV": ".wav", "WAVEX": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}
+
+
+def locate_audio(value, new: Path, root: Path, folder: Path, where):
+    """A row's clip -> (absolute path, bytes still to be written there or None).
+
+    value: a path, {"bytes", "path"}, or a list of one of these. new: where bytes shall go, without suffix. root: what paths are relative to.
+    folder: the manifest's. Raises DataError; SystemExit where the manifest could name no clip of root."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise DataError(f"{where}: several clips, and a line of a manifest takes one")
+        value = value[0] if value else None
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    if content:
+        try:
+            return new.with_name(new.name + SUFFIXES[soundfile.info(io.BytesIO(content)).format]), content
+        except (RuntimeError, TypeError, KeyError):
+            raise DataError(f"{where}: the bytes of the clip are no WAV, FLAC, OGG or MP3") from None
+    if not isinstance(path, str) or not path.strip():
+        raise DataError(f"{where}: no audio, neither bytes nor a path")
+    try:
+        parts = Path(path).parts
+        endings = (root.joinpath(*parts[i:]) for i in range(len(parts)))        # the whole path first; an absolute one is itself
+        path = next((ending for ending in endings if ending.is_file()), root / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{where}: the audio path cannot be used ({error})") from None
+    if not path.is_relative_to(folder) and not root.is_relative_to(folder):
+        raise SystemExit(f"error: {folder}: a manifest here may only name audio in this folder, but clips are looked for in {root}; write OUT.jsonl "
+                         "into that folder or one above it, or name the right one with --audio-root")
+    return path, None
+
+
+# ------------------------------------------------------------- 5. all of it ------------------------------------------------------------
+
+def note(table, reason, where):
+    """table: reason -> [count, first places]. Bounded, whatever the reasons hold."""
+    entry = table.setdefault(reason if reason in table or len(table) < 50 else "other reasons", [0, []])
+    entry[0] += 1
+    entry[1] += [where] * (len(entry[1]) < 3)
+
+
+def reason_of(error, where):
+    """A DataError's sentence without what differs from row to row: place, remedy, path, details in brackets (but not our flags), seconds."""
+    reason = str(error).removeprefix(f"{where}: ").partition("; ")[0]
+    reason = re.sub(r"^(the (?:audio path|audio file|text)) .+? (?=(?:leaves|contains|cannot|does|is|lasts|claims) )", r"\1 ", reason)
+    return re.sub(r"lasts [\d.]+ s, ", "is ", re.sub(r" \((?!--).*\)", "", reason))
+
+
+def import_row(row, where, split, number, args, folder, root, ids):
+    """A row as it stands in the file -> (its line of the manifest, path of the clip or None, bytes still to be written there or None). number: of the
+    row; ids: digests of the ids so far. Raises DataError with the reason to drop it."""
+    row = {**row, "split": row.get("split") or split}
+    if args.split and row["split"] not in args.split:
+        raise DataError(f"{where}: of another split (--split)")
+    line = IMPORTERS[args.dataset][0](row, where, args)
+    name = f"{args.dataset}-{row['split'] or Path(args.source).stem}-{number}" if row.get("id") in (None, "") else str(row["id"])
+    name = f"{name}-{number}" if digest(name) in ids else name
+    if digest(name) in ids:
+        raise DataError(f"{where}: the id was used before")
+    line, path, content = {"id": name, **line, "split": row["split"]}, None, None
+    if args.dataset not in TEXT_ONLY:
+        safe = f"{number:07d}-" + re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
+        path, content = locate_audio(line["audio"], folder / f"{Path(args.out).stem}_audio" / safe, root, folder, where)
+        line["audio"] = os.path.relpath(path, folder)
+    line = {key: value for key, value in line.items() if value is not None}
+    try:
+        # what read_manifest would say; a line without audio is judged as if it had been spoken
+        data.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), where, [folder])
+    except TypeError as error:
+        raise DataError(f"{where}: a column holds what is no text ({error})") from None
+    return line, path, content
+
+
+def convert(args):
+    """Imports args.source and writes args.out, complete or not at all. -> (Counter of (task, split), rows read, what was dropped, what else to know),
+    the last two as in note(). Raises SystemExit, in one sentence, where nothing can be imported."""
+    source, out = Path(args.source), Path(args.out)
+    if out.is_dir() or source.exists() and out.resolve() == source.resolve():
+        raise SystemExit(f"error: {out}: is a folder or the source itself; name a new file for the manifest")
+    root, folder = Path(args.audio_root or (source if source.is_dir() else source.parent)).resolve(), out.parent.resolve()
+    if args.audio_root and not root.is_dir():
+        raise SystemExit(f"error: {root}: there is no such folder of clips; check --audio-root")
+    columns, ids, counts, read, dropped, notes, partial = None, set(), Counter(), 0, {}, {}, Path(f"{out}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as file:
+            rows = iemocap_rows(source) if args.dataset == "iemocap" else read_rows(source, args.split)
+            for where, split, row in tqdm(rows, desc=args.dataset, unit=" rows", mininterval=1):
+                read, content = read + 1, None
+                try:
+                    row = parse_row(row, where)
+                    columns = choose_columns(args.dataset, args.columns, row) if columns is None else columns
+                    row |= {ours: row.get(theirs) for ours, theirs in columns.items()}
+                    line, path, content = import_row(row, where, split, read, args, folder, root, ids)
+                    if content:
+                        path.parent.mkdir(exist_ok=True)
+                        path.write_bytes(content)
+                    if path and (args.check_audio or args.max_seconds):
+                        data.audio_seconds(path, where=where, max_seconds=args.max_seconds)
+                except DataError as error:
+                    if content:
+                        path.unlink()
+                    note(dropped, reason_of(error, where), where)
+                    continue
+                file.write(json.dumps(line).encode() + b"\n")
+                ids.add(digest(line["id"]))
+                counts[line["task"], line.get("split")] += 1
+                if row.get("id") not in (None, "") and str(row["id"]) != line["id"]:
+                    note(notes, "ids that were used before: the row's number was appended", where)
+                if "leak" in line:
+                    note(notes, "clips of IEMOCAP: a leak, if you train on IEMOCAP (--drop-leaks leaves them out)", where)
+                if path and not path.is_file():
+                    note(notes, "clips that are not there yet (--check-audio drops them)", where)
+                if sum(counts.values()) == args.limit:
+                    break
+        if not read:
+            raise SystemExit(f"error: {source}: holds no rows; fetch it again, or check the path")
+        if counts:
+            os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return counts, read, dropped, notes
+
+
+def parse_row(row, where) -> dict:
+    try:
+        row = json.loads(row) if isinstance(row, bytes) else row
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: the line is not JSON") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: the row is no JSON object")
+    return row
+
+
+def digest(name) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
+def report(args, counts, read, dropped, notes) -> str:
+    """The counts by task and split, and what was dropped and why, as text."""
+    kept = sum(counts.values())
+    lines = [f"{args.out}: {kept:,} of {read:,} rows were imported"] + [f"    {'task':12}{'split':16}{'count':>10}"] * bool(counts)
+    lines += [f"    {task:12}{split or '-':16}{count:10,}" for (task, split), count in sorted(counts.items(), key=str)]
+    for title, table in (("dropped:", dropped), ("to know:", notes)):
+        lines += [title] * bool(table)
+        lines += [f"{count:10,}  {reason}   [{', '.join(places)}{', ...' * (count > 3)}]"
+                  for reason, (count, places) in sorted(table.items(), key=lambda item: -item[1][0])]
+    if args.dataset == "iemocap":
+        lines.append(f"the complete corpus has 5,531 utterances of the four classes, 1,241 of them in session 5 (split test); here {kept:,} and "
+                     f"{counts['emotion', 'test']:,}")
+    if args.dataset in TEXT_ONLY and counts:
+        lines.append(f"nobody has spoken these yet, and until then data.py refuses the file: python speak.py {args.out} SPOKEN.jsonl adds the audio")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=IMPORTERS)
+    parser.add_argument("source", metavar="SOURCE", help="a JSON, JSONL or parquet file, or a folder of shards; iemocap: the folder of Session1 to 5")
+    parser.add_argument("out", metavar="OUT.jsonl", help="the manifest; beside the folder of the clips, or above it")
+    parser.add_argument("--audio-root", metavar="DIR", help="the folder that audio paths are relative to; default: SOURCE's own")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="which column is which, where the file has names of its own")
+    parser.add_argument("--split", nargs="+", metavar="NAME", help="only these splits, by the column or the file's name")
+    parser.add_argument("--limit", type=int, metavar="N", help="stop after N lines")
+    parser.add_argument("--check-audio", action="store_true", help="drop clips that are missing or cannot be decoded (slow over a network)")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="drop longer clips, too, in seconds (Qwen2-Audio's window: 30)")
+    parser.add_argument("--task", choices=KINDS, help="cota: the task of rows whose column does not say it")
+    parser.add_argument("--numeric", action="store_true", help="numinamath, gsm8k: only answers that are one number, for the rule that judges")
+    parser.add_argument("--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP")
+    args = parser.parse_args(argv)
+    heard = [name for name in IMPORTERS if name not in TEXT_ONLY]
+    for flag, takers in (("task", ["cota"]), ("numeric", TEXT_ONLY), ("drop_leaks", ["mmau"]), ("audio_root", heard),
+                         ("check_audio", heard), ("max_seconds", heard)):
+        if getattr(args, flag) and args.dataset not in takers:
+            parser.error(f"--{flag.replace('_', '-')} is for {' and '.join(takers)}, not for {args.dataset}")
+    for flag in ("limit", "max_seconds"):
+        if (value := getattr(args, flag)) is not None and value <= 0:
+            parser.error(f"--{flag.replace('_', '-')} must be above zero, not {value}")
+    counts, read, dropped, notes = convert(args)
+    print(report(args, counts, read, dropped, notes))
+    if not counts:
+        most = max(dropped, key=lambda reason: dropped[reason][0])
+        raise SystemExit(f"error: {args.source}: all {read:,} rows were dropped, most because of: {most}; nothing was written")
+
+
+if __name__ == "__main__":
+    main()
