@@ -24,7 +24,7 @@ import data
 
 TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)                    # the stages' tags and control tokens
 STATEMENT = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,40}?(?:\bis\b|[:=])"
-                       r"(?=\W*?((?:\\?[(\[{]\s*)*(?:[\u2212±√-]\s*)?\$?(?:\.(?=\d)|\\)?\w.*))", re.I)     # signs too: -5, (1, 2), \frac
+                       r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?\$?(?:\.(?=\d)|\\)?\w.*))", re.I)     # signs too: -5, (1, 2), \frac
 SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?]\s|\n")                 # but the full stop of "B. gold" ends no sentence
 LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]]|[.:](?=\s|$)|\s+[-–—]\s|$)", re.I)     # "B", "(B)", "B.", "b) gold", "B - gold"
 NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Z])\b")           # "... is (B)", "option B"
@@ -79,6 +79,37 @@ def extract_choice(output_text, choices):
     statement = (STATEMENT.findall(answer) or [""])[-1]
     return (named_choice(SENTENCE_END.split(statement, maxsplit=1)[0], choices) or named_choice(statement, choices)
             or named_choice(answer, choices))
+
+
+# Where VoiceBench's evaluator looks for a letter (@, in lower case), in its order: the first that is found counts. It is as blind as it looks:
+# "the answer is due to friction" chooses D. Those that an earlier one makes superfluous are left out.
+VOICEBENCH = (
+    "答案是@|答案是 @|答案是选项@|答案应该是@|答案应该是 @|答案就是选项@|答案是'@|是@：|答案选@|@是正确|选项@是最合适的|answer is: **@|answer is **@|the answer to the question is: **@|"
+    "the answer to the multiple-choice question is **@|the answer is '@'|@ is the best answer|the answer is @|the correct answer is @|"
+    "would select @|would choose @|would select option @|would choose option @|is \"@\"|is \"@.|is: **@)|is **@,|is **@:|is **@)|is: **@.|"
+    "is: **@:|is **@.|be **@,|is: **@**|is therefore option **@:|is: \n\n**@)|as **@:|be **@)|be **@:|is: \n\n**@**|suggests **@)|"
+    "be option **@:|with **@)|is typically \"@)|be to **@)|is: \n\n@)|is likely to be: **@.|is **@ (|is option **@**|is likely **@**|is:\n**@.|"
+    "is:\n\n**@.|would be @|would be option @|would be (@)|would be option (@)|is @,|is typically @,|is typically @.|i'd say @.|option @.|"
+    "option @:|option @,|the answer is:\n**@|is @:|is @.|is: @.|is (@)|is:\n**@)|is likely **@:|is the **@)|:\n@.|:\n@)|:\n@,|: \n@.|:  \n@.|"
+    ":\n\n@.|:\n\n@)|is most likely **@:|:\n\n@,|: \n\n@.|(@) would be|is @)|is: @)|is:\n\n@:|is: **@,|(option @)|select option \"@\"|is: @|"
+    "is typically **@,|is **@**|is likely '@'|is option '@'|is:\n**@:|is \\( \\boxed{@ |would be '@'|is the **@** |question is @ (|is:\n\n**@)|"
+    "closest to option **@**|is most likely **@)|the answer to the question is '@'|known as '@'|is '@)|is typically **@:|"
+    "is \\( \\boxed{\\text{@}} \\)|is \\( \\text{@) }|is \\( \\text{@} \\)|is \\( \\text{@:|is \\( \\text{@)|is \\(\\text{@.|is:\n\n**@|"
+    "is \\( \\text{@.}|is \\( \\text{@.|is \\( \\boxed{@}|is:\n\\[ \\boxed{\\text{@}}|is:\n\\[ \\text{@)|is:\n\n\\[ \\text{@)|"
+    "is \\( \\textbf{@)|is \\( \\text{@}|is: \\( \\text{@.|corresponds to:\n- **@:|would be: **@**.|is \\( @ \\)|is:\n**@ |"
+    "corresponds to option **@**|be **@**|be: \n\n@)|is:\n\\[ \\boxed{@}|is:  \n**@:|is: \\( \\text{@)|is likely: **@,|is } \\mathbf{@.|"
+    "is \\( \\boxed{@)|is \\( \\textbf{@}|is \\(@\\)|is:\n  \n**@:|is option **@ |is:\n\\( \\textbf{@.|is \\( \\mathbf{@}|was option **@**|"
+    "is likely \"@)|option **@:|is \"@)|is most likely **@,|is often **@:|is:  \n@)| @.| @,| @:| @)|**@.|**@)|\"@.|\"@,|\"@:|(@)|\"@\"").split("|")
+
+
+def voicebench_letter(output_text):
+    """The letter, A to D, that VoiceBench's evaluator reads out of an answer (its trace dropped), or None: there it guesses."""
+    text = final_answer(output_text).strip().lower()
+    text = re.sub(r"^<[123]>\s*", "", text)                               # some models put a style in front
+    found = (letter for pattern in VOICEBENCH for letter in "abcd" if pattern.replace("@", letter) in text)
+    starts = (letter for letter in "abcd" if text == letter or text.startswith(tuple(letter + mark for mark in ".,:)")))
+    letter = next(found, None) or next(starts, None)
+    return letter and letter.upper()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
