@@ -168,7 +168,7 @@ def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(tmp_path
     ("Option B: gold", "B"), ("It is \\( \\boxed{\\text{C}} \\)", "C"), ("The answer is:\n\n**B) gold**", "B"), ("答案是D", "D"), ("<1> C.", "C"), ("B\n", "B"),
     (TRACE + "<RESPONSE>C</RESPONSE>", "C"), (TRACE + "<RESPONSE>The answer is A</RESPONSE>", "A"),          # "(B)" of the trace does not count
     ("The answer is due to friction.", "D"), ("The answer is beyond me", "B"),                            # blind as it is
-    ("A. is wrong, so the answer is C", "C"),                               # an earlier template wins
+    ("It is not A. or B, so the answer is C", "C"),                         # an earlier template wins
     ("is it a. or b.", "A"), ("d. or c.", "C"),                             # within a template the earlier letter, wherever it stands
     ("gold", None), ("", None), ("Answer: B", None), ("I say B", None), ("E", None), ("(E)", None), (TRACE, None)])
 def test_voicebench_letter(output, letter):

@@ -54,6 +54,7 @@ The answer is 5:00 PM | 5 | no
 The answer is 18 | 1.8 | no
 Answer: 5 * 4 = 20 | 20 | yes
 5 \times 4 = 20 | 20 | yes
+#### 5⏎the answer is 5 a day⏎#### 10 | 10 | yes
 x^2 = 9 | 9 | no
 x \approx 3.14 | 3.14 | yes
 Thus the answer is \(\boxed{72}\). | 72 | yes
