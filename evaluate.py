@@ -1,6 +1,6 @@
 """Listen, answer, score: the two benchmarks of paper A, and whether one run is really better than another.
 
-Audio question answering (AQA) is scored as MMAU scores it: multiple choice over sound, music and speech, accuracy in per
+Audio question answering (AQA) is scored as MMAU and MMAR score it: multiple choice over sound, music, speech and their mixes, accuracy in per
 cent. Emotion recognition (SER) is scored by unweighted accuracy: the mean of the recall of each emotion, so that a model that
 says "neutral" to everything gets 25 of 100 however many neutral sentences there are. The file goes from text to numbers:
 what did the model choose (1), was it right (2), how sure are we (3), how it was made to talk (4), and all of it together (5).
@@ -9,12 +9,15 @@ Where this departs from the papers and from MMAU's own script:
 1. Both counts are given. MMAU's script matches words in the whole output, where a reasoning trace that merely discusses a
    wrong choice loses the point. As in the paper, our headline drops the trace and extracts the option that was chosen; MMAU's
    rule then judges that option. The same rule on the raw text is under "official".
-2. An answer that names no option, or two, is wrong and counted under "no_answer". Nothing is guessed.
+2. An answer that names no option, or two, is wrong and counted under "no_answer". Nothing is guessed; VoiceBench's script draws a letter where its
+   templates find none (--voicebench-guess). What its templates find is given beside what we read, as for MMAU.
 3. "average" is over questions (micro), not over tasks. On MMAU test-mini, 333 + 334 + 333, the two agree.
 4. Decoding is the paper's (temperature 0.6, top-k 5, top-p 0.5), but every random number belongs to (seed, example, position):
    the same question gets the same answer alone, in any batch, on any number of ranks.
 
-    python evaluate.py --task mmau --predictions FILE --out results.json      # score MMAU's own format, no model needed
+    python evaluate.py --task mmau --predictions FILE --out results.json      # score MMAU's or MMAR's own format, no model needed
+    python evaluate.py --task mcq --predictions FILE                          # VoiceBench's: OpenBookQA and MMSU
+    python evaluate.py --task gap --model DIR --data mmsu.jsonl obqa.jsonl gsm8k.jsonl          # paper B's Table 1, one table a file
     python evaluate.py --task both --model DIR --data test.jsonl --out runs/eval
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
@@ -23,6 +26,7 @@ Where this departs from the papers and from MMAU's own script:
 
 import argparse
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -33,12 +37,14 @@ import torch
 import data
 import judge
 import models
-from judge import extract_choice
+from judge import extract_choice, voicebench_letter
 from rollout import generate
 
-TASKS = ("sound", "music", "speech")    # MMAU's tasks: what is scored as multiple choice
+TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's mixes, ...) gets a row of its own behind them
 SER_TASK = "emotion"                    # the task name of emotion recognition in a manifest
+EMOTIONS = {"anger": "angry", "sadness": "sad", "happiness": "happy", "excited": "happy", "excitement": "happy"}     # IEMOCAP: excited is happy
 NO_ANSWER = "no answer"
+TAKEN = {"average", "ua", "intervals", "official", "groups", "counts", "correct"}             # names in the results, which no task may have
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Was it right?
@@ -57,18 +63,22 @@ def mmau_correct(answer, prediction, choices):
     return bool(said) and wanted <= said and not said & forbidden
 
 
-def score_mmau(records):
+def score_mmau(records, *, voicebench=False, guess=None):
     """Score predictions in MMAU's record format: dicts with id, task, choices, answer and (if there is one) model_output.
 
-    Returns {"sound", "music", "speech", "average": accuracy in per cent of the chosen option (None where nothing was scored);
-    "intervals": Wilson's 95 %, per cent; "official": the same by MMAU's rule on the raw output, with the official script's
-    [right, scored] by task, difficulty and sub-category; "counts"; "correct": task -> id -> bool, for pairing}. "average" is
-    over all scored records (micro). As in the official script, a record without model_output is skipped, not failed.
-    "counts" also holds "indistinct", questions where a wrong choice would pass for the answer under MMAU's rule, and "no_gold",
-    questions whose answer is none of the choices."""
-    correct, official = {task: {} for task in TASKS}, {task: {} for task in TASKS}
-    counts = Counter(records=len(records), skipped=0, no_answer=0, indistinct=0, no_gold=0)
-    groups = {"task": {}, "difficulty": {}, "sub-category": {}}
+    Returns {task: accuracy in per cent of the chosen option, for sound, music, speech (None where nothing was scored) and every other
+    task; "average"; "intervals": Wilson's 95 %, per cent; "official": the same by MMAU's rule on the raw output, with the official script's
+    [right, scored] by task, difficulty, category and sub-category; "groups": these by the chosen option; "counts"; "correct": task -> id ->
+    bool, for pairing}. "average" is over all scored records (micro). As in the official script, a record without model_output is skipped,
+    not failed. "counts" also holds "indistinct", questions where a wrong choice would pass for the answer under MMAU's rule, and "no_gold",
+    questions whose answer is none of the choices.
+
+    voicebench: "official" is the letter that VoiceBench's templates find instead; where they find none ("no_letter") the answer is wrong, or,
+    with `guess` (an int, the seed), a letter is drawn, as its script does."""
+    tasks = [*TASKS, *sorted({record["task"] for record in records} - set(TASKS))]
+    correct, official = {task: {} for task in tasks}, {task: {} for task in tasks}
+    counts = Counter(records=len(records), skipped=0, no_answer=0, indistinct=0, no_gold=0, **{"no_letter": 0} if voicebench else {})
+    groups, official_groups = ({"task": {}, "difficulty": {}, "sub-category": {}} for _ in range(2))
     for record in records:
         output, choices, task = record.get("model_output"), record["choices"], record["task"]
         if output is None:
@@ -80,22 +90,45 @@ def score_mmau(records):
         chosen = extract_choice(output, choices)
         counts["no_answer"] += chosen is None
         counts["no_gold"] += gold is None
-        counts["indistinct"] += any(mmau_correct(answer, c, choices) for c in choices if c != answer)
-        correct[task][record["id"]] = chosen is not None and mmau_correct(answer, chosen, choices)
-        official[task][record["id"]] = raw = mmau_correct(record["answer"], output, choices)
-        for key, table in groups.items():
-            if key in record:
-                right, scored = table.get(str(record[key]), (0, 0))
-                table[str(record[key])] = [right + raw, scored + 1]
+        if voicebench:
+            letter = voicebench_letter(output)
+            counts["no_letter"] += letter is None
+            if letter is None and guess is not None:
+                letter = random.Random(f"{guess} {record['id']}").choice("ABCD")
+            right, raw = chosen is not None and chosen == gold, gold is not None and letter == chr(ord("A") + choices.index(gold))
+        else:
+            counts["indistinct"] += any(mmau_correct(answer, c, choices) for c in choices if c != answer)
+            right, raw = chosen is not None and mmau_correct(answer, chosen, choices), mmau_correct(record["answer"], output, choices)
+        correct[task][record["id"]], official[task][record["id"]] = right, raw
+        for tables, hit in (groups, right), (official_groups, raw):
+            for key in {"task", "difficulty", "category", "sub-category"} & record.keys():
+                rows = tables.setdefault(key, {})
+                hits, scored = rows.get(str(record[key]), (0, 0))
+                rows[str(record[key])] = [hits + hit, scored + 1]
 
     def accuracies(by_task):
-        lists = {task: list(by_task[task].values()) for task in TASKS}
+        lists = {task: list(by_task[task].values()) for task in tasks}
         lists["average"] = sum(lists.values(), [])
         return {name: 100 * sum(v) / len(v) if v else None for name, v in lists.items()}, lists
 
     per_cent, lists = accuracies(correct)
-    return {**per_cent, "intervals": {name: wilson(sum(v), len(v)) for name, v in lists.items()},
-            "official": {**accuracies(official)[0], "counts": groups}, "counts": dict(counts), "correct": correct}
+    return {**per_cent, "intervals": {name: wilson(sum(v), len(v)) for name, v in lists.items()}, "groups": groups,
+            "official": {**accuracies(official)[0], "counts": official_groups}, "counts": dict(counts), "correct": correct}
+
+
+def spoken_choices(prompt):
+    """The choices that a spoken question lists itself, "... A. gold B. silver C. iron D. tin", or []. VoiceBench's do."""
+    found = re.search(r".*(?<!\w)A[.):]\s*(.+?)\s+B[.):]\s*(.+?)\s+C[.):]\s*(.+?)\s+D[.):]\s*([^\n]+)", prompt or "", re.S)
+    return [choice.strip() for choice in found.groups()] if found else []
+
+
+def ser_class(output, classes):
+    """The one emotion of `classes` that an answer names: "The speaker sounds angry.", "(B)", "happy/excited". Besides the classes' names EMOTIONS
+    count and nothing else; two of them, or none, are no answer."""
+    for word, name in EMOTIONS.items():
+        if name in classes and word not in classes:
+            output = re.sub(rf"\b{word}\b", name, output, flags=re.I)
+    return extract_choice(output, classes)
 
 
 def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
@@ -114,8 +147,8 @@ def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
     if not recall:
         return {"ua": None, "recall": {}, "interval": [None, None], "confusion": confusion}
     # n utterances drawn with replacement from n of which k were right hold Binomial(n, k/n) right ones: no need to draw them.
-    random = np.random.default_rng(seed)
-    draws = np.mean([random.binomial(sizes[c], recall[c] / 100, samples) / sizes[c] for c in recall], axis=0)     # [samples]
+    rng = np.random.default_rng(seed)
+    draws = np.mean([rng.binomial(sizes[c], recall[c] / 100, samples) / sizes[c] for c in recall], axis=0)     # [samples]
     return {"ua": sum(recall.values()) / len(recall), "recall": recall, "interval": percentiles(100 * draws), "confusion": confusion}
 
 
@@ -147,12 +180,12 @@ def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"a paired comparison needs two equally long lists, not {a.size} and {b.size} examples")
     labels = np.zeros(a.size) if labels is None else np.asarray(labels)
-    random, differences, draws = np.random.default_rng(seed), [], []
+    rng, differences, draws = np.random.default_rng(seed), [], []
     for label in np.unique(labels):
         d = (a - b)[labels == label]                                      # +1 only A is right, -1 only B, 0 no difference
         n, wins, losses = d.size, (d == 1).sum(), (d == -1).sum()
         # n draws with replacement, counted by outcome: no need to draw them one by one
-        drawn = random.multinomial(n, [wins / n, losses / n, (n - wins - losses) / n], samples)      # [samples, 3]
+        drawn = rng.multinomial(n, [wins / n, losses / n, (n - wins - losses) / n], samples)      # [samples, 3]
         differences.append(d.mean())
         draws.append((drawn[:, 0] - drawn[:, 1]) / n)
     return 100 * float(np.mean(differences)), percentiles(100 * np.mean(draws, axis=0))
@@ -165,9 +198,10 @@ def score(examples, outputs):
     """Multiple choice and emotion examples, and what was said: {"aqa": score_mmau's dict, "ser": score_ser's and "correct":
     class -> id -> bool}, each only if it has examples; and a list of samples, one dict each."""
     samples = [{"id": e.id, "audio_id": str(e.audio), "question": e.question, "choices": e.choices, "answer": e.answer,
-                "task": e.task, "split": e.split, "model_output": output, "chosen": extract_choice(output, e.choices)}
+                "task": e.task, "split": e.split, **({"sub-category": e.kind} if e.kind else {}), "model_output": output,
+                "chosen": (ser_class if e.task == SER_TASK else extract_choice)(output, e.choices)}
                for e, output in zip(examples, outputs, strict=True)]
-    aqa, ser, results = [s for s in samples if s["task"] in TASKS], [s for s in samples if s["task"] == SER_TASK], {}
+    aqa, ser, results = [s for s in samples if s["task"] != SER_TASK], [s for s in samples if s["task"] == SER_TASK], {}
     if aqa:
         results["aqa"] = score_mmau(aqa)
     if ser:
@@ -175,20 +209,22 @@ def score(examples, outputs):
         results["ser"] = score_ser([s["answer"] for s in ser], [s["chosen"] for s in ser], classes)
         results["ser"]["correct"] = {c: {s["id"]: s["chosen"] == c for s in ser if s["answer"] == c} for c in classes}
     for s in samples:
-        s["correct"] = results["aqa"]["correct"][s["task"]][s["id"]] if s["task"] in TASKS else s["chosen"] == s["answer"]
+        s["correct"] = s["chosen"] == s["answer"] if s["task"] == SER_TASK else results["aqa"]["correct"][s["task"]][s["id"]]
     return results, samples
 
 
 def evaluate_model(model, processor, examples, *, splits=(), **decoding):
     """Generate (decoding: generate's keywords) and score. splits: [(name, examples), ...], each reported apart. Raises data.DataError
-    for an example without choices or of another task than AQA's and SER's.
+    for an example without choices. Every task but SER's is AQA.
 
     Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "splits": name -> the same two, "samples": list of dicts}."""
     groups = [("main", examples), *splits]
     everything = [e for _, examples in groups for e in examples]
     for e in everything:
-        if e.task not in (*TASKS, SER_TASK) or not e.choices:
-            raise data.DataError(f"{e.where}: cannot be scored; give it choices and one of the tasks {', '.join((*TASKS, SER_TASK))}")
+        if e.task in TAKEN:
+            raise data.DataError(f"{e.where}: the task {e.task!r} has the name of one of the results; rename it")
+        if not e.choices:
+            raise data.DataError(f"{e.where}: an open question is not scored here; give it choices, or a transcript and --task gap")
     outputs = iter(generate(model, processor, everything, **decoding))
     results, samples = {}, []
     for name, examples in groups:
@@ -201,15 +237,20 @@ def report(results):
     """The results as a table, in per cent with 95 % intervals."""
     lines = []
     if aqa := results.get("aqa"):
-        lines.append(f"{'AQA':10}{'accuracy':>9}   95 % interval     raw text, MMAU's rule")
-        for name in (*TASKS, "average"):
+        rule = "VoiceBench's templates" if "no_letter" in aqa["counts"] else "raw text, MMAU's rule"
+        wide = max(10, *(len(name) + 1 for name in aqa["correct"]))
+        lines.append(f"{'AQA':{wide}}{'accuracy':>9}   95 % interval     {rule}")
+        for name in (*aqa["correct"], "average"):
             if aqa[name] is not None:
                 low, high = aqa["intervals"][name]
-                lines.append(f"{name:10}{aqa[name]:9.2f}   [{low:5.2f}, {high:6.2f}]  {aqa['official'][name]:9.2f}")
+                lines.append(f"{name:{wide}}{aqa[name]:9.2f}   [{low:5.2f}, {high:6.2f}]  {aqa['official'][name]:9.2f}")
+        if "category" in aqa["groups"] or aqa["correct"].keys() - {*TASKS, "mcq"}:                 # the benchmarks' own files, MMAR's mixes
+            lines += [f"    {name:36}{100 * hits / n:7.2f}{100 * aqa['official']['counts'][key][name][0] / n:9.2f}   of {n}"
+                      for key in ("category", "sub-category") for name, (hits, n) in sorted(aqa["groups"].get(key, {}).items())]
         lines.append("{records} questions, {skipped} skipped (no model_output), {no_answer} without a clear answer".format(**aqa["counts"]))
         for key, what in {"indistinct": "a wrong choice has the answer's words: MMAU's rule takes it for right",
-                          "no_gold": "the answer is none of the choices"}.items():
-            lines += [f"in {aqa['counts'][key]} of them {what}"] * (aqa["counts"][key] > 0)
+                          "no_gold": "the answer is none of the choices", "no_letter": "VoiceBench's templates find no letter"}.items():
+            lines += [f"in {aqa['counts'][key]} of them {what}"] if aqa["counts"].get(key) else []
     if ser := results.get("ser"):
         low, high = ser["interval"]
         names = list(next(iter(ser["confusion"].values())))
@@ -224,9 +265,9 @@ def report(results):
 def compare(results, other):
     """Lines that say how far `results` are from `other` (dicts of evaluate_model), on the examples that both have."""
     lines = []
-    for part, names in ("aqa", (*TASKS, "average")), ("ser", ("ua",)):
+    for part in "aqa", "ser":
         mine, theirs = (r.get(part, {}).get("correct", {}) for r in (results, other))
-        for name in names:
+        for name in (*mine, "average") if part == "aqa" else ("ua",):
             group = [(g, i) for g in mine if name in (g, "average", "ua") for i in mine[g] if i in theirs.get(g, {})]
             if group:
                 difference, (low, high) = paired_bootstrap([mine[g][i] for g, i in group], [theirs[g][i] for g, i in group],
@@ -237,13 +278,14 @@ def compare(results, other):
 
 def report_change(before, after):
     """Two evaluations of one run as a table: before, after, paired difference with its interval."""
-    lines = [f"{'':10}{'before':>9}{'after':>9}   difference, paired, 95 % interval"]
+    wide = max(10, *(len(name) + 1 for name in before.get("aqa", {}).get("correct", ("",))))
+    lines = [f"{'':{wide}}{'before':>9}{'after':>9}   difference, paired, 95 % interval"]
     differences = {tuple(line.split(None, 2)[:2]): line.split(None, 2)[2] for line in compare(after, before)}
-    for part, names in ("aqa", (*TASKS, "average")), ("ser", ("ua",)):
-        for name in names:
-            if part in before and before[part][name] is not None:
+    for part in [part for part in ("aqa", "ser") if part in before]:
+        for name in (*before["aqa"]["correct"], "average") if part == "aqa" else ("ua",):
+            if before[part][name] is not None:
                 label = name if part == "aqa" else "SER"
-                lines.append(f"{label:10}{before[part][name]:9.2f}{after[part][name]:9.2f}   {differences.get((part, name), '')}")
+                lines.append(f"{label:{wide}}{before[part][name]:9.2f}{after[part][name]:9.2f}   {differences.get((part, name), '')}")
     return "\n".join(lines)
 
 
@@ -281,8 +323,9 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
         said = generate(model, processor, asked, view=view, words=words, temperature=temperature, **decoding)
         for e, output in zip(asked, said):
             kind = e.kind or e.task
-            correct[view][kind][e.id] = right = judge.agree(output, e.answer, e.choices)
-            samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": e.choices, "answer": e.answer,
+            choices = e.choices or re.fullmatch("[A-D]", e.answer) and spoken_choices(e.transcript) or []         # VoiceBench's are in the sound
+            correct[view][kind][e.id] = right = judge.agree(output, e.answer, choices)
+            samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": choices, "answer": e.answer,
                             "kind": kind, "model_output": output, "correct": right})
     results = {**gap_of(*map(flat, correct.values())), "correct": correct, "samples": samples,
                "kinds": {kind: gap_of(correct["text"][kind], correct["audio"][kind]) for kind in kinds}}
@@ -353,7 +396,8 @@ def plot_run(folder):
     left.set(xlabel="step", ylabel="loss term, unweighted", yscale="log", title="what the student learns from")
     left.legend(frameon=False)
     bars = [(name, *((r["aqa"][name], r["aqa"]["intervals"][name]) for r in (results["before"], results["after"])))
-            for name in (*TASKS, "average") if results["before"].get("aqa", {}).get(name) is not None]
+            for name in (*results["before"].get("aqa", {}).get("correct", ()), "average") if "aqa" in results["before"]
+            and results["before"]["aqa"][name] is not None]
     if "ser" in results["before"]:
         bars.append(("SER\n(never trained)", *((r["ser"]["ua"], r["ser"]["interval"]) for r in (results["before"], results["after"]))))
     for side, (when, colour) in enumerate((("before", "#b8c4d6"), ("after", "#2f5d9b"))):
@@ -415,41 +459,62 @@ def read_json(path, kind):
         raise data.DataError(f"{path}: cannot be read as JSON ({error}); give {kind}") from None
 
 
-def read_predictions(path):
-    """A JSON list of MMAU records, all of it checked. Raises data.DataError with the file, the record's number and a remedy."""
-    records, ids = read_json(path, "a JSON list of MMAU's records with the key model_output"), set()
+def read_predictions(path, task="mmau"):
+    """MMAU's records (a JSON list), MMAR's (JSONL; its modality is the task) or, with task="mcq", VoiceBench's (JSONL) -> MMAU's, all of it
+    checked. Raises data.DataError with the file, the record's number and a remedy."""
+    what, ids = "a JSON list or JSONL of the benchmark's records with the outputs added", set()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            records = json.loads(text)
+        except ValueError:                                                # several values: one a line?
+            if len(lines := [line for line in text.split("\n") if line.strip()]) < 2:
+                raise
+            records = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
+        raise data.DataError(f"{path}: cannot be read as JSON ({error}); give {what}") from None
     if not isinstance(records, list) or not records:
-        raise data.DataError(f"{path}: holds no list of records; give a JSON list of MMAU's records with the key model_output")
+        raise data.DataError(f"{path}: holds no list of records; give {what}")
     for n, r in enumerate(records, 1):
         fault = None
+        if isinstance(r, dict) and task == "mcq":
+            choices = spoken_choices(r.get("prompt") if isinstance(r.get("prompt"), str) else "") or list("ABCD")
+            r = {"id": str(n), "task": "mcq", "choices": choices, "answer": r.get("reference"), "model_output": r.get("response")}
+        elif isinstance(r, dict) and "modality" in r:
+            r = {"id": str(n), **r, "task": r["modality"], "model_output": r.get("answer_prediction", r.get("model_output"))}
         if not isinstance(r, dict):
             fault = "is not an object"
         elif missing := [key for key in ("id", "task", "answer") if not isinstance(r.get(key), str) or not r[key]]:
-            fault = f"has no text under {missing[0]!r}"
+            fault = f"has no text under {'reference' if task == 'mcq' else missing[0]!r}"
         elif not isinstance(r.get("choices"), list) or not r["choices"] or not all(isinstance(c, str) for c in r["choices"]):
             fault = "has no list of texts under 'choices'"
         elif not isinstance(r.get("model_output"), str | None):
-            fault = "holds something that is not text under 'model_output'"
-        elif r["task"] not in TASKS:
-            fault = f"has the task {r['task']!r}, not one of {', '.join(TASKS)}"
+            fault = "holds something that is not text under 'model_output', 'answer_prediction' or 'response'"
+        elif r["task"] in TAKEN:
+            fault = f"has the task {r['task']!r}, the name of one of the results"
         elif r["id"] in ids:
             fault = f"repeats the id {r['id']!r}"
         if fault:
-            raise data.DataError(f"{path}: record {n} {fault}; start from MMAU's own file and add only model_output")
+            raise data.DataError(f"{path}: record {n} {fault}; start from the benchmark's own file and add only the outputs")
         ids.add(r["id"])
+        records[n - 1] = r
     return records
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["mmau", "aqa", "ser", "both", "gap", "layers", "features", "kl"],
-                        help="mmau: score a file of predictions; aqa, ser, both: run a model, on multiple choice, emotions or both; gap: the same "
-                             "questions heard and read; layers, features, kl: look inside a student and its teacher (inside.py)")
-    parser.add_argument("--out", help="mmau: the file for results.json; otherwise a folder (default runs/evaluate)")
+    parser.add_argument("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap", "layers", "features", "kl"],
+                        help="mmau: score a file of predictions, MMAU's or MMAR's; mcq: VoiceBench's (OpenBookQA, MMSU); aqa, ser, both: run a "
+                             "model, on multiple choice, emotions or both; gap: the same questions heard and read; layers, features, kl: look inside "
+                             "a student and its teacher (inside.py)")
+    parser.add_argument("--out", help="mmau, mcq: the file for results.json; otherwise a folder (default runs/evaluate)")
     parser.add_argument("--compare", metavar="RESULTS", help="another run's results.json: print how far this run is from it, paired")
     parser.add_argument("--baseline", metavar="RESULTS", help="gap: the results.json of the model before training: print the gap's reduction")
     # what is scored
-    parser.add_argument("--predictions", metavar="FILE", help="mmau: JSON list of MMAU's records, with the output under model_output")
+    parser.add_argument("--predictions", metavar="FILE", help="mmau: MMAU's records with the output under model_output, or MMAR's "
+                                                                "(answer_prediction); mcq: VoiceBench's (prompt, reference, response)")
+    parser.add_argument("--voicebench-guess", action="store_true",
+                        help="mcq, gap: where VoiceBench's templates find no letter, draw one (--seed) as its script does; default: wrong, counted")
     parser.add_argument("--model", metavar="DIR", help="an audio language model: a folder or a name on the hub")
     parser.add_argument("--data", metavar="FILE", nargs="+", help="a manifest (JSONL; see data.py); each further one is reported apart")
     parser.add_argument("--teacher", metavar="DIR", help="layers, features: the text LLM; default: the one that the run of --model names")
@@ -461,14 +526,16 @@ def main():
     parser.add_argument("--top-p", type=float, default=0.5, help="paper: 0.5; 1: all of the probability")
     parser.add_argument("--greedy", action="store_true", help="the most probable token, always")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens an answer may have, trace included")
+    parser.add_argument("--max-new-tokens", type=int,
+                        help="tokens an answer may have, trace included; default: 2048, room for a trace like CoTA's; kl: 200 (paper B)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered at once")
     args = parser.parse_args()
-    for flag in ["predictions"] if args.task == "mmau" else ["model", "data"]:
+    for flag in ["predictions"] if args.task in ("mmau", "mcq") else ["model", "data"]:
         if not getattr(args, flag):
             parser.error(f"--task {args.task} needs --{flag}")
     if args.greedy or args.temperature is None:
         args.temperature = 0.0 if args.greedy or args.task == "gap" else 0.6
+    args.max_new_tokens = args.max_new_tokens or (200 if args.task == "kl" else 2048)
     try:
         {"layers": look_inside, "features": look_inside, "gap": run_gap, "kl": run_kl}.get(args.task, run)(args)
     except data.DataError as error:
@@ -487,7 +554,7 @@ def look_inside(args):
     teacher_name = args.teacher or settings.get("teacher")
     if not teacher_name:
         raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; give --teacher")
-    examples = [e for e in data.read_manifest(args.data[0], split=args.split) if e.reasoning and e.description and e.task in TASKS]
+    examples = [e for e in data.read_manifest(args.data[0], split=args.split) if e.reasoning and e.description and e.task != SER_TASK]
     if len(args.data) > 1:
         raise data.DataError(f"{args.data[1]}: --task {args.task} looks at one manifest; give the first alone")
     most = min(len(examples), args.limit or 80)
@@ -551,11 +618,20 @@ def run_gap(args):
     for name, examples in sets:
         found[name] = evaluate_views(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
                                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-        samples += [{"set": name, **s} for s in found[name].pop("samples")]
+        said = found[name].pop("samples")
+        samples += [{"set": name, **s} for s in said]
+        for view in ("text", "audio"):
+            if mcq := [{**s, "task": "mcq"} for s in said if s["view"] == view and s["choices"] and "kind" in s]:
+                score_ = score_mmau(mcq, voicebench=True, guess=args.seed if args.voicebench_guess else None)
+                found[name].setdefault("voicebench", {})[view] = {"accuracy": score_["official"]["mcq"], "counts": score_["counts"]}
         before = baseline if name == sets[0][0] else baseline.get("splits", {}).get(name)
         if before:
             found[name]["gap_reduction_percent"] = gap_reduction(before, found[name])
         print(f"-- {name}\n{report_gap(found[name], before)}")
+        for view, theirs in found[name].get("voicebench", {}).items():
+            counts = theirs["counts"]
+            print(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
+                  "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
     first = found.pop(sets[0][0])
     (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
@@ -600,15 +676,18 @@ def run(args):
         other = other.get("after", other) if isinstance(other, dict) else {}          # a training run holds "before" and "after"
         if not any(isinstance(other.get(part), dict) and isinstance(other[part].get("correct"), dict) for part in ("aqa", "ser")):
             raise data.DataError(f"{args.compare}: holds no results; give a results.json that evaluate.py or a training run wrote")
-    if args.task == "mmau":
-        results, out = {"aqa": score_mmau(read_predictions(args.predictions))}, args.out and Path(args.out)
+    if args.task in ("mmau", "mcq"):
+        records, how = read_predictions(args.predictions, args.task), {}
+        if args.task == "mcq":
+            how = {"voicebench": True, "guess": args.seed if args.voicebench_guess else None}
+        results, out = {"aqa": score_mmau(records, **how)}, args.out and Path(args.out)
     else:
-        wanted = {"aqa": TASKS, "ser": (SER_TASK,), "both": (*TASKS, SER_TASK)}[args.task]
+        wanted = {"aqa": (False,), "ser": (True,), "both": (False, True)}[args.task]          # is it about emotion?
         sets = []
         for name, file in zip(stems(args.data), args.data):
-            sets.append((name, [e for e in data.read_manifest(file, split=args.split) if e.task in wanted][:args.limit]))
+            sets.append((name, [e for e in data.read_manifest(file, split=args.split) if (e.task == SER_TASK) in wanted][:args.limit]))
             if not sets[-1][1]:
-                raise data.DataError(f"{file}: has no example of the tasks {', '.join(wanted)}; check --task and --split")
+                raise data.DataError(f"{file}: has no example for --task {args.task}; check --task and --split")
         out = Path(args.out or "runs/evaluate") / "results.json"
         gpu = torch.cuda.is_available()
         model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -620,7 +699,7 @@ def run(args):
         out.parent.mkdir(parents=True, exist_ok=True)
     if samples := results.pop("samples", None):
         (out.parent / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-        mmau = [s for s in samples if s["task"] in TASKS]
+        mmau = [s for s in samples if s["task"] != SER_TASK]
         (out.parent / "predictions.json").write_text(json.dumps(mmau, indent=1))          # MMAU's format, for its own script
     if out:
         out.write_text(json.dumps({**results, "settings": vars(args)}, indent=1))

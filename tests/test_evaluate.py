@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import data
 import evaluate
 import rollout
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
-from judge import extract_choice
+from judge import extract_choice, voicebench_letter
 
 ROOT = Path(__file__).parent.parent
 METALS = ["gold", "silver", "white gold", "a ring"]
@@ -140,7 +141,83 @@ def test_score_mmau_on_odd_records():
     assert score["counts"]["indistinct"] == 1 and score["counts"]["no_gold"] == 1
 
 
+MMAR = [{"id": f"r{n}", "audio_path": "a.wav", "question": "?", "choices": ["gold", "silver"], "answer": "gold", "modality": modality,
+         "category": layer, "sub-category": sub, "language": "en", "answer_prediction": said}
+        for n, (modality, layer, sub, said) in enumerate([
+            ("sound", "Signal Layer", "Anomaly Detection", "gold"), ("mix-sound-speech", "Semantic Layer", "Counting", "gold, not silver. The answer is gold"),
+            ("mix-sound-speech", "Semantic Layer", "Counting", "silver"), ("mix-sound-music-speech", "Cultural Layer", "Imagination", None)])]
+
+
+def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mmar.jsonl").write_text("\n".join(map(json.dumps, MMAR)) + "\n")
+    (tmp_path / "mmar.json").write_text(json.dumps(MMAR))
+    for name in "mmar.jsonl", "mmar.json":
+        run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / name, "--out", tmp_path / "results.json")
+        aqa = json.loads((tmp_path / "results.json").read_text())["aqa"]
+        assert (aqa["sound"], aqa["mix-sound-speech"], aqa["mix-sound-music-speech"], aqa["music"]) == (100, 50, None, None)
+        assert (aqa["average"], aqa["official"]["average"], aqa["counts"]["skipped"]) == pytest.approx((200 / 3, 100 / 3, 1))
+        assert aqa["groups"]["category"] == {"Signal Layer": [1, 1], "Semantic Layer": [1, 2]}
+        assert aqa["official"]["counts"]["category"] == {"Signal Layer": [1, 1], "Semantic Layer": [0, 2]}
+        assert re.search(r"^    Semantic Layer +50.00 +0.00   of 2$", capsys.readouterr().out, re.M)
+
+
+# ------------------------------------------------------- VoiceBench's rule -------------------------------------------------------
+
+@pytest.mark.parametrize("output, letter", [
+    ("B", "B"), ("b.", "B"), ("(C)", "C"), ("B) gold", "B"), ("The answer is B", "B"), ("the correct answer is: **C. gold**", "C"), ("I would choose D", "D"),
+    ("Option B: gold", "B"), ("It is \\( \\boxed{\\text{C}} \\)", "C"), ("The answer is:\n\n**B) gold**", "B"), ("答案是D", "D"), ("<1> C.", "C"), ("B\n", "B"),
+    (TRACE + "<RESPONSE>C</RESPONSE>", "C"), (TRACE + "<RESPONSE>The answer is A</RESPONSE>", "A"),          # "(B)" of the trace does not count
+    ("The answer is due to friction.", "D"), ("The answer is beyond me", "B"),                            # blind as it is
+    ("It is not A. or B, so the answer is C", "C"),                         # an earlier template wins
+    ("is it a. or b.", "A"), ("d. or c.", "C"),                             # within a template the earlier letter, wherever it stands
+    ("gold", None), ("", None), ("Answer: B", None), ("I say B", None), ("E", None), ("(E)", None), (TRACE, None)])
+def test_voicebench_letter(output, letter):
+    assert voicebench_letter(output) == letter
+
+
+PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answer? Select one of the following:\nA. gold\nB. silver\nC. white gold\nD. a ring"
+
+
+@pytest.mark.parametrize("prompt, choices", [
+    (PROMPT, METALS), (PROMPT.replace("\n", " "), METALS), ("Which? A) gold B) silver C) white gold D) a ring", METALS), ("What is A. and B.?", []), ("", []), (None, [])])
+def test_spoken_choices(prompt, choices):
+    assert evaluate.spoken_choices(prompt) == choices
+
+
+def test_voicebenchs_own_file(tmp_path, monkeypatch, capsys):
+    said = ["B", "The answer is silver", "It is due to rust. (C)", "no idea", None, "I say B", *["no idea"] * 200]
+    lines = [{"prompt": PROMPT, "reference": "B", **({"response": s} if s else {})} for s in said]
+    (tmp_path / "obqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def score(*flags):
+        run_main(monkeypatch, "--task", "mcq", "--predictions", tmp_path / "obqa.jsonl", "--out", tmp_path / "results.json", *flags)
+        return json.loads((tmp_path / "results.json").read_text())["aqa"]
+    found = score()
+    assert list(found["correct"]["mcq"].values())[:5] == [True, True, False, False, True] and found["average"] == pytest.approx(300 / 205)
+    assert found["official"]["average"] == pytest.approx(100 / 205)
+    assert found["counts"] == {"records": 206, "skipped": 1, "no_answer": 201, "indistinct": 0, "no_gold": 0, "no_letter": 203}
+    assert "in 203 of them VoiceBench's templates find no letter" in capsys.readouterr().out
+    guessed = score("--voicebench-guess")
+    assert guessed == score("--voicebench-guess") != score("--voicebench-guess", "--seed", 1)
+    assert guessed["average"] == found["average"] and 15 < guessed["official"]["average"] < 35 and guessed["counts"] == found["counts"]
+    (tmp_path / "obqa.jsonl").write_text('{"response": "B"}\n{"response": "B"}')
+    with pytest.raises(SystemExit, match="record 1 has no text under 'reference'"):
+        score()
+
+
 # ------------------------------------------------------- unweighted accuracy -------------------------------------------------------
+
+@pytest.mark.parametrize("output, emotion", [
+    ("The speaker sounds angry.", "angry"), ("happy/excited", "happy"), ("(D)", "sad"), ("neutral", "neutral"), ("He is excited.", "happy"), ("Anger", "angry"),
+    ("Sadness.", "sad"), ("a tone of happiness and excitement", "happy"), ("not happy", None), ("happy or sad", None), ("furious", None), ("joyful", None),
+    ("unhappy", None), ("", None), (TRACE + "<RESPONSE>sad</RESPONSE>", "sad")])
+def test_what_counts_as_one_of_iemocaps_classes(output, emotion):
+    assert evaluate.ser_class(output, ["angry", "happy", "neutral", "sad"]) == emotion
+
+
+def test_an_emotion_that_is_a_class_itself_is_not_merged():
+    assert evaluate.ser_class("excited", ["angry", "excited", "happy"]) == "excited"
+
 
 CLASSES = ["angry", "happy", "neutral", "sad"]
 
@@ -437,10 +514,29 @@ def test_evaluate_model(monkeypatch, examples):
 
 
 def test_evaluate_model_refuses_what_it_cannot_score(examples):
-    for task, choices in ("caption", ["a", "b"]), ("sound", []):
+    for task, choices in ("math", []), ("sound", []), ("emotion", []), ("counts", ["a", "b"]):
         odd = data.Example("o", examples[0].audio, "?", choices, "a", task, where="manifest.jsonl:9")
         with pytest.raises(data.DataError, match="manifest.jsonl:9"):
             evaluate.evaluate_model(None, None, [odd])                      # before any model is touched
+
+
+def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_path):
+    """From the manifest to the tables, the paired comparison, the table of a training run and its figure."""
+    def results(right):
+        rows = [data.Example(f"m{n}", examples[0].audio, "?", ["gold", "silver"], "gold", task, kind="Counting")
+                for n, task in enumerate(["mix", "mix", "sound", "another"])]
+        monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, **how: ["gold" if n in right else "silver" for n in range(4)])
+        return evaluate.evaluate_model(None, None, rows)
+    before, after = results([0]), results([0, 1, 3])
+    assert list(after["aqa"]["correct"]) == ["sound", "music", "speech", "another", "mix"]
+    assert (before["aqa"]["mix"], after["aqa"]["mix"], after["aqa"]["another"], after["aqa"]["average"]) == (50, 100, 100, 75)
+    assert after["aqa"]["groups"]["sub-category"] == {"Counting": [3, 4]} and after["samples"][0]["correct"]
+    assert re.search(r"^mix +100.00", evaluate.report(after), re.M) and "aqa another +100.00 points" in "\n".join(evaluate.compare(after, before))
+    assert re.search(r"^mix +50.00 +100.00 +[+]50.00", evaluate.report_change(before, after), re.M)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "sft": 1.0}\n')
+    (tmp_path / "results.json").write_text(json.dumps({"before": before, "after": after}))
+    evaluate.plot_run(tmp_path)
+    assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
 # ------------------------------------------------------- the command line -------------------------------------------------------
@@ -520,7 +616,7 @@ GOOD = {"id": "q", "question": "?", "choices": ["gold", "silver"], "answer": "go
     ([{}], "no text under 'id'"),
     ([{**GOOD, "choices": "gold"}], "no list of texts under 'choices'"), ([{**GOOD, "choices": [1, 2]}], "no list of texts"),
     ([{**GOOD, "model_output": ["gold"]}], "not text under 'model_output'"),
-    ([{**GOOD, "task": "smell"}], "the task 'smell', not one of sound, music"),
+    ([{**GOOD, "task": "average"}], "the task 'average', the name of one of the results"),
     ([GOOD, GOOD], "record 2 repeats the id 'q'"),
 ])
 def test_bad_predictions_get_one_sentence(tmp_path, monkeypatch, content, message):

@@ -76,6 +76,28 @@ def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch
         run("--baseline", str(tmp_path / "a" / "samples.jsonl".replace("samples.jsonl", "nothing.json")) if (tmp_path / "a" / "nothing.json").write_text("{}") else "")
 
 
+def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
+    """OBQA as it is spoken (the choices are in the sound, the answer is a letter), or with its choices as text; GSM8K as an open question."""
+    rows = [json.loads(line) for line in write_spoken(tmp_path).read_text().splitlines()[:4]]
+    spoken = "Which is yellow? A. gold B. silver C. tin D. iron"
+    for name, fields in {"obqa": {"transcript": spoken, "choices": [], "answer": "A"}, "gsm8k": {"choices": [], "answer": "18"},
+                         "mmsu": {"choices": ["gold", "silver", "tin", "iron"], "answer": "gold"}}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**row, "question": "", "task": "math", **fields}) for row in rows))
+    said = {"obqa": ["A", "The answer is gold.", "silver", "hm"], "gsm8k": ["#### 18", "It costs $18.00.", "x+18", "19"]}
+    said["mmsu"] = said["obqa"]
+    monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, view, **how: said[asked[0].where.split("/")[-1].split(".")[0]])
+    monkeypatch.setattr(common, "load_audio_model", lambda *_, **__: (type("Model", (), {"to": lambda self, device: self})(), None))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", "x", "--out", str(tmp_path / "out"), "--data",
+                                      *(str(tmp_path / f"{name}.jsonl") for name in said)])
+    evaluate.main()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["audio_accuracy"] == found["splits"]["gsm8k"]["text_accuracy"] == found["splits"]["mmsu"]["audio_accuracy"] == 50
+    for part in found, found["splits"]["mmsu"]:
+        assert [part["voicebench"][view]["accuracy"] for view in ("text", "audio")] == [25, 25] and part["voicebench"]["audio"]["counts"]["no_letter"] == 3
+    assert "voicebench" not in found["splits"]["gsm8k"] and capsys.readouterr().out.count("VoiceBench's templates: 25.0; in 3 of 4") == 4
+    assert found["settings"]["temperature"] == 0 and found["settings"]["max_new_tokens"] == 2048
+
+
 # ------------------------------------------------------------ the KL analysis -----------------------------------------------------------
 
 def test_kl_report_finds_what_was_planted():

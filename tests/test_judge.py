@@ -1,4 +1,5 @@
 """The judge: what an answer is, when two agree by the rule, and a model that is asked."""
+import time
 from fractions import Fraction
 
 import pytest
@@ -36,6 +37,108 @@ def test_numbers(text, value):
     ("<THINK><PLANNING>five</PLANNING></THINK><RESPONSE>six</RESPONSE>", "6", True), ("<THINK><PLANNING>it may be five", "5", False)])
 def test_open_answers(said, reference, same):
     assert agree(said, reference) is same and agree(reference, said) is same
+
+
+# What models write under GSM8K's and NuminaMath's problems -> does it say the reference's answer? Symbolic algebra is out of reach, so "no" there.
+MATH = r"""
+#### 18 | 18 | yes
+so $18 every day.⏎#### 1,234 | 1234 | yes
+She sold 48/2 = 24 clips in May. Altogether she sold 48+24 = 72 clips. | 72 | yes
+We get 2^3 = 8 cells. There are 8 cells. | 8 | yes
+Let x + 3 = 43, so x = 40. | 40 | yes
+The answer is $18. | 18 | yes
+**Answer:** 72. | 72 | yes
+He made a profit of 70 thousand dollars. | 70000 | yes
+It was $1.25 million. | 1250000 | yes
+The answer is 5:00 PM | 5 | no
+The answer is 18 | 1.8 | no
+Answer: 5 * 4 = 20 | 20 | yes
+5 \times 4 = 20 | 20 | yes
+#### 5⏎the answer is 5 a day⏎#### 10 | 10 | yes
+x^2 = 9 | 9 | no
+x \approx 3.14 | 3.14 | yes
+Thus the answer is \(\boxed{72}\). | 72 | yes
+\[⏎\fbox{72}⏎\] | 72 | yes
+\boxed 5 | 5 | yes
+\boxed{} so the answer is 5. | 5 | yes
+x = 3/4 | \frac{3}{4} | yes
+the answer is $\frac{3}{4}$. | 0.75 | yes
+\boxed{\dfrac{3}{4}} | \frac34 | yes
+-1/2 | -\frac{1}{2} | yes
+\boxed{\frac{1}{2}} | -\frac{1}{2} | no
+7\frac{1}{2} | \frac{15}{2} | yes
+7\frac{1}{2}\pi | \frac{71}{2}\pi | no
+50\% | 50 | yes
+0.5 | 50\% | no
+30^\circ | 30^{\circ} | yes
+30 degrees | \boxed{30°} | yes
+30^{3} | 30^\circ | no
+12\,\text{cm}^2 | 12 cm^2 | yes
+12 \mathrm{~km} | 12 | yes
+12\,345 | \$12{,}345 | yes
+\boxed{2 \sqrt 3} | 2\sqrt{3} | yes
+2√3 | 2\sqrt{3} | yes
+Hence, the answer is $2\sqrt{3}$. | 2\sqrt{3} | yes
+2\sqrt{3} | 3\sqrt{2} | no
+2√3 | 3 | no
+the answer is ±2 | 2 | no
+±2 | \pm 2 | yes
+\sqrt{12} | 2\sqrt{3} | no
+\left(1, 2\right) | (1,2) | yes
+The answer is $(1,2)$. | (1, 2) | yes
+(3, 2) | (1, 2) | no
+2 | (1, 2) | no
+3, 2 | 1, 2 | no
+\{1, 2\} | \{1,2\} | yes
+[1, 2] | [1, 2) | no
+\left[0, 3\right] | [0,3] | yes
+k \in [1, 3] | [1,3] | yes
+the answer is $(-\infty, 3]$ | (-\infty,3] | yes
+x=1,y=2 | x = 1, y = 2 | yes
+x = 1, y = 2 | 2 | no
+\pi/4 | \frac{\pi}{4} | yes
+4 pi | 4\pi | yes
+4π | 4\pi | yes
+4\pi | 4 | no
+10^{3} | 10^3 | yes
+10^3 | 10^{4} | no
+x^2 + 1 | x^{2}+1 | yes
+2^{1/3} | 2^{\frac{1}{3}} | yes
+\sqrt{3}/2 | \dfrac{\sqrt3}2 | yes
+\frac{n(n-1)}{2} | \frac{n(n+1)}{2} | no
+\frac{\frac{a}{b}}{2} | \frac{a/b}{2} | yes
+y = 2x + 3 | 2x+3 | yes
+2x+3 | 5x+3 | no
+3+4i | 3-4i | no
+a \geq 2 | a≥2 | yes
+a > 2 | a < 2 | no
+2 < x < 5 | 5 | no
+x \neq 3 | x \ne 3 | yes
+2 : 3 | 2:3 | yes
+2:3 | 3 | no
+1010_2 | 1010_{2} | yes
+1010_{2} | 1010 | no
+\log_2 3 | \log_{2} 3 | yes
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | yes
+\boxed{\text{(B)}} | B | yes
+The answer is (B). | \text{B} | yes
+\text{(B)} | \text{(C)} | no
+\textbf{(C)}\ 10 | 10 | yes
+\boxed{\text{No solution}} | no solution | yes
+\boxed{\text{odd}} | even | no
+"""
+
+
+@pytest.mark.parametrize("case", MATH.strip().splitlines())
+def test_math_as_models_write_it(case):
+    said, reference, same = case.replace("⏎", "\n").split(" | ")
+    assert agree(said, reference) is agree(reference, said) is (same == "yes")
+
+
+@pytest.mark.parametrize("said", ["9" * 20_000, "123 " * 5000, "\\boxed{" * 2000, "\\frac{" * 2000, "the answer is " + "(" * 5000, "1," * 10_000])
+def test_a_model_that_never_stops_is_judged_in_no_time(said):
+    start = time.perf_counter()
+    assert not agree(said, "18") and time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize("said, reference, same", [
