@@ -24,9 +24,8 @@ Where a format leaves something open, and what we do:
    from --task; else from the clip's path (words, or corpora that CoTA is made of); a row without any is dropped.
 3. An audio path of somebody else's machine ("/data/x/meld/1.wav") is looked for under --audio-root by its longest ending that is there.
 4. AVQA asks about videos; as in R1-AQA's own loader "video" becomes "audio".
-5. VoiceBench speaks question and options. As in the mini world's spoken questions the choices stay in the manifest, because an answer is scored as
-   a choice; so both views also READ the options, and the numbers are not VoiceBench's own. The question is empty: the audio asks. The
-   transcript is the whole prompt.
+5. VoiceBench speaks question and options, and nothing else is to be read: question and choices are empty, the transcript is the whole prompt, the
+   answer is the letter. evaluate.py finds the choices in the transcript again, so its numbers are VoiceBench's own.
 6. Mathematics keeps what can be checked: no proofs, no answers of several parts, no drawings. --numeric keeps answers that are one number.
 7. An id that was used before gets its row's number appended; nothing is lost.
 """
@@ -358,10 +357,9 @@ def voicebench(row, where, args):
     prompt, letter = row["prompt"], str(row.get("reference")).strip()
     if not re.fullmatch("[A-Z]", letter):
         raise DataError(f"{where}: the reference is no letter, as it is in openbookqa and mmsu")
-    choices = split_choices(prompt)[1] if isinstance(prompt, str) else []
-    if ord(letter) - 65 >= len(choices):
+    if not isinstance(prompt, str) or ord(letter) - 65 >= len(split_choices(prompt)[1]):
         raise DataError(f"{where}: the prompt has no such choice as the reference")
-    return {"audio": row["audio"], "question": "", "choices": choices, "answer": choices[ord(letter) - 65], "task": "speech", "transcript": prompt,
+    return {"audio": row["audio"], "question": "", "choices": [], "answer": letter, "task": "speech", "transcript": prompt,
             "sub-category": None if row["split"] == "test" else row["split"]}          # mmsu's domain: the audio-text gap is reported by it
 
 

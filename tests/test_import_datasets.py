@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 import data
+import evaluate
 import import_datasets
 from import_datasets import boxes, main, named, split_choices
 
@@ -364,15 +365,15 @@ def test_iemocap(tmp_path, capsys):
 
 
 def test_voicebench(tmp_path, capsys):
-    prompt = "The sun is responsible for\nA. puppies learning new tricks\nB. plants sprouting\nC. old age"
-    rows = [{"audio": {"bytes": clip(), "path": "1.wav"}, "prompt": prompt, "reference": reference} for reference in ("B", "D", "plants", None)]
+    prompt = "The sun is responsible for\nA. puppies learning new tricks\nB. plants sprouting\nC. old age\nD. rain"
+    rows = [{"audio": {"bytes": clip(), "path": "1.wav"}, "prompt": prompt, "reference": reference} for reference in ("B", "E", "plants", None)]
     write_parquet(tmp_path / "mmsu/law-00000-of-00001.parquet", rows)
     write_parquet(tmp_path / "openbookqa/test-00000-of-00001.parquet", rows[:1])
     write_parquet(tmp_path / "alpacaeval/test-00000-of-00001.parquet", [{"audio": rows[0]["audio"], "prompt": "Tell me a story.", "output": "Once."}])
     printed, lines = run(capsys, "voicebench", tmp_path / "mmsu", tmp_path / "mmsu.jsonl")
     example, = data.read_manifest(tmp_path / "mmsu.jsonl", require=("transcript",))
-    assert (example.question, example.answer, example.transcript, example.task, example.kind) == ("", "plants sprouting", prompt, "speech", "law")
-    assert example.choices == ["puppies learning new tricks", "plants sprouting", "old age"] and example.audio.is_file()
+    assert (example.question, example.answer, example.transcript, example.task, example.kind) == ("", "B", prompt, "speech", "law")
+    assert example.choices == [] and evaluate.spoken_choices(prompt)[1] == "plants sprouting" and example.audio.is_file()       # heard, not read
     dropped(printed, "the reference is no letter", 2)
     dropped(printed, "no such choice", 1)
     printed, lines = run(capsys, "voicebench", tmp_path / "openbookqa", tmp_path / "obqa.jsonl")
