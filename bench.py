@@ -302,17 +302,18 @@ def gigabytes(*tensors):
 
 
 def at_full_depth(args, flags):
-    """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections.
-    With DDP the gradients live in its buckets, so that they are not there twice."""
+    """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections and
+    LoRA. With DDP the gradients live in its buckets, so that they are not there twice."""
     student, _, teacher, _ = random_models(args, torch.device("meta"), ALL)
-    models.choose_trained(student, args.train or flags.train, list(student.parameters()))
     count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
-    learns, decoder, head = count(p for p in student.parameters() if p.requires_grad), count(models.decoder(student).parameters()), count([models.head_weight(student)])
-    held = {"student": 2 * count(student.parameters()), "optimizer": 6 * learns, "gradients": 2 * learns}
+    whole, decoder, head = count(student.parameters()), count(models.decoder(student).parameters()), count([models.head_weight(student)])
+    models.choose_trained(student, args.train or flags.train, list(student.parameters()), lora=args.lora)
+    learns = count(p for p in student.parameters() if p.requires_grad)
+    held = {"student": 2 * whole, **({"adapters": 16 * learns} if args.lora else {"optimizer": 6 * learns, "gradients": 2 * learns})}
     if args.script == "cord":
-        return {**held, "teacher (a copy of the decoder)": 2 * (decoder + head)}
+        return held if args.lora else {**held, "teacher (a copy of the decoder)": 2 * (decoder + head)}
     width, wide, depth = (student.config.text_config.hidden_size, teacher.config.hidden_size, student.config.text_config.num_hidden_layers)
-    return {**held, "teacher": 2 * count(teacher.parameters()), "snapshot": 2 * (count(student.parameters()) - head), "projections": 16 * depth * width * wide / 1e9}
+    return {**held, "teacher": 2 * count(teacher.parameters()), **({} if args.lora else {"snapshot": 2 * (whole - head)}), "projections": 16 * depth * width * wide / 1e9}
 
 
 def bench_step(args):
@@ -340,28 +341,29 @@ def bench_step(args):
         return run
 
     script = {"source_layer": train_source_layer, "cord": train_cord}[args.script]
-    flags = script.parse_flags(["--weights", "bfloat16"])
+    flags = script.parse_flags(["--weights", "bfloat16", "--lora", str(args.lora)])
     student, processor, teacher, tokenizer = random_models(args, device, args.layers or ALL)
-    models.choose_trained(student, args.train or flags.train, list(student.parameters()))
+    snapshot = copy.deepcopy(student).requires_grad_(False) if args.script == "source_layer" and not args.lora else student
+    models.choose_trained(student, args.train or flags.train, list(student.parameters()), lora=args.lora)
     examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     if args.script == "source_layer":
         if teacher is None:
             raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
-        snapshot = copy.deepcopy(student).requires_grad_(False)
-        snapshot.set_output_embeddings(torch.nn.Identity())
+        if not args.lora:
+            snapshot.set_output_embeddings(torch.nn.Identity())
         student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
         pairs = layer_map.pairs(student.config.text_config.num_hidden_layers, teacher.config.num_hidden_layers)
         step = train_source_layer.SourceLayerStep(student, teacher, snapshot, pairs, (student_ids.to(device), teacher_ids.to(device)), flags).to(device)
         step.projections.float()
-        frozen = {"teacher": list(teacher.parameters()), "snapshot": list(snapshot.parameters())}
+        frozen = {"teacher": list(teacher.parameters()), **({} if args.lora else {"snapshot": list(snapshot.parameters())})}
         parts = {"teacher": "read", "snapshot": "remember", "losses on the response": "jsd_ce", "losses on hidden states": "hidden_divergence"}
     else:
         step = train_cord.CordStep(student, torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device), flags)
-        frozen = {"teacher (a copy of the decoder)": [p for part in step.teacher for p in part.parameters()]}
+        frozen = {} if args.lora else {"teacher (a copy of the decoder)": [p for part in step.teacher for p in part.parameters()]}
         parts = {"teacher": "read", "losses on the response": "cord"}
     learns = [p for p in step.parameters() if p.requires_grad]
-    optimizer = split_adamw.SplitAdamW(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if args.lora else split_adamw.SplitAdamW)(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     wraps = {attribute: timed(name, getattr(step, attribute)) for name, attribute in parts.items()}
 
     def batches():
@@ -458,6 +460,7 @@ def main(argv=None):
                            help="student+teacher; CORD needs no other teacher")
     step_part.add_argument("--layers", type=int, help="of each model's, at most so many; all the widths stay")
     step_part.add_argument("--train", choices=["decoder", "all"], help="what learns; default: the script's")
+    step_part.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters learn, and nothing is there twice; 0: the weights")
     for name, kind, default, text in (("prompts", int, 2, "clips of a step, in one micro-batch"), ("seconds", float, 10.0, "length of a clip"),
                                       ("response-tokens", int, 200, "tokens of a response or rollout"), ("steps", int, 3, "steps that are timed")):
         step_part.add_argument(f"--{name}", type=kind, default=default, help=text)
