@@ -501,7 +501,7 @@ def read_predictions(path, task="mmau"):
     return records
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap", "layers", "features", "kl"],
                         help="mmau: score a file of predictions, MMAU's or MMAR's; mcq: VoiceBench's (OpenBookQA, MMSU); aqa, ser, both: run a "
@@ -529,7 +529,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int,
                         help="tokens an answer may have, trace included; default: 2048, room for a trace like CoTA's; kl: 200 (paper B)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered at once")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for flag in ["predictions"] if args.task in ("mmau", "mcq") else ["model", "data"]:
         if not getattr(args, flag):
             parser.error(f"--task {args.task} needs --{flag}")
@@ -563,7 +563,7 @@ def look_inside(args):
         raise data.DataError(f"{args.data[0]}: has {len(examples)} examples with reasoning and description; at least 4 are needed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher, tokenizer = models.load_text_model(teacher_name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    teacher.to(device)
+    models.check_teacher(teacher.to(device))
 
     def states(name):
         student, processor = models.load_audio_model(str(name), dtype=teacher.dtype)

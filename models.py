@@ -61,10 +61,6 @@ def load_text_model(path, *, dtype=torch.float32, random_layers=0):
     model, tokenizer = shapes.random_teacher(path, random_layers, dtype) if random_layers else _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
-    with torch.no_grad():
-        ids = torch.tensor([list(range(8))])
-        if not _close(model(ids).logits, read(model, input_ids=ids) @ head_weight(model).T):
-            raise SystemExit(_odd_head(model))
     return model, tokenizer
 
 
@@ -230,6 +226,15 @@ def check(model, processor, *, shared_prompts=False):
     for parameter in frozen:
         parameter.requires_grad_(False)
     return [p for p in model.parameters() if id(p) in used]
+
+
+def check_teacher(model):
+    """Is a text LLM's head a matrix alone? Raises SystemExit if not (Granite scales its logits, Gemma caps them); a judge's may be anything."""
+    with torch.no_grad(), _as_trained(model):
+        ids = torch.arange(8, device=model.device)[None]
+        last = read(model, input_ids=ids)                                                    # [1, 8, hidden]
+        if not _close(model(ids).logits, last @ head_weight(model).T.to(last.dtype)):
+            raise SystemExit(_odd_head(model))
 
 
 def _as_trained(model):

@@ -265,7 +265,7 @@ def main(argv=None):
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
     if args.text_kd != "none":
         teacher, tokenizer = models.load_text_model(args.teacher, dtype=half, random_layers=args.random_weights)
-        teacher.to(device).requires_grad_(False)
+        models.check_teacher(teacher.to(device).requires_grad_(False))
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
         student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))

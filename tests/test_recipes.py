@@ -1,0 +1,104 @@
+"""README's recipes, command after command, from files as they are downloaded to a row of a table: with small files, the mini models and no GPU."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import import_datasets
+import models
+import speak
+import textualize
+import train_cord
+import train_source_layer
+from mini_world import MINI
+from test_import_datasets import clip, write_parquet
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SCRIPTS = {module.__name__: module.main for module in (evaluate, import_datasets, models, speak, textualize, train_cord, train_source_layer)}
+STEP = re.compile(r"step-\d{7}")
+
+
+def recipe(title):
+    """The commands below a heading, one list of words each."""
+    text = README.split(f"### {title}\n")[1].split("\n#")[0]
+    return [shlex.split(line) for line in re.sub(r"\\\n\s*", " ", text).splitlines() if re.match(r"    (hf|python|torchrun) ", line)]
+
+
+def run(command, **changes):
+    """A README command in this process, with other flags where they are given, two steps where it trains, and small models for the real ones."""
+    command = command[:]
+    if command[0] == "torchrun":
+        del command[1:3]
+    script, arguments = Path(command[1]).stem, [STEP.sub("step-0000002", word) for word in command[2:]]
+    small = {"Qwen/Qwen2.5-Omni-7B": MINI / "student", "Qwen/Qwen2-Audio-7B-Instruct": MINI / "student", "Qwen/Qwen3-8B": MINI / "teacher", "kokoro": "espeak"}
+    arguments = [str(small.get(word, word)) for word in arguments]
+    for flag, value in changes.items():
+        flag = "--" + flag.replace("_", "-")
+        if flag in arguments:
+            arguments[arguments.index(flag) + 1] = str(value)
+    if script.startswith("train"):
+        arguments += ["--dry-run"]
+    SCRIPTS[script](arguments)
+    return script
+
+
+TRACE = "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A bell rings.</CAPTION><REASONING>It is metal.</REASONING><SUMMARY>A bell.</SUMMARY></THINK><RESPONSE>{}</RESPONSE>"
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """What `hf download` and the authors' pages would leave here."""
+    monkeypatch.chdir(tmp_path)
+    audio = lambda i: {"bytes": clip(), "path": f"{i}.wav"}
+    write_parquet(tmp_path / "CoTA/data/train-00000-of-00001.parquet",
+                  [{"audio": audio(i), "question": "<audio>What is heard? A. bell B. dog", "answer": TRACE.format("bell"), "task": "sound"} for i in range(70)])
+    (tmp_path / "MMAU/test-mini-audios").mkdir(parents=True)
+    (tmp_path / "MMAU/test-mini-audios/x.wav").write_bytes(clip())
+    (tmp_path / "MMAU/mmau-test-mini.json").write_text(json.dumps([
+        {"id": f"x{i}", "audio_id": "./test-mini-audios/x.wav", "question": "What is heard?", "choices": ["bell", "dog"], "answer": "bell", "dataset": "X", "task": task,
+         "split": "test-mini", "category": "['Reasoning']", "sub-category": "Y", "difficulty": "easy"} for i, task in enumerate(("sound", "music", "speech"))]))
+    session = tmp_path / "IEMOCAP_full_release/Session5"
+    (session / "dialog/EmoEvaluation").mkdir(parents=True)
+    (session / "sentences/wav/Ses05F_impro01").mkdir(parents=True)
+    for i, emotion in enumerate(("ang", "sad", "neu", "exc")):
+        (session / f"sentences/wav/Ses05F_impro01/Ses05F_impro01_F00{i}.wav").write_bytes(clip())
+    (session / "dialog/EmoEvaluation/Ses05F_impro01.txt").write_text("".join(
+        f"[6.2901 - 8.2357]\tSes05F_impro01_F00{i}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n" for i, emotion in enumerate(("ang", "sad", "neu", "exc"))))
+    write_parquet(tmp_path / "NuminaMath-CoT/data/train-00000-of-00001.parquet",
+                  [{"source": "orca_math", "problem": f"What is {i} plus 4?", "solution": f"It is $\\boxed{{{i + 4}}}$."} for i in range(20)])
+    write_parquet(tmp_path / "gsm8k/main/test-00000-of-00001.parquet", [{"question": f"Ann has {i} apples and gets 2 more.", "answer": f"So.\n#### {i + 2}"} for i in range(3)])
+    for name in ("mmsu/law", "openbookqa/test"):
+        write_parquet(tmp_path / f"voicebench/{name}-00000-of-00001.parquet",
+                      [{"audio": audio(i), "prompt": "What shines?\nA. rain\nB. the sun\nC. mud\nD. soup", "reference": "B"} for i in range(3)])
+    return tmp_path
+
+
+def test_paper_a(downloads):
+    done = [run(command, max_new_tokens=16, lora=4, batch_size=4) for command in recipe("Paper A, from the download to a row of its table") if command[0] != "hf"]
+    assert done == ["import_datasets"] * 3 + ["textualize", "train_source_layer", "evaluate"]
+    row = json.loads((downloads / "runs/a/results.json").read_text())
+    assert set(row["after"]["aqa"]) >= {"sound", "music", "speech", "average"} and row["after"]["ser"]["ua"] is not None
+    assert (downloads / "runs/a/step-0000002/adapter_model.safetensors").is_file() and json.loads((downloads / "runs/a-table/results.json").read_text())
+
+
+def test_paper_b(downloads):
+    commands = recipe("Paper B")
+    done = [run(command, max_new_tokens=16, lora=4, batch_size=4) for command in commands if command[0] != "hf"]
+    assert done == ["import_datasets", "speak", "import_datasets", "speak", "import_datasets", "import_datasets", "train_cord", "evaluate"]
+    table = json.loads((downloads / "runs/b-table/results.json").read_text())
+    assert np.isfinite(table["audio_accuracy"]) and {"obqa", "gsm8k-spoken"} == set(table["splits"])
+
+
+def test_what_a_recipe_downloads_is_what_it_uses():
+    for title in ("Paper A, from the download to a row of its table", "Paper B"):
+        commands = recipe(title)
+        text = " ".join(" ".join(command) for command in commands if command[0] != "hf")
+        for command in commands:
+            if command[0] == "hf":
+                for word in command:
+                    if word.startswith(("Qwen/", "CoTA", "NuminaMath-CoT", "voicebench", "gsm8k")):
+                        assert word in text, word
