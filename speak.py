@@ -144,7 +144,7 @@ def espeak_reader(voices, rate, pitch):
 
 
 def kokoro_reader(voices, folder, device):
-    """Kokoro as a reader, from the hub or from a folder with config.json, one .pth file and voices/NAME.pt. Raises DataError where something is missing.
+    """Kokoro as a reader, from the hub or a folder with config.json, one .pth file and voices/NAME.pt. Raises DataError where something is missing.
 
     A voice's first letter is its language: af_heart is American, bf_emma British. Kokoro's breath is noise: it is seeded anew for every line."""
     try:
@@ -165,9 +165,10 @@ def kokoro_reader(voices, folder, device):
         pipelines = {language: KPipeline(lang_code=language, repo_id=KOKORO, model=model) for language in pipelines}
         for voice, name in names.items():
             pipelines[voice[0]].load_voice(name)
-    except (Exception, SystemExit) as error:       # an unknown language, no network, a spaCy model that cannot be fetched: anything may come out of there
+    except (Exception, SystemExit) as error:        # an unknown language, no network, no spaCy model: all sorts come out of there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise data.DataError(f"Kokoro cannot be started ({reason}); without a network, give --kokoro DIR and install spaCy's en_core_web_sm") from None
+        raise data.DataError(f"Kokoro cannot be started ({reason}); without a network, give --kokoro DIR and install spaCy's "
+                             "en_core_web_sm") from None
 
     def read(words, voice, seed):
         torch.manual_seed(seed)
@@ -240,7 +241,7 @@ def read_journals(folder):
 
 
 def speak_line(record, folder, reader, voices, *, max_characters, max_seconds):
-    """Speak one line into its clip, complete or not at all -> its note for the journal: {"key", "spoken", "speaker", "seconds"} or {"key", "skipped"}."""
+    """Speak one line into its clip, complete or not at all -> its note: {"key", "spoken", "speaker", "seconds"} or {"key", "skipped"}."""
     key, voice = key_of(record), voice_of(record["id"], voices)
     try:
         words = verbalise(record["transcript"])
@@ -289,7 +290,8 @@ def write_manifest(lines, notes, folder, out):
 def summary(spoken, skipped, hours, out):
     """What was made, as lines of text; reasons are gathered without their numbers and quotations."""
     voices = Counter(record["speaker"] for record in spoken)
-    lines = [f"{out}: {len(spoken):,} lines spoken, {hours:.2f} hours; {len(skipped):,} left out" + f" (see {out.with_suffix('.skipped.jsonl')})" * bool(skipped),
+    lines = [f"{out}: {len(spoken):,} lines spoken, {hours:.2f} hours; {len(skipped):,} left out"
+             + f" (see {out.with_suffix('.skipped.jsonl')})" * bool(skipped),
              "voices: " + ", ".join(f"{voice} {n:,}" for voice, n in sorted(voices.items()))]
     reasons = {}
     for record in skipped:
@@ -305,9 +307,11 @@ def speak_manifest(args):
     if out.resolve() == source.resolve():
         raise data.DataError(f"{out}: would be written over its own input; give another name")
     lines, folder = read_lines(source, args.limit), out.with_name(f"{out.stem}_audio")
-    voices = [v if "+" in v or args.tts == "kokoro" else f"en-us+{v}" for v in args.voices or {"espeak": ESPEAK_VOICES, "kokoro": KOKORO_VOICES}[args.tts]]
+    voices = args.voices or {"espeak": ESPEAK_VOICES, "kokoro": KOKORO_VOICES}[args.tts]
+    voices = [voice if "+" in voice or args.tts == "kokoro" else f"en-us+{voice}" for voice in voices]
     how = {"max_characters": args.max_characters, "max_seconds": args.max_seconds}
-    settings = {"tts": args.tts, "voices": voices, **how, **({"rate": args.rate, "pitch": args.pitch} if args.tts == "espeak" else {"kokoro": args.kokoro})}
+    settings = {"tts": args.tts, "voices": voices, **how}
+    settings |= {"rate": args.rate, "pitch": args.pitch} if args.tts == "espeak" else {"kokoro": args.kokoro}
     rank, world, device = common.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
     with common.rank_zero_first(rank, world):

@@ -27,7 +27,8 @@ MONEY = rf"([{DOLLAR}€£])\s?({NUMBER})(?!\d|,\d|\.\d)(?:\s?(hundred|thousand|
 
 SYMBOLS = {         # by Unicode character; pylatexenc knows which one a command stands for
     "+": "plus", "=": "equals", "<": "is less than", ">": "is greater than", "≤": "is less than or equal to", "⩽": "is less than or equal to",
-    "≥": "is greater than or equal to", "⩾": "is greater than or equal to", "≠": "is not equal to", "≈": "is approximately", "≡": "is congruent to",
+    "≥": "is greater than or equal to", "⩾": "is greater than or equal to", "≠": "is not equal to", "≈": "is approximately",
+    "≡": "is congruent to",
     "≅": "is congruent to", "∼": "is similar to", "~": "is similar to", "∝": "is proportional to", "×": "times", "·": "times", "⋅": "times",
     "*": "times", "∗": "times", "÷": "divided by", "/": "over", "±": "plus or minus", "∓": "minus or plus", "∥": "is parallel to",
     "⊥": "is perpendicular to", "∈": "in", "∉": "not in", "⊂": "is a subset of", "⊆": "is a subset of", "∪": "union", "∩": "intersection",
@@ -47,8 +48,8 @@ OUR_MACROS = {      # where pylatexenc has no character for a command
     "lt": "<", "gt": ">", "ast": "*", "longrightarrow": "→"}
 FUNCTIONS = {"sin": "sine", "cos": "cosine", "tan": "tangent", "cot": "cotangent", "sec": "secant", "csc": "cosecant", "arcsin": "arc sine",
              "arccos": "arc cosine", "arctan": "arc tangent", "sinh": "hyperbolic sine", "cosh": "hyperbolic cosine", "tanh": "hyperbolic tangent",
-             "tg": "tangent", "ctg": "cotangent", "log": "log", "ln": "natural log", "lg": "log", "exp": "the exponential", "gcd": "the greatest common divisor",
-             "lcm": "the least common multiple", "det": "the determinant", "deg": "the degree"}
+             "tg": "tangent", "ctg": "cotangent", "log": "log", "ln": "natural log", "lg": "log", "exp": "the exponential",
+             "gcd": "the greatest common divisor", "lcm": "the least common multiple", "det": "the determinant", "deg": "the degree"}
 BIG = {"sum": "the sum", "prod": "the product", "int": "the integral", "lim": "the limit", "max": "the maximum", "min": "the minimum",
        "bigcup": "the union", "bigcap": "the intersection", "∑": "the sum", "∏": "the product", "∫": "the integral"}
 ACCENTS = {"overline": "overline", "bar": "overline", "vec": "vector", "overrightarrow": "vector", "hat": "hat", "widehat": "hat", "tilde": "tilde",
@@ -126,7 +127,7 @@ def measure(amount, unit, power=None, per=None):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2. Formulas. First flat items: ("n", number), ("v", variable), ("c", character), ("t", words), ("f", function), ("b", big operator),
-#    ("m", command, arguments), ("g", items of a group), ("r", rows of an environment)
+#    ("m", command, arguments), ("g", items of a group), ("r", rows of an environment), ("u", unit[, unit below it])
 
 @cache
 def latex():
@@ -152,6 +153,7 @@ def parse(text):
 
 
 def items_of(nodes):
+    """Parsed LaTeX of a formula -> flat items, as above."""
     found = []
     for node in nodes:
         kind = type(node).__name__
@@ -159,7 +161,7 @@ def items_of(nodes):
             for match in re.finditer(rf"[{DOLLAR}€£]\s*(?:{NUMBER})|{NUMBER}|[A-Za-z]+|\S", node.chars):
                 token = match[0]
                 if token[0] in f"{DOLLAR}€£" and len(token) > 1:
-                    found.append(("t", money(*re.match(rf"(.)\s*(.+)", token).groups())))
+                    found.append(("t", money(*re.match(r"(.)\s*(.+)", token).groups())))
                 elif token[0].isdigit() or token[0] == "." and len(token) > 1:
                     if token[0] == "." and found and found[-1][0] == "n":
                         raise ValueError(f"the number {found[-1][1]}{token}")
@@ -246,6 +248,8 @@ def text_of(nodes):
             parts.append(text_of(node.nodelist))
         elif kind == "LatexMathNode" or kind == "LatexEnvironmentNode":
             parts.append(OPEN + formula(items_of([node])) + CLOSE)
+            if kind == "LatexEnvironmentNode" or node.displaytype == "display":
+                parts.append(" , ")                     # a line of its own: a pause
         elif kind == "LatexSpecialsNode":
             if node.specials_chars == "&":
                 raise ValueError("a table (&)")
@@ -282,9 +286,10 @@ def items_or_none(arguments):
 
 def formula(items):
     """Items of a formula -> words. A fraction, a root or an exponent of several parts says where it ends."""
-    out, i, last, bars = [], 0, "start", [item for item in items if item == ("c", "|")]
-    depth, opened = 0, False
-    if len(bars) % 2:
+    items = [("c", "∣") if item == ("c", "|") and items[max(0, i - 2):i] == [("c", "{"), items[i - 1]] and items[i - 1][0] == "v" else item
+             for i, item in enumerate(items)]           # {x | ...}: the bar of a set
+    out, i, last, depth, opened = [], 0, "start", 0, False
+    if items.count(("c", "|")) % 2:
         raise ValueError("a single vertical bar")
     while i < len(items):
         kind, value = items[i][:2]
@@ -292,6 +297,8 @@ def formula(items):
             opened = not opened
             if opened and i + 1 < len(items) and items[i + 1] == ("c", "|"):
                 raise ValueError("vertical bars inside vertical bars")
+            if opened and last == "atom":
+                raise ValueError("a vertical bar behind a letter, which may mean divides")
             out.append("the absolute value of" if opened else ", end absolute value,")
             last, i = ("open" if opened else "atom"), i + 1
         elif kind == "c" and value in BRACKETS:
@@ -309,11 +316,10 @@ def formula(items):
             out.append("negative" if last in ("start", "open", "operator") else "minus")
             last, i = "operator", i + 1
         elif kind == "c" and value == ":":
-            inside = depth > 0 and any(item == ("c", "{") for item in items[:i])
-            out.append("such that" if inside else "from" if ("c", "→") in items[i:] else "to")
+            out.append(colon(items, i, depth))
             last, i = "operator", i + 1
         elif kind == "c" and value == "∣":
-            out.append("such that" if any(item == ("c", "{") for item in items[:i]) and depth else "divides")
+            out.append("such that" if depth and ("c", "{") in items[:i] else "divides")
             last, i = "operator", i + 1
         elif kind == "c" and value in f"{PERCENT}°∘′'":
             if last == "start" or value == "∘":
@@ -331,7 +337,7 @@ def formula(items):
                 raise ValueError("a comma between two numbers, which may be a decimal one")
             if value == "/" and last == "operator":
                 raise ValueError("a stroke with nothing before it")
-            if value == "/" and last == "number" and i + 1 < len(items) and items[i + 1][0] == "n" and plain(items, i - 1, i + 2):
+            if value == "/" and i > 0 and i + 1 < len(items) and items[i - 1][0] == items[i + 1][0] == "n" and plain(items, i - 1, i + 2):
                 out[-1] = fraction(items[i - 1][1], items[i + 1][1])
                 last, i = "part", i + 2
                 continue
@@ -342,9 +348,10 @@ def formula(items):
             last, i = "operator", i + 1
         elif kind == "t":
             out.append(value)
-            last, i = "text", i + 1
+            last, i = ("open" if value.split()[-1:] in [[w] for w in "if and or for when where is mod".split()] else "text"), i + 1
         elif kind == "r":
-            out.append(", and ".join(re.sub(r"[ ,]+if (?=if|when|for|otherwise|where)|[ ,]+(?=if )", " ", formula(row)).strip(" ,.") for row in value))
+            rows = [re.sub(r"[ ,]+if (?=if|when|for|otherwise|where)|[ ,]+(?=if )", " ", formula(row)) for row in value]
+            out.append(", and ".join(row.strip(" ,.") for row in rows))
             last, i = "closed", i + 1
         elif kind == "u":
             if last in ("start", "operator", "open"):
@@ -370,6 +377,21 @@ def formula(items):
                 raise ValueError(f"the comma in {value}, which may separate two numbers")
             i, last = atom(items, i, out, last)
     return " ".join(" ".join(out).split())
+
+
+def colon(items, i, depth):
+    """A set's condition, a function's domain, a ratio, or the name of a curve: "l: y = 2x" is no ratio, but who knows about "x:y = 2"?"""
+    if depth and ("c", "{") in items[:i]:
+        return "such that"
+    if ("c", "→") in items[i:]:
+        return "from"
+    if ("c", "=") in items[i:] and items.count(("c", ":")) == 1:
+        if i == 1 and items[0][0] == "v" and items[0][1] in "CDEGLMPQSTlpqr":
+            return ","
+        raise ValueError("a colon that may name a curve or divide")
+    if not (0 < i < len(items) - 1 and items[i - 1][0] in "nv" and items[i + 1][0] in "nv"):
+        raise ValueError("a colon that is no ratio")
+    return "to"
 
 
 def plain(items, before, after):
@@ -545,6 +567,8 @@ def power(items, i, out, script, number, base):
         raise ValueError(f"the exponent {script[0][1]}")
     elif out[-1].startswith("sub ") and out[-2] in [LETTER + name for name in "ACP"]:
         raise ValueError("an index and an exponent, which may be a number of combinations")
+    elif script == [("c", "-"), ("n", "1")] and out[-1] in [LETTER + name for name in "fgh"]:
+        out.append("inverse")
     elif simple(script):
         out.append(f"to the power of {formula(script)}")
     else:
@@ -580,8 +604,10 @@ def big(items, i, out, name):
 REFUSED = [(r"\[/?asy\]|\\begin\{asy\}|\\begin\{tikz", "a diagram"), (r"!\[|<img|\\includegraphics", "an image"), (r"https?:|www\.", "a web address"),
            (r"\\begin\{(tabular|table)|\|\s*:?-{2,}|^\s*\|.*\|\s*$", "a table"), (r"<[a-z/]+>", "HTML"), (r"```", "a code block"),
            (r"[\u0400-\u04ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0590-\u06ff\u0900-\u0dff]", "a script other than Latin"),
-           ("[\ue000-\ue002\uff03-\uff05]", "a character of no script"), (r"\d[/-]\d+[/-]\d{2,4}\b", "a date in digits"), (r"\d{3}-\d{4}", "a telephone number"),
-           (r"\b24/7\b", "24/7"), (r"\d ?'\s?\d|\d ?''|\d\" (?:by|x|long|tall|wide)", "feet and inches by their signs"), (r"\d in\.(?=\s?[a-z,x])", "inches by 'in.'"),
+           ("[\ue000-\ue002\uff03-\uff05]", "a character of no script"), (r"\d[/-]\d+[/-]\d{2,4}\b", "a date in digits"),
+           (r"\d{3}-\d{4}", "a telephone number"),
+           (r"\b24/7\b", "24/7"), (r"\d ?'\s?\d|\d ?''|\d\" (?:by|x|long|tall|wide)", "feet and inches by their signs"),
+           (r"\d in\.(?=\s?[a-z,x])", "inches by 'in.'"),
            (r"(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,.]\d|\d)", "numbers side by side"), (r"\d\.\d+\.\d", "a number with two points"),
            (r"(?<![\w$\\])\d{2,4}'?s\b", "a decade")]
 
@@ -596,7 +622,8 @@ def prose(inside):
 def protect(text):
     """Which dollar signs are money and which open a formula? pandoc's rule: the opening one has a character right behind it, the closing one right
     before it and no digit behind it. Where that leaves prose between two signs and no amount of money after the first, there is no telling."""
-    text = re.sub(r"\\left\s*\\\{\s*\\begin\{array\}\{[lcr]+\}(.*?)\\end\{array\}\s*\\right\s*\.", r"\\begin{cases}\1\\end{cases}", text, flags=re.DOTALL)
+    text = re.sub(r"\\left\s*\\\{\s*\\begin\{array\}\{[lcr]+\}(.*?)\\end\{array\}\s*\\right\s*\.", r"\\begin{cases}\1\\end{cases}", text,
+                  flags=re.DOTALL)                      # how formulas that were read from print write cases
     text = re.sub(r"(\$?)\\underline\s*\{(?:\\q?quad|\\hspace\*?\{[^{}]*\}|[\s~_\\,;])*\}\1", " __ ", text)       # a gap to fill in
     text = re.sub(r"\\(?:left|right)\s*\.", "", text).replace(r"\$", DOLLAR)
     text = re.sub(r"\\?%", PERCENT, text)
@@ -653,7 +680,7 @@ def between(match):
 
 def clock(match):
     hour, minute, half = int(match[1]), int(match[2]), match[3]
-    if re.search("ratio|scale|proportion", match.string) and not half:
+    if re.search(RATIO, match.string) and not half:
         return match[0]
     if not half and not re.search(r"\b(?:at|from|until|till|by|before|after) $", match.string[:match.start()]) or hour > 23 or minute > 59:
         raise ValueError(f"{match[0].strip()}, which may be a time or a ratio")
@@ -661,6 +688,8 @@ def clock(match):
     return words + (f" {half[0].upper().replace('A', 'eh')} M" if half else "")
 
 
+RATIO = "ratio|scale|proportion"
+TERM = rf"(?:(?<![\d,.])\d[\d,]*(?:\.\d+)?|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[()π²³{PERCENT}])+"
 N = rf"(?<![\d.,])(?:{NUMBER})(?!\d|,\d|\.\d)"
 UNIT = rf"({'|'.join(sorted(UNITS, key=len, reverse=True))})"
 RULES = [           # from the special to the general; each sees what those before it left
@@ -671,13 +700,12 @@ RULES = [           # from the special to the general; each sees what those befo
     (rf"({N})(\s?){UNIT}(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^])", lambda m: measured(m)),
     (rf"{CLOSE}\s?{UNIT}(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^])",
      lambda m: CLOSE + measure("", m[1], m[2] and m[2].translate(str.maketrans("²³", "23")), m[3])),
-    (rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*(?:(?<![\d,.])\d[\d,]*(?:\.\d+)?|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[()π²³])+"
-     rf"(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*(?:(?<![\d,.])\d[\d,]*(?:\.\d+)?|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[()π²³]|{PERCENT})+)+(?![\w])", plain_formula),
+    (rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*{TERM}(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*{TERM})+(?!\w)", plain_formula),
     (MONEY, amount),
     (r"(?<=[AaPp]\.[Mm])\.(?=\s+[A-Z]|\s*$)", ".."),                # the period of "p.m." ends the sentence as well
     (r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])(?:\s?([aApP](?:\.[mM]\.|[mM]\b)))?", clock),
     (r"\b(\d{1,2}) ?([aApP])(?:\.[mM]\.|[mM]\b)", lambda m: f"{num2words(int(m[1]))} {m[2].upper().replace('A', 'eh')} M"),
-    (r"(\d+):(?=\d)", lambda m: f"{m[1]} to " if re.search("ratio|scale|proportion", m.string) else refuse(f"{m[0]}, which may be a time or a ratio")),
+    (r"(\d+):(?=\d)", lambda m: f"{m[1]} to " if re.search(RATIO, m.string) else refuse(f"{m[0]}, which may be a time or a ratio")),
     (rf"\b({'|'.join(MONTHS)}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?:(,?) (\d{{4}})\b)?",
      lambda m: f"{m[1]} {ordinal(m[2])}" + (f", {num2words(int(m[4]), to='year')}" if m[4] else "")),
     (rf"\b({'|'.join(MONTHS)}),? (1[1-9]\d\d|20\d\d)\b", lambda m: f"{m[1]} {num2words(int(m[2]), to='year')}"),
@@ -751,7 +779,7 @@ def verbalise(text):
     words = re.sub(r"\s+", " ", words)
     words = re.sub(r"\s+([.,;:?!)])", r"\1", words)
     words = re.sub(r",(?:\s*,)+", ",", words)
-    words = re.sub(r",([.;:?!])", r"\1", words).strip(" ,")
+    words = re.sub(r",([.;:?!])|([.;:?!]),", r"\1\2", words).strip(" ,")
     for character in words:
         if not (character in " .,;:?!'\"()-" or unicodedata.name(character, "").startswith("LATIN") and character.isalpha()):
             raise ValueError(f"the character {character!r}")

@@ -65,6 +65,8 @@ SAID = [
     (r"$\lim_{x \to 0} \frac{\sin x}{x}$", "the limit as x approaches zero of the fraction sine of x over x, end fraction"),
     (r"$\int_0^1 x^2 \, dx$", "the integral from zero to one of x squared d x"),
     (r"$\sin^2 x + \cos^2 x$, $\sin^{-1} x$, $\log_2 8$", "sine squared of x plus cosine squared of x, inverse sine of x, log base two of eight"),
+    (r"$2|x|$ and $-5$ and $\text{if } -x$", "two the absolute value of x, end absolute value, and negative five and if negative x"),
+    (r"$A=\{x|x^2=1\}$ and $l: y = 2x$", "eh equals open brace x such that x squared equals one close brace and l, y equals two x"),
     (r"$|x-3| = 5$", "the absolute value of x minus three, end absolute value, equals five"),
     (r"$f(x) = f(x+1)$", "f of x equals f open parenthesis x plus one close parenthesis"),
     (r"$(x+1)(x-2)$", "open parenthesis x plus one close parenthesis open parenthesis x minus two close parenthesis"),
@@ -105,7 +107,7 @@ def test_what_is_said(written, said):
     (r"What is $\foo{x}$?", r"\\foo"), (r"$\frac{1}{2$", "."), ("cost $x and more", "dollar signs"), ("on 12/25/2019", "a date in digits"),
     ("call 555-1234", "telephone"), ("a score of 10-5", "a difference or a score"), ("at room 007", "begins with a zero"), ("3:10 is it", "a time or a ratio"),
     ("$(1,234)$", "the comma in 1,234"), ("$x = 3,5$", "a comma between two numbers"), ("$x2$", "right behind"), ("$x^10$", "without braces"),
-    ("$C_n^k$", "combinations"), ("$m | n$", "single vertical bar"), ("$||x|-1|$", "bars inside"), ("He said 5!", "a factorial"), ("run a 5k", None),
+    ("$C_n^k$", "combinations"), ("$m | n$", "single vertical bar"), ("$a|b|c$", "may mean divides"), ("$||x|-1|$", "bars inside"), ("He said 5!", "a factorial"), ("run a 5k", None),
     ("$5k for it", "character"), ("5's and 1990s", "a decade"), ("5'10\" tall", "feet and inches"), ("1 000 000", "side by side"), ("1.2.3", "two points"),
     ("12345678901234567890", "too long"), ("$the cost of x$", "dollar signs"), (r"$0.\overline{3}$", "the number 0."), ("   ", "no words"), ("\\", "."),
     (r"\underline\underline", "."), ("🍎 + 🍎 = 4", "character"), ("{" * 3000 + "}" * 3000, "nested|no words"), ("CO_2 or H_2O", "character '_'")])
