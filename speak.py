@@ -2,36 +2,70 @@
 Text to speech, for questions and facts that exist only as text.
 
 What this file teaches: how to get a hundred different voices out of one 21 MB wheel (espeak-ng, through ctypes, about
-20 ms for a sentence), with the four knobs of prosody that mini_world.py builds its emotions from: rate, pitch, range and loudness.
+20 ms for a sentence), with the four knobs of prosody that mini_world.py builds its emotions from: rate, pitch, range and loudness;
+and how to have a whole dataset read aloud, as paper B (CORD, arXiv 2601.16547) has 80,000 NuminaMath problems read by Kokoro.
 
     python speak.py "seven plus two minus four" sum.wav --voice f2 --rate 200
+    python speak.py gsm8k.jsonl gsm8k-spoken.jsonl                             # laptop: espeak-ng, six voices
+    torchrun --nproc_per_node 8 speak.py numina.jsonl numina-spoken.jsonl --tts kokoro
+
+The input is a manifest (data.py) without audio, as import_datasets.py writes it; the output is its lines with "audio", "speaker" and "spoken",
+ready for train_cord.py --data. "transcript" stays what was written, for the text view; "spoken" is what verbalise.py made of it. A line that
+cannot be said with certainty is left out and listed, with the reason, in OUT.skipped.jsonl. Killed, it goes on where it stopped; one rank or
+many on a shared disk, killed or not, write the same files.
+
+Where the paper is silent, and what we do:
+1. It does not say how formulas become words: verbalise.py is ours.
+2. It does not say how many voices: every id draws one of --voices, always the same one.
 """
+import _ctypes
 import argparse
 import ctypes
+import hashlib
+import json
 import os
+import re
 import tempfile
+import time
+from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import espeakng_loader
 import numpy as np
 import soundfile
 import torch
 import torchaudio
+from tqdm import tqdm
 
-SAMPLE_RATE = 16_000            # what every audio tower in the project hears
+import common
+import data
+from data import SAMPLE_RATE        # what every audio tower in the project hears
+from verbalise import verbalise
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1. One sentence, by espeak-ng
+
 ESPEAK_RATE, ESPEAK_VOLUME, ESPEAK_PITCH, ESPEAK_RANGE = 1, 2, 3, 4      # espeak_PARAMETER in speak_lib.h
 RETRIEVAL, POS_CHARACTER, CHARS_UTF8 = 1, 1, 1                           # AUDIO_OUTPUT_RETRIEVAL, POS_CHARACTER, espeakCHARS_UTF8
 SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
 @cache
-def espeak():
-    """The library, initialised once per process -> (ctypes library, its sampling rate in Hz, the list its callback fills)."""
+def espeak_data():
+    """The folder of espeak-ng's voices and dictionaries."""
     data_path = espeakng_loader.get_data_path()
     if len(data_path) > 140:    # espeak-ng keeps this path in 160 bytes and falls silent when it does not fit
         link = os.path.join(tempfile.mkdtemp(), "data")
         os.symlink(data_path, link)
         data_path = link
+    return data_path
+
+
+@cache
+def espeak():
+    """The library, initialised once per process -> (ctypes library, its sampling rate in Hz, the list its callback fills)."""
+    data_path = espeak_data()
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     rate = library.espeak_Initialize(RETRIEVAL, 0, data_path.encode(), 0)
     if rate <= 0:
@@ -47,6 +81,16 @@ def espeak():
     library.espeak_SetSynthCallback(receive)
     library.receive = receive   # keep the callback alive as long as the library
     return library, rate, chunks
+
+
+def forget_espeak():
+    """Unload the library, so that the next sentence is a fresh process's first one: the same samples wherever it is spoken. Under a millisecond.
+
+    espeak_Terminate alone does not do it: the synthesiser's state lies in static variables, which go when the C library unmaps ours (glibc does)."""
+    library = espeak()[0]
+    library.espeak_Terminate()
+    espeak.cache_clear()
+    (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(library._handle)
 
 
 def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=50, volume=100):
@@ -76,17 +120,276 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
     return waveform[loud[0]:loud[-1] + 1]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("text")
-    parser.add_argument("out", help="the WAV file to write (16 kHz, mono, 16 bit)")
-    parser.add_argument("--voice", default="m3", help="espeak-ng variant: m1..m8, f1..f5, or a name")
-    parser.add_argument("--accent", default="en-us", help="espeak-ng language: en-us, en-gb-x-rp, en-gb-scotland, ...")
-    parser.add_argument("--rate", type=int, default=190, help="words per minute")
-    parser.add_argument("--pitch", type=int, default=50, help="0 to 100")
-    args = parser.parse_args()
-    soundfile.write(args.out, speak(args.text, voice=args.voice, accent=args.accent, rate=args.rate, pitch=args.pitch).numpy(), SAMPLE_RATE)
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2. Two readers: a function (words, voice, seed) -> float32 [samples] at 16 kHz
+
+ESPEAK_VOICES = ["en-us+m3", "en-us+f2", "en-us+m7", "en-us+f5", "en-gb-x-rp+m1", "en-gb-x-rp+f4"]
+KOKORO_VOICES = ["af_heart", "af_bella", "af_nicole", "am_fenrir", "am_michael", "am_puck", "bf_emma", "bm_george"]
+KOKORO, KOKORO_RATE = "hexgrad/Kokoro-82M", 24_000
+
+
+def espeak_reader(voices, rate, pitch):
+    """espeak-ng as a reader. Raises DataError for a voice it does not have."""
+    def read(words, voice, _seed):
+        accent, _, variant = voice.partition("+")
+        forget_espeak()
+        return speak(words, voice=variant, accent=accent, rate=rate, pitch=pitch)
+
+    for voice in voices:
+        try:
+            read("one", voice, 0)
+        except ValueError as error:
+            raise data.DataError(f"--voices {voice}: {error}") from None
+    return read
+
+
+def kokoro_reader(voices, folder, device):
+    """Kokoro as a reader, from the hub or a folder with config.json, one .pth file and voices/NAME.pt. Raises DataError where something is missing.
+
+    A voice's first letter is its language: af_heart is American, bf_emma British. Kokoro's breath is noise: it is seeded anew for every line."""
+    try:
+        from kokoro import KModel, KPipeline
+    except ImportError as error:
+        raise data.DataError(f"--tts kokoro cannot be used ({error}); run `pip install kokoro`") from None
+    paths = {}
+    if folder is not None:
+        weights = sorted(folder.glob("*.pth"))
+        paths = {"config": folder / "config.json", "model": weights[0] if len(weights) == 1 else folder / "kokoro-v1_0.pth"}
+    names = {voice: str(folder / "voices" / f"{voice}.pt") if folder else voice for voice in voices}
+    for path in [*paths.values(), *(names.values() if folder else ())]:
+        if not Path(path).is_file():
+            raise data.DataError(f"--kokoro {folder}: {path} is missing; put there what {KOKORO} has on the hub")
+    try:
+        model = KModel(repo_id=KOKORO, **{name: str(path) for name, path in paths.items()}).to(device).eval()
+        pipelines = {voice[0]: None for voice in voices}
+        pipelines = {language: KPipeline(lang_code=language, repo_id=KOKORO, model=model) for language in pipelines}
+        for voice, name in names.items():
+            pipelines[voice[0]].load_voice(name)
+    except (Exception, SystemExit) as error:        # an unknown language, no network, no spaCy model: all sorts come out of there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise data.DataError(f"Kokoro cannot be started ({reason}); without a network, give --kokoro DIR and install spaCy's "
+                             "en_core_web_sm") from None
+
+    def read(words, voice, seed):
+        torch.manual_seed(seed)
+        results = [r for r in pipelines[voice[0]](words, voice=names[voice], speed=1) if r.audio is not None]
+        if any(len(r.phonemes) >= 510 for r in results):        # what Kokoro takes at a time; it cuts off the rest without an error
+            raise ValueError("a sentence of more than 510 phonemes")
+        if not results:
+            raise ValueError("nothing to hear")
+        return torchaudio.functional.resample(torch.cat([r.audio.float().cpu().flatten() for r in results]), KOKORO_RATE, SAMPLE_RATE)
+
+    return read
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3. A whole manifest. Each rank speaks every n-th line and notes it in a journal of its own as soon as its clip is whole; nothing else is kept,
+#    so that a run may be killed anywhere and taken up by more or fewer ranks. At the end rank 0 writes the manifest from all journals.
+
+def read_lines(path, limit):
+    """A manifest without audio -> [(where, record)]. Raises DataError at the first bad line, before anything is spoken."""
+    if not path.is_file():
+        raise data.DataError(f"{path}: there is no such manifest; check the path")
+    lines, seen = [], {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip() and (limit is None or len(lines) < limit):
+                where = f"{path}:{number}"
+                try:
+                    record = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    raise data.DataError(f"{where}: the line is not JSON ({error}); write one JSON object per line in UTF-8") from None
+                if isinstance(record, dict) and record.get("audio"):
+                    raise data.DataError(f"{where}: the line has audio already ({record['audio']!r}); give a manifest without it")
+                # what read_manifest will ask of the line once it has its audio
+                with_audio = {**record, "audio": "clip.flac"} if isinstance(record, dict) else record
+                example = data.parse_line(json.dumps(with_audio).encode(), where, [path.parent.resolve()])
+                if not (example.transcript or "").strip():
+                    raise data.DataError(f"{where}: the field 'transcript' is missing or empty; it holds the words to be spoken")
+                if example.id in seen:
+                    raise data.DataError(f"{where}: id {example.id!r} was already used at {seen[example.id]}; give every example its own id")
+                seen[example.id] = where
+                lines.append((where, record))
+    if not lines:
+        raise data.DataError(f"{path}: the manifest is empty; write one JSON object per line")
+    return lines
+
+
+def key_of(record):
+    """The name of a line's clip: another one as soon as its words are others. Python's hash() differs from process to process."""
+    digest = hashlib.sha256(json.dumps([record["id"], record["transcript"]]).encode()).hexdigest()
+    return f"{digest[:2]}/{re.sub(r'[^A-Za-z0-9.-]', '_', record['id'])[:60]}-{digest[:12]}"
+
+
+def voice_of(identifier, voices):
+    return voices[int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") % len(voices)]
+
+
+def read_journals(folder):
+    """What all ranks of all runs noted -> {key: note}. A last line that a kill tore, or that is being written, does not count."""
+    notes = {}
+    for path in sorted(folder.glob("journal-*.jsonl")):
+        whole = path.read_bytes()
+        for line in whole[:whole.rfind(b"\n") + 1].splitlines():
+            try:
+                note = json.loads(line)
+                if "skipped" in note or (folder / f"{note['key']}.flac").is_file():
+                    notes[note["key"]] = note
+            except (ValueError, KeyError, TypeError) as error:
+                raise data.DataError(f"{path}: is not what an earlier run of this command wrote ({error!r}); move {folder} away") from None
+    return notes
+
+
+def speak_line(record, folder, reader, voices, *, max_characters, max_seconds):
+    """Speak one line into its clip, complete or not at all -> its note: {"key", "spoken", "speaker", "seconds"} or {"key", "skipped"}."""
+    key, voice = key_of(record), voice_of(record["id"], voices)
+    try:
+        words = verbalise(record["transcript"])
+        if len(words) > max_characters:
+            raise ValueError(f"more than {max_characters:,} characters")
+        wave = reader(words, voice, int(key.rsplit("-", 1)[1], 16))
+        if len(wave) > max_seconds * SAMPLE_RATE:
+            raise ValueError(f"more than {max_seconds:g} seconds")
+        if len(wave) < data.MIN_SAMPLES:
+            raise ValueError("nothing to hear")
+    except ValueError as error:
+        return {"key": key, "skipped": str(error)}
+    path = folder / f"{key}.flac"
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path.with_suffix(".part"), wave.numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    os.replace(path.with_suffix(".part"), path)
+    return {"key": key, "spoken": words, "speaker": voice, "seconds": len(wave) / SAMPLE_RATE}
+
+
+def check_settings(folder, settings):
+    """A folder of clips belongs to one way of speaking. Raises DataError where it was another one."""
+    path = folder / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if different := [name for name in settings if before.get(name) != settings[name]]:
+        told = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in different)
+        raise data.DataError(f"{folder}: was spoken with {told}; give another output, or the flags of {path}")
+    common.write_json(path, settings)
+
+
+def write_manifest(lines, notes, folder, out):
+    """The journals' notes and the input's lines -> OUT.jsonl and OUT.skipped.jsonl, in the input's order, each complete or not at all."""
+    spoken, skipped = [], []
+    for _, record in lines:
+        note = notes[key_of(record)]
+        if "skipped" in note:
+            skipped.append({"id": record["id"], "skipped": note["skipped"]})
+        else:
+            spoken.append({**record, "audio": f"{folder.name}/{note['key']}.flac", "speaker": note["speaker"], "spoken": note["spoken"]})
+    for path, records in ((out, spoken), (out.with_suffix(".skipped.jsonl"), skipped)):
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        os.replace(part, path)
+    return spoken, skipped
+
+
+def summary(spoken, skipped, hours, out):
+    """What was made, as lines of text; reasons are gathered without their numbers and quotations."""
+    voices = Counter(record["speaker"] for record in spoken)
+    lines = [f"{out}: {len(spoken):,} lines spoken, {hours:.2f} hours; {len(skipped):,} left out"
+             + f" (see {out.with_suffix('.skipped.jsonl')})" * bool(skipped),
+             "voices: " + ", ".join(f"{voice} {n:,}" for voice, n in sorted(voices.items()))]
+    reasons = {}
+    for record in skipped:
+        reasons.setdefault(re.sub(r"'[^']*'|(?<!\S)\S*\d\S*", "...", record["skipped"]), []).append(record["id"])
+    most = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    lines += [f"left out, {reason}: {len(ids):,} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})" for reason, ids in most[:20]]
+    return lines + [f"left out for {len(most) - 20} other reasons: {sum(len(ids) for _, ids in most[20:]):,}"] * (len(most) > 20)
+
+
+def speak_manifest(args):
+    """The batch mode; every rank runs it."""
+    source, out = Path(args.text), Path(args.out)
+    if out.resolve() == source.resolve():
+        raise data.DataError(f"{out}: would be written over its own input; give another name")
+    lines, folder = read_lines(source, args.limit), out.with_name(f"{out.stem}_audio")
+    voices = args.voices or {"espeak": ESPEAK_VOICES, "kokoro": KOKORO_VOICES}[args.tts]
+    voices = [voice if "+" in voice or args.tts == "kokoro" else f"en-us+{voice}" for voice in voices]
+    how = {"max_characters": args.max_characters, "max_seconds": args.max_seconds}
+    settings = {"tts": args.tts, "voices": voices, **how}
+    settings |= {"rate": args.rate, "pitch": args.pitch} if args.tts == "espeak" else {"kokoro": args.kokoro}
+    rank, world, device = common.start_distributed()
+    say = print if rank == 0 else (lambda *a, **k: None)
+    with common.rank_zero_first(rank, world):
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_settings(folder, settings)
+        notes = read_journals(folder)
+        todo = [record for _, record in lines[rank::world] if key_of(record) not in notes]
+        reader = None if not todo else espeak_reader(voices, args.rate, args.pitch) if args.tts == "espeak" \
+            else kokoro_reader(voices, Path(args.kokoro) if args.kokoro else None, device)
+    journal = folder / f"journal-{rank}.jsonl"
+    if journal.exists():
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+    say(f"{len(lines):,} lines, {len(voices)} voices of {args.tts} on {device} x {world}")
+    start, made = time.time(), 0.0
+    for record in tqdm(todo, desc=f"speaking{', rank 0' * (world > 1)}", unit="line", disable=rank > 0):
+        note = speak_line(record, folder, reader, voices, **how)
+        common.append_jsonl(journal, note)
+        made += note.get("seconds", 0)
+    made = common.sum_over_ranks({"seconds": made}, device)["seconds"]              # waits for every rank: all journals are complete
+    if rank == 0:
+        notes = read_journals(folder)
+        spoken, skipped = write_manifest(lines, notes, folder, out)
+        hours = sum(notes[key_of(record)]["seconds"] for record in spoken) / 3600
+        say(*summary(spoken, skipped, hours, out), sep="\n")
+        if made:
+            say(f"{made / (time.time() - start):.1f} seconds of audio per second")
+        if not spoken:
+            raise data.DataError(f"{source}: no line of it could be spoken; {out.with_suffix('.skipped.jsonl')} says why")
+        data.read_manifest(out, require=("transcript",))
+        say(f"train with --data {out}")
+    common.stop_distributed()
+
+
+def parse_flags(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="what to say, or IN.jsonl: a manifest whose lines lack audio")
+    parser.add_argument("out", help="the WAV file to write (16 kHz, mono, 16 bit), or OUT.jsonl: the manifest with audio, in OUT_audio/ beside it")
+    parser.add_argument("--rate", type=int, default=190, help="words per minute, of espeak-ng")
+    parser.add_argument("--pitch", type=int, default=50, help="0 to 100, of espeak-ng")
+    # one sentence
+    parser.add_argument("--voice", help="espeak-ng variant: m1..m8, f1..f5, or a name; default: m3")
+    parser.add_argument("--accent", help="espeak-ng language: en-us, en-gb-x-rp, en-gb-scotland, ...; default: en-us")
+    # a manifest
+    parser.add_argument("--tts", choices=["espeak", "kokoro"], default="espeak", help="who speaks (paper: kokoro, which is `pip install kokoro`)")
+    parser.add_argument("--voices", nargs="+", help=f"every id draws one of these; default: {' '.join(ESPEAK_VOICES)}, or {' '.join(KOKORO_VOICES)}")
+    parser.add_argument("--kokoro", metavar="DIR", help="Kokoro without the hub: a folder with config.json, its .pth file and voices/NAME.pt")
+    parser.add_argument("--limit", type=int, help="only the first N lines")
+    parser.add_argument("--max-characters", type=int, default=1000, help="leave out what takes more to say, in characters of the words")
+    parser.add_argument("--max-seconds", type=float, default=30, help="leave out longer clips, in seconds (Qwen2-Audio hears 30)")
+    args = parser.parse_args(argv)
+    args.batch = args.out.endswith(".jsonl")
+    if args.text.endswith(".jsonl") != args.batch:
+        parser.error("a manifest is spoken into a manifest: give IN.jsonl OUT.jsonl, or a sentence and OUT.wav")
+    other = ("voice", "accent") if args.batch else ("voices", "kokoro", "limit")
+    if wrong := [name for name in other if getattr(args, name) is not None]:
+        parser.error(f"--{wrong[0]} is for {'one sentence' if args.batch else 'a manifest'}" + "; use --voices en-us+m3 ..." * args.batch)
+    if args.kokoro and args.tts != "kokoro" or args.tts == "kokoro" and not args.batch:
+        parser.error("--kokoro goes with --tts kokoro, and that with a manifest")
+    if min(args.max_characters, args.max_seconds, 1 if args.limit is None else args.limit) <= 0:
+        parser.error("--limit, --max-characters and --max-seconds must be above 0")
+    return args
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if args.batch:
+        speak_manifest(args)
+    else:
+        try:
+            wave = speak(args.text, voice=args.voice or "m3", accent=args.accent or "en-us", rate=args.rate, pitch=args.pitch)
+        except ValueError as error:
+            raise data.DataError(str(error)) from None
+        soundfile.write(args.out, wave.numpy(), SAMPLE_RATE)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except data.DataError as error:
+        raise SystemExit(f"error: {error}") from None
