@@ -283,6 +283,11 @@ def random_models(args, device, layers):
     return student, processor, teacher and teacher.requires_grad_(False), tokenizer
 
 
+def of_use(student):
+    """What models.check would find by running the model: everything but Omni's eyes."""
+    return [p for name, p in student.named_parameters() if not name.startswith("visual.")]
+
+
 def write_examples(args, folder, count):
     """A manifest of noise, with texts of the asked lengths: question 30 words, description or transcript 100."""
     generator = torch.Generator().manual_seed(0)
@@ -307,7 +312,7 @@ def at_full_depth(args, flags):
     student, _, teacher, _ = random_models(args, torch.device("meta"), ALL)
     count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
     whole, decoder, head = count(student.parameters()), count(models.decoder(student).parameters()), count([models.head_weight(student)])
-    models.choose_trained(student, args.train or flags.train, list(student.parameters()), lora=args.lora)
+    models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
     learns = count(p for p in student.parameters() if p.requires_grad)
     held = {"student": 2 * whole, **({"adapters": 16 * learns} if args.lora else {"optimizer": 6 * learns, "gradients": 2 * learns})}
     if args.script == "cord":
@@ -344,7 +349,7 @@ def bench_step(args):
     flags = script.parse_flags(["--weights", "bfloat16", "--lora", str(args.lora)])
     student, processor, teacher, tokenizer = random_models(args, device, args.layers or ALL)
     snapshot = copy.deepcopy(student).requires_grad_(False) if args.script == "source_layer" and not args.lora else student
-    models.choose_trained(student, args.train or flags.train, list(student.parameters()), lora=args.lora)
+    models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
     examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     if args.script == "source_layer":

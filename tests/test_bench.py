@@ -1,6 +1,7 @@
 """bench.py at sizes that say nothing about speed: every command runs, its contenders agree, its tables add up."""
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +79,14 @@ def test_steps(script, shapes, parts, lora, monkeypatch, capsys):
     assert (held > 0 or lora) and held <= full          # without copies these tiny ones round to 0.0 GB
     assert ("adapters" in text) == bool(lora) and ("a copy of the decoder" in text or "snapshot 0" in text) == (not lora)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_readmes_memory_table_is_what_the_arithmetic_gives():
+    """Both papers' own models, from their shapes, without any memory (the meta device)."""
+    found = re.findall(r"^\| (cord|source_layer), (qwen\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", (Path(bench.__file__).parent / "README.md").read_text(), re.M)
+    assert len(found) == 4
+    for script, name, *cells in found[::2]:
+        for lora, cell in zip((0, 64), cells[::2]):
+            flags = {"cord": bench.train_cord, "source_layer": bench.train_source_layer}[script].parse_flags([])
+            held = bench.at_full_depth(argparse.Namespace(script=script, shapes=name, lora=lora, train=None), flags)
+            assert f"{sum(held.values()):.1f}" == cell, (script, name, lora)
