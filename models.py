@@ -87,8 +87,9 @@ def _load(path, what, autos, reader_class, dtype):
         auto = next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])     # AudioFlamingo3 is filed under "sequence to sequence"
         model, found = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
         if adapter:
-            _peft()
-            model.load_adapter(str(adapter))
+            peft = _peft()
+            peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
+            fill(model, adapter)
             merge_lora(model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:300]
@@ -318,7 +319,6 @@ def merge_lora(model):
     for name, layer in [(name, m) for name, m in model.named_modules() if hasattr(m, "lora_A")]:
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
-    model._hf_peft_config_loaded = False
 
 
 def _peft():

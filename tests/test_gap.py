@@ -86,7 +86,8 @@ def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
     said = {"obqa": ["A", "The answer is gold.", "silver", "hm"], "gsm8k": ["#### 18", "It costs $18.00.", "x+18", "19"]}
     said["mmsu"] = said["obqa"]
     monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, view, **how: said[asked[0].where.split("/")[-1].split(".")[0]])
-    monkeypatch.setattr(common, "load_audio_model", lambda *_, **__: (type("Model", (), {"to": lambda self, device: self})(), None))
+    monkeypatch.setattr(models, "check", lambda *_: None)
+    monkeypatch.setattr(models, "load_audio_model", lambda *_, **__: (type("Model", (), {"to": lambda self, device: self})(), None))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", "x", "--out", str(tmp_path / "out"), "--data",
                                       *(str(tmp_path / f"{name}.jsonl") for name in said)])
     evaluate.main()

@@ -93,13 +93,13 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models():
+def loaded():
     return *models.load_audio_model(mini_world.MINI / "student"), *models.load_text_model(mini_world.MINI / "teacher")
 
 
 @torch.no_grad()
-def test_states_are_the_layers_that_lead_to_the_logits(world, models):
-    student, processor, teacher, tokenizer = models
+def test_states_are_the_layers_that_lead_to_the_logits(world, loaded):
+    student, processor, teacher, tokenizer = loaded
     examples = data.read_manifest(world)[:3]
     found = inside.states(student, processor, teacher, tokenizer, examples, batch_size=2)
     ids = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]

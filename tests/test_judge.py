@@ -161,7 +161,7 @@ def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatc
     class Says:
         device = torch.device("cpu")
 
-        def __call__(self, input_ids, attention_mask, logits_to_keep):
+        def __call__(self, input_ids, attention_mask, position_ids, logits_to_keep):
             texts = [tokenizer.decode(row[keep.bool()]) for row, keep in zip(input_ids, attention_mask)]
             seen.extend(texts)
             logits = torch.zeros(len(texts), 1, 50)

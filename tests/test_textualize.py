@@ -166,14 +166,14 @@ def test_an_output_by_another_model_or_of_another_kind_is_refused(world, describ
 
 
 def test_a_model_without_a_chat_template_is_refused(world, tmp_path, monkeypatch):
-    load = common._load
+    load = models._load
 
     def bare(*args):
         model, processor = load(*args)
         processor.chat_template = processor.tokenizer.chat_template = None
         return model, processor
 
-    monkeypatch.setattr(common, "_load", bare)
+    monkeypatch.setattr(models, "_load", bare)
     with pytest.raises(SystemExit, match="has no chat template"):
         textualize.main(["--data", str(copy_of(world, tmp_path / "w"))])
 
