@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import models
@@ -107,12 +108,12 @@ def save_checkpoint(folder, *, step, model, processor, beside, optimizer, card, 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     models.save(model, processor, partial)
-    card(partial)
     for name, module in beside.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in module.state_dict().items()}, partial / name)
     torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "state.pt")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
+    card(final)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return final
@@ -161,7 +162,7 @@ def load_checkpoint(path, model, optimizer):
         models.fill(model, path)
         state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])           # ValueError: other parameters learnt (--train, --lower-lr)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"{path} was saved by another model ({reason}); resume with the flags of its config.json") from None
     for group, ours in zip(optimizer.param_groups, flags):

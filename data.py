@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import jinja2
 import soundfile
 import torch
 import torchaudio
@@ -297,11 +298,14 @@ def audio_prompt(processor, question: str) -> str:
 
     Templates that know no parts (Granite Speech's) get the placeholder written into the text. Raises DataError where neither gives exactly one."""
     for content in ([{"type": "audio", "audio": "clip"}, {"type": "text", "text": question}], processor.audio_token + question):
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        except (TypeError, jinja2.TemplateError):
+            continue
         if prompt.count(processor.audio_token) == 1:
             return prompt
-    raise DataError(f"the chat template puts {prompt.count(processor.audio_token)} audio placeholders {processor.audio_token} for one clip; use the "
-                    "template of the model's own checkpoint")
+    raise DataError(f"the chat template does not put one audio placeholder {processor.audio_token} for one clip; use the template of the model's own "
+                    "checkpoint")
 
 
 def text_prompt(tokenizer, words: str, question: str) -> str:

@@ -23,8 +23,10 @@ import contextlib
 import json
 from pathlib import Path
 
+import jinja2
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
@@ -39,8 +41,8 @@ ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weight
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
 
 def load_audio_model(path, *, dtype=torch.float32, random_layers=0):
-    """A directory or hub id, of a model or of a LoRA adapter (which is added into its base's weights) -> (audio language model, its processor), in
-    eval mode. random_layers: nothing is loaded, but a model of that name's shape, so deep, made of random weights (shapes.py).
+    """A directory or hub id of a model, or a directory of a LoRA adapter (which is added into its base's weights) -> (audio language model, its
+    processor), in eval mode. random_layers: nothing is loaded, but a model of that name's shape, so deep, made of random weights (shapes.py).
 
     Raises SystemExit with one sentence when it cannot be used."""
     model, processor = shapes.random_student(path, random_layers, dtype) if random_layers else _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
@@ -51,8 +53,12 @@ def load_audio_model(path, *, dtype=torch.float32, random_layers=0):
         raise SystemExit(f"{path}: the processor's audio placeholder {placeholder} is not in its tokenizer; take both from one checkpoint")
     if not isinstance(processor.chat_template or processor.tokenizer.chat_template, str):
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
-    if processor.tokenizer.chat_template is None:       # some models keep it with the processor alone; turn ends are read off the tokenizer
-        processor.tokenizer.chat_template = processor.chat_template
+    # Both views shall be asked in one way: the processor's template, from which the audio view is made, is the tokenizer's too, if it takes plain text
+    turns = [[{"role": "user", "content": content}] for content in ("What?", [{"type": "text", "text": "What?"}])]
+    with contextlib.suppress(TypeError, jinja2.TemplateError):
+        asked = {processor.apply_chat_template(turn, tokenize=False) for turn in turns}
+        if len(asked) == 1 and "What?" in asked.pop() or processor.tokenizer.chat_template is None:
+            processor.tokenizer.chat_template = processor.chat_template
     return model, processor
 
 
@@ -76,9 +82,11 @@ def load_same_shape(path, student, dtype):
 
 def _load(path, what, autos, reader_class, dtype):
     # no remote code, and safetensors alone: nothing that comes with a checkpoint is executed or unpickled
-    adapter = Path(path) if (Path(path) / ADAPTER).is_file() else None
+    adapter = Path(path) if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").exists() else None
     if adapter:
-        path = json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"]
+        path = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+        if not path or adapter.resolve() == Path(path).resolve():
+            raise SystemExit(f"{adapter / ADAPTER} does not say which model the adapter is for; write its folder or hub id as base_model_name_or_path")
     try:
         reader = reader_class.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -91,10 +99,14 @@ def _load(path, what, autos, reader_class, dtype):
             peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
             fill(model, adapter)
             merge_lora(model)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+            model.name_or_path = str(adapter)
+        elif has_lora(model):                               # Granite Speech brings one of its own, and transformers puts it on
+            merge_lora(model)
+            model._hf_peft_config_loaded, model._weight_conversions, model.config.has_lora_adapter = False, None, False
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:300]
         advice = "" if Path(path).is_dir() else "; a hub id needs the network once, or its files in the hub's cache"
-        raise SystemExit(f"cannot load {what} from {path} ({reason}); give a directory or a hub id of one, with safetensors{advice}") from None
+        raise SystemExit(f"cannot load {what} from {path}{f', the base of {adapter}' * bool(adapter)} ({reason}); give a directory or a hub id of one, with safetensors{advice}") from None
     odd = {kind: sorted(name for name in found[f"{kind}_keys"] if not (whole and kind == "unexpected" and not name.startswith("thinker.")))
            for kind in ("missing", "unexpected")}
     if names := [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in odd.items() if names]:
@@ -197,7 +209,10 @@ def check(model, processor, *, shared_prompts=False):
         except (ValueError, RuntimeError, TypeError) as error:
             raise SystemExit(f"{name} does not take what its processor makes of a clip ({str(error).strip().splitlines()[0]}); take both from one "
                              "checkpoint") from None
-        if not scatters.seen or any(waiting != places for waiting, places in scatters.seen):
+        if not scatters.seen:
+            raise SystemExit(f"{name} does not scatter the sound into the prompt's embeddings (masked_scatter), so nothing here can tell whether it hears; take "
+                             "a family of README's table")
+        if any(waiting != places for waiting, places in scatters.seen):
             raise SystemExit(f"{name} does not put the sound where the prompt's placeholders are ((values, places): {scatters.seen}); take model and "
                              "processor from one checkpoint")
         swapped = {key: x.flip(-1) if key in two.features and x.is_floating_point() else x for key, x in view.inputs.items()}
@@ -280,14 +295,16 @@ def lower_half(student):
 
 
 def add_lora(student, rank):
-    """LoRA (arXiv 2106.09685): of the matrices that choose_trained let learn, none does any more, but each gets a low-rank update beside it,
+    """LoRA (arXiv 2106.09685): of what choose_trained let learn nothing does any more, but each linear layer of it gets a low-rank update beside it,
 
         W x + 32 / rank * B A x,    A [rank, in] random, B [out, rank] zero, both float32
 
     so that the student starts as it came, and `with without_lora(student)` is what it was, for ever, without a copy: paper A's snapshot and CORD's
-    initial teacher. Head and embeddings stay as they are. The 32 keeps the best learning rate the same at any rank, about 10 times that of full
-    training. Raises SystemExit where peft is not installed."""
+    initial teacher. Head, embeddings, convolutions and experts stay as they are. The 32 keeps the best learning rate the same at any rank, about 10
+    times that of full training. Raises SystemExit where peft is not installed, or the student is an adapter itself."""
     peft, head = _peft(), student.get_output_embeddings()
+    if (Path(student.name_or_path) / ADAPTER).is_file():
+        raise SystemExit(f"{student.name_or_path} is an adapter, and one on top of it would lose it; first: python models.py {student.name_or_path} --merge DIR")
     targets = [name for name, m in student.named_modules() if isinstance(m, nn.Linear) and m is not head and m.weight.requires_grad]
     # not transformers' add_adapter: Granite Speech's generate() would switch an adapter off that it knows of whenever no sound is given, as behind a cache
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets, base_model_name_or_path=str(student.name_or_path)), student)
@@ -339,11 +356,13 @@ def save(model, processor, folder):
                   Path(folder) / "adapter_model.safetensors")
         model.peft_config["default"].save_pretrained(folder)
     else:
-        state = model.state_dict()
+        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}         # the hub's layout of experts is a copy: not on the GPU
         if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings().weight is decoder(model).get_input_embeddings().weight:
             state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
-        # back to the names of the checkpoint it came from; transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss
-        state = {name.replace("language_model.model.model.", "language_model.model."): tensor
+        # Back to the hub's names: transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss, and on the hub Omni's
+        # thinker is a part, thinker.*
+        part = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+        state = {part + name.replace("language_model.model.model.", "language_model.model."): tensor
                  for name, tensor in revert_weight_conversion(model, state).items()}
         model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")
     processor.save_pretrained(folder)
@@ -357,7 +376,10 @@ def fill(model, folder):
             raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
         _peft().set_peft_model_state_dict(model, saved)
     else:                           # through the class, because the hub's names are not the module's own
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict())
+        saved, found = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"{len(found['missing_keys'])} tensors are missing, such as {sorted(found['missing_keys'])[0]}")
+        model.load_state_dict(saved.state_dict())
 
 
 def write_card(folder, *, base, script, flags, results=None):
@@ -365,8 +387,8 @@ def write_card(folder, *, base, script, flags, results=None):
     if not Path(folder).is_dir():
         return
     lines = ["---", f"base_model: {base}", f"library_name: {'peft' if (Path(folder) / ADAPTER).exists() else 'transformers'}", "tags: [audio, distillation]", "---",
-             f"# {Path(folder).resolve().parent.name}, {Path(folder).name}", "", f"{base}, trained further by `{script}`:", "", "```",
-             *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value is not None), "```"]
+             f"# {Path(folder).resolve().parent.name}, {Path(folder).name}", "", f"{base}, trained further by `{script}` with these flags:", "", "```",
+             *(f"{name}: {value}" for name, value in flags.items() if value is not None), "```"]
     lines += ["", "## Results, before and after", "", "```", results, "```"] if results else []
     (Path(folder) / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -379,7 +401,9 @@ def main(argv=None):
     parser.add_argument("--teacher", help="a text LLM: how the two vocabularies go together")
     parser.add_argument("--merge", metavar="OUT", help="save the model in this folder; an adapter is added into its base's weights")
     args = parser.parse_args(argv)
-    model, processor = load_audio_model(args.model)
+    if args.merge and Path(args.merge).exists():
+        raise SystemExit(f"--merge {args.merge}: is there already; name a new folder")
+    model, processor = load_audio_model(args.model, dtype="auto")
     used = {id(p) for p in check(model, processor, shared_prompts=True)}
     parts = {"decoder": decoder(model).parameters(), "head": model.get_output_embeddings().parameters(), "tower": tower(model).parameters(), "rest": projector(model)}
     print(f"{type(model).__name__}: {len(decoder(model).layers)} layers of width {decoder(model).config.hidden_size}; placeholder {processor.audio_token}; "

@@ -310,7 +310,7 @@ def main(argv=None):
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
-    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
+    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer, card=card)
     if checkpoint:
         done = common.load_checkpoint(checkpoint, student, optimizer)

@@ -10,12 +10,13 @@ from transformers import (AudioFlamingo3Config, AudioFlamingo3ForConditionalGene
                           Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3Config, Qwen3ForCausalLM,
                           Qwen3OmniMoeProcessor, Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor)
 
+import models
 from conftest import STUDENT_TEMPLATE, TEACHER_TEMPLATE, bpe
 
 OMNI_TEMPLATE = STUDENT_TEMPLATE.replace("Audio 1: ", "").replace("<|audio_eos|>\\n", "<|audio_eos|>")
 FLAMINGO_TEMPLATE = OMNI_TEMPLATE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", "<sound>")
 GRANITE_TEMPLATE = (                                        # knows no parts: contents are text
-    "{% for m in messages %}<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}<|end_of_text|>\n{% endfor %}"
+    "{% for m in messages %}<|start_of_role|>{{ m['role'] }}{{ '<|end_of_role|>' + m['content'] + '<|end_of_text|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}")
 
 
@@ -103,7 +104,7 @@ def make_family(name):
     torch.manual_seed(0)
     model, processor = FAMILIES[name]()
     with torch.no_grad():
-        for parameter in model.get_decoder().parameters():
+        for parameter in [*model.get_decoder().parameters(), *models.tower(model).parameters()]:
             parameter.mul_(3)
     return model.eval(), processor
 
