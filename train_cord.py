@@ -114,10 +114,8 @@ def parse_flags(argv=None):
     args = parser.parse_args(argv)
     if args.group_size == 1 or args.group_size < 0:
         parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing to be better than")
-    if args.token_loss == "none" and not args.group_size:
-        parser.error("with --token-loss none and --group-size 0 nothing is learnt; leave one of them on")
-    if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
-        parser.error("--share-rollouts puts the reverse KL on the group's rollouts, so it needs --token-loss reverse-kl and a --group-size")
+    if not args.group_size and (args.token_loss == "none" or args.share_rollouts) or args.share_rollouts and args.token_loss != "reverse-kl":
+        parser.error("with --token-loss none and --group-size 0 nothing is learnt; --share-rollouts needs --token-loss reverse-kl and a --group-size")
     if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every, args.lora + 1) < 1 or args.epochs <= 0:
         parser.error("batch sizes, --max-new-tokens, --save-every and --show-every are at least 1, --epochs above 0, --lora at least 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
