@@ -16,7 +16,8 @@ Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their think
 
     python models.py mini/student                       # check a model, folder or hub id, and print its parts
     python models.py mini/student --teacher mini/teacher      # and how its vocabulary goes with a text teacher's
-    python models.py runs/lora/step-0000100 --merge runs/lora/merged      # a LoRA adapter added into its base, for those who do not know peft
+    python models.py runs/lora/step-0000100 --save runs/lora/merged       # a LoRA adapter added into its base, for those who do not know peft
+    python models.py Qwen/Qwen3-8B --random-weights 1 --save Qwen/Qwen3-8B      # no download: its shape with one layer of random weights (shapes.py)
 """
 import argparse
 import contextlib
@@ -40,12 +41,12 @@ ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weight
 
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
 
-def load_audio_model(path, *, dtype=torch.float32, random_layers=0):
+def load_audio_model(path, *, dtype=torch.float32):
     """A directory or hub id of a model, or a directory of a LoRA adapter (which is added into its base's weights) -> (audio language model, its
-    processor), in eval mode. random_layers: nothing is loaded, but a model of that name's shape, so deep, made of random weights (shapes.py).
+    processor), in eval mode.
 
     Raises SystemExit with one sentence when it cannot be used."""
-    model, processor = shapes.random_student(path, random_layers, dtype) if random_layers else _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
+    model, processor = _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
     placeholder = getattr(processor, "audio_token", None)
     if not placeholder or data.extractor(processor) is None:
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
@@ -62,9 +63,9 @@ def load_audio_model(path, *, dtype=torch.float32, random_layers=0):
     return model, processor
 
 
-def load_text_model(path, *, dtype=torch.float32, random_layers=0):
-    """A directory or hub id -> (causal language model, tokenizer), as above. Raises SystemExit with one sentence when it cannot be used."""
-    model, tokenizer = shapes.random_teacher(path, random_layers, dtype) if random_layers else _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
+def load_text_model(path, *, dtype=torch.float32):
+    """A directory or hub id -> (causal language model, tokenizer). Raises SystemExit with one sentence when it cannot be used."""
+    model, tokenizer = _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
     return model, tokenizer
@@ -304,7 +305,7 @@ def add_lora(student, rank):
     times that of full training. Raises SystemExit where peft is not installed, or the student is an adapter itself."""
     peft, head = _peft(), student.get_output_embeddings()
     if (Path(student.name_or_path) / ADAPTER).is_file():
-        raise SystemExit(f"{student.name_or_path} is an adapter, and one on top of it would lose it; first: python models.py {student.name_or_path} --merge DIR")
+        raise SystemExit(f"{student.name_or_path} is an adapter, and one on top of it would lose it; first: python models.py {student.name_or_path} --save DIR")
     targets = [name for name, m in student.named_modules() if isinstance(m, nn.Linear) and m is not head and m.weight.requires_grad]
     # not transformers' add_adapter: Granite Speech's generate() would switch an adapter off that it knows of whenever no sound is given, as behind a cache
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets, base_model_name_or_path=str(student.name_or_path)), student)
@@ -399,10 +400,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Check an audio language model as the training scripts do, and print its parts.")
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--teacher", help="a text LLM: how the two vocabularies go together")
-    parser.add_argument("--merge", metavar="OUT", help="save the model in this folder; an adapter is added into its base's weights")
+    parser.add_argument("--save", metavar="OUT", help="save the model in this folder; an adapter is added into its base's weights")
+    parser.add_argument("--random-weights", type=int, metavar="LAYERS", help="load nothing: the shape of one of the papers' models, at most so deep")
     args = parser.parse_args(argv)
-    if args.merge and Path(args.merge).exists():
-        raise SystemExit(f"--merge {args.merge}: is there already; name a new folder")
+    if args.save and Path(args.save).exists():
+        raise SystemExit(f"--save {args.save}: is there already; name a new folder")
+    if args.random_weights:
+        make = shapes.random_teacher if args.model in shapes.TEACHERS else shapes.random_student
+        model, processor = make(args.model, args.random_weights, torch.bfloat16)
+        return _save(model, processor, args.save)
     model, processor = load_audio_model(args.model, dtype="auto")
     used = {id(p) for p in check(model, processor, shared_prompts=True)}
     parts = {"decoder": decoder(model).parameters(), "head": model.get_output_embeddings().parameters(), "tower": tower(model).parameters(), "rest": projector(model)}
@@ -414,10 +420,14 @@ def main(argv=None):
     if args.teacher:
         *_, summary = data.shared_vocabulary(processor.tokenizer, load_text_model(args.teacher)[1])
         print("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
-    if args.merge:
-        Path(args.merge).mkdir(parents=True)
-        save(model, processor, args.merge)
-        print(f"{args.merge}: saved")
+    _save(model, processor, args.save)
+
+
+def _save(model, processor, folder):
+    if folder:
+        Path(folder).mkdir(parents=True)
+        save(model, processor, folder)
+        print(f"{folder}: {model.num_parameters():,} parameters saved")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """
 The papers' models by their shapes alone: random weights, so that a dry run and bench.py can walk where no hub can be reached and 7B do not fit.
 
-    python train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct --random-weights 1 --dry-run --weights bfloat16 --lora 8     # one layer of its 32
+    python models.py Qwen/Qwen2-Audio-7B-Instruct --random-weights 1 --save Qwen/Qwen2-Audio-7B-Instruct        # one layer of its 32
 
+writes a folder that goes by the model's name wherever that is asked for from the same place, so that every command of a recipe runs as it stands.
 Width, heads and vocabulary are those of the models' config.json, in their own classes; depth is at most what is asked for. Their tokenizers cannot be
 had without the hub: words stand for tokens, "w0" to "w151599", and every other word is "?". So the memory and the time of a step are the real ones
 for so many layers, and what the model says is noise.

@@ -93,7 +93,6 @@ def parse_flags(argv=None):
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
-    parser.add_argument("--random-weights", type=int, default=0, metavar="LAYERS", help="for a dry run: the models' shapes, so deep, no weights (shapes.py)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step over all ranks")
@@ -255,7 +254,7 @@ def main(argv=None):
 
     # 4.2 models
     kind = torch.bfloat16 if args.weights == "bfloat16" or args.lora and device.type == "cuda" else torch.float32
-    student, processor = models.load_audio_model(args.student, dtype=kind, random_layers=args.random_weights)
+    student, processor = models.load_audio_model(args.student, dtype=kind)
     tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, args.max_seconds)
     verdicts = judge.load(args.judge, device)
     student.to(device).set_attn_implementation("sdpa")                                   # takes the mask of shared prompts

@@ -93,7 +93,6 @@ def parse_flags(argv=None):
     parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
-    parser.add_argument("--random-weights", type=int, default=0, metavar="LAYERS", help="for a dry run: the models' shapes, so deep, no weights (shapes.py)")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
@@ -255,7 +254,7 @@ def main(argv=None):
     # 4.2 models
     seconds = data.check_audio(examples + scored, args.max_seconds)
     half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
-    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights), random_layers=args.random_weights)
+    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
     used = models.check(student.to(device), processor)
     snapshot = teacher = tokenizer = shared = student_to_teacher = None
     if args.acoustic_kd and args.lora and args.acoustic_teacher == "snapshot":
@@ -264,7 +263,7 @@ def main(argv=None):
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
     if args.text_kd != "none":
-        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half, random_layers=args.random_weights)
+        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
         models.check_teacher(teacher.to(device).requires_grad_(False))
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))

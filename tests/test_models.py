@@ -204,12 +204,12 @@ def test_every_familys_adapter_merges_into_a_model_that_loads(name, loaded, tmp_
                 p.normal_(std=0.05)
     (tmp_path / "adapter").mkdir()
     models.save(model, processor, tmp_path / "adapter")
-    models.main([str(tmp_path / "adapter"), "--merge", str(tmp_path / "merged")])
+    models.main([str(tmp_path / "adapter"), "--save", str(tmp_path / "merged")])
     models.merge_lora(model)
     merged = models.load_audio_model(tmp_path / "merged")[0].state_dict()
     assert all(torch.allclose(x, merged[key], atol=1e-6) for key, x in model.state_dict().items()) and not torch.equal(models.decoder(model).layers[0].self_attn.q_proj.weight,
                                                                                                                   models.decoder(loaded[name][0]).layers[0].self_attn.q_proj.weight)
-    refused("is there already", models.main, [str(tmp_path / "adapter"), "--merge", str(tmp_path / "merged")])
+    refused("is there already", models.main, [str(tmp_path / "adapter"), "--save", str(tmp_path / "merged")])
 
 
 def test_granites_own_adapter_becomes_its_weights(loaded, folders, tmp_path):
@@ -418,7 +418,7 @@ def test_a_run_with_lora_goes_on_and_merges(folders, world, tmp_path):
     student, teacher = map(str, folders["qwen2_5_omni"])
     flags = ["--data", str(world), "--student", student, "--teacher", teacher, "--batch-size", "2", "--micro-batch", "2", "--no-eval", "--lora", "4", "--lr", "1e-2"]
     train_source_layer.main([*flags, "--out", str(tmp_path / "whole"), "--max-steps", "4"])
-    models.main([str(tmp_path / "whole" / "step-0000004"), "--merge", str(tmp_path / "whole" / "merged")])
+    models.main([str(tmp_path / "whole" / "step-0000004"), "--save", str(tmp_path / "whole" / "merged")])
     train_source_layer.main([*flags, "--out", str(tmp_path / "parts"), "--max-steps", "4", "--save-every", "2"])
     shutil.rmtree(tmp_path / "parts" / "step-0000004")
     train_source_layer.main([*flags, "--out", str(tmp_path / "parts"), "--max-steps", "4", "--resume", "auto"])

@@ -28,19 +28,21 @@ def recipe(title):
     return [shlex.split(line) for line in re.sub(r"\\\n\s*", " ", text).splitlines() if re.match(r"    (hf|python|torchrun) ", line)]
 
 
-def run(command, **changes):
+SMALL = {"Qwen/Qwen2.5-Omni-7B": MINI / "student", "Qwen/Qwen2-Audio-7B-Instruct": MINI / "student", "Qwen/Qwen3-8B": MINI / "teacher", "kokoro": "espeak"}
+
+
+def run(command, small=SMALL, **changes):
     """A README command in this process, with other flags where they are given, two steps where it trains, and small models for the real ones."""
     command = command[:]
     if command[0] == "torchrun":
         del command[1:3]
     script, arguments = Path(command[1]).stem, [STEP.sub("step-0000002", word) for word in command[2:]]
-    small = {"Qwen/Qwen2.5-Omni-7B": MINI / "student", "Qwen/Qwen2-Audio-7B-Instruct": MINI / "student", "Qwen/Qwen3-8B": MINI / "teacher", "kokoro": "espeak"}
     arguments = [str(small.get(word, word)) for word in arguments]
     for flag, value in changes.items():
         flag = "--" + flag.replace("_", "-")
         if flag in arguments:
             arguments[arguments.index(flag) + 1] = str(value)
-    if script.startswith("train"):
+    if script.startswith("train") and "--dry-run" not in arguments:
         arguments += ["--dry-run"]
     SCRIPTS[script](arguments)
     return script
@@ -102,3 +104,28 @@ def test_what_a_recipe_downloads_is_what_it_uses():
                 for word in command:
                     if word.startswith(("Qwen/", "CoTA", "NuminaMath-CoT", "voicebench", "gsm8k")):
                         assert word in text, word
+
+
+def test_the_walk_without_a_download(downloads, monkeypatch):
+    """Folders of the models' names from their shapes (here narrow ones, too), then both papers' training and evaluation by those names, letter by letter."""
+    narrow = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    for shape in (*models.shapes.STUDENTS.values(), *models.shapes.TEACHERS.values()):
+        for name, value in narrow.items():
+            monkeypatch.setitem(shape, name, value)
+    monkeypatch.setattr(models.shapes, "EYES", dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2))
+    for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
+        monkeypatch.setitem(models.shapes.EARS, name, value)
+    walk = recipe("One GPU, little memory, none")
+    assert [run(command, small={}) for command in walk[:3]] == ["models"] * 3 and Path("Qwen/Qwen2.5-Omni-7B/model.safetensors").is_file()
+    papers = [command for title in ("Paper A, from the download to a row of its table", "Paper B") for command in recipe(title)]
+    words = [command for command in papers if any("import_datasets" in word for word in command)] + [["python", "textualize.py", "--data", "CoTA/cota.jsonl"]]
+    for command in words[:3]:
+        run(command, small={})
+    run([*words[-1], "--limit", "8"])                       # noise describes nothing: by the mini student
+    trained = [command for command in papers if any(word.startswith(("train_source", "evaluate")) for word in command)][:2]
+    for command in trained:
+        run(command, small={}, max_new_tokens=6, lora=4, batch_size=4)
+    assert json.loads(Path("runs/a/step-0000002/adapter_config.json").read_text())["base_model_name_or_path"] == "Qwen/Qwen2.5-Omni-7B"
+    for command in walk[3:]:
+        monkeypatch.setattr(models.shapes, "STUDENTS", {})                # they are loaded, not made
+        run(command, small={}, max_new_tokens=6)
