@@ -302,7 +302,7 @@ def audio_prompt(processor, question: str) -> str:
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         except (TypeError, jinja2.TemplateError):
             continue
-        if prompt.count(processor.audio_token) == 1:
+        if isinstance(prompt, str) and prompt.count(processor.audio_token) == 1:
             return prompt
     raise DataError(f"the chat template does not put one audio placeholder {processor.audio_token} for one clip; use the template of the model's own "
                     "checkpoint")
