@@ -137,6 +137,14 @@ def test_both_scripts_run(name, lora, folders, world, tmp_path):
 
 # --------------------------------------------------------------- LoRA --------------------------------------------------------------------
 
+@torch.no_grad()
+def stir(model):
+    """Adapters that change what is said: as made they add zero."""
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.normal_(std=0.05)
+
+
 @pytest.fixture
 def adapted(loaded):
     """A Qwen2-Audio with an adapter of rank 4 that changes what it says, and the same model without it."""
@@ -145,10 +153,7 @@ def adapted(loaded):
     models.choose_trained(model, "decoder", models.check(model, processor))
     torch.manual_seed(0)
     models.add_lora(model, 4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
+    stir(model)
     return model, processor, before
 
 
@@ -198,10 +203,7 @@ def test_an_adapter_on_an_adapter_is_refused(adapted, folders, tmp_path):
 def test_every_familys_adapter_merges_into_a_model_that_loads(name, loaded, tmp_path):
     model, processor = copy.deepcopy(loaded[name][0]), loaded[name][1]
     models.choose_trained(model, "all", models.check(model, processor), lora=2)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "lora_B" in key:
-                p.normal_(std=0.05)
+    stir(model)
     (tmp_path / "adapter").mkdir()
     models.save(model, processor, tmp_path / "adapter")
     models.main([str(tmp_path / "adapter"), "--save", str(tmp_path / "merged")])
@@ -217,10 +219,7 @@ def test_granites_own_adapter_becomes_its_weights(loaded, folders, tmp_path):
     model, processor = copy.deepcopy(loaded["granite_speech"][0]), loaded["granite_speech"][1]
     folder = altered(folders["granite_speech"][0], tmp_path / "own")
     models.choose_trained(model, "decoder", list(model.parameters()), lora=2)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "lora_B" in key:
-                p.normal_(std=0.05)
+    stir(model)
     (tmp_path / "adapter").mkdir()
     models.save(model, processor, tmp_path / "adapter")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
