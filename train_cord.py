@@ -268,8 +268,8 @@ def main(argv=None):
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {args.weights} weights{', bfloat16 autocast' * (device.type == 'cuda')}; student {student.num_parameters():,} "
-        f"parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
+    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (device.type == 'cuda')}; "
+        f"student {student.num_parameters():,} parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
     say(data.about_clips(seconds, processor))

@@ -284,8 +284,8 @@ def main(argv=None):
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {args.weights} weights{', bfloat16 autocast' * (half == torch.bfloat16)}; student {student.num_parameters():,} "
-        f"parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
+    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (half == torch.bfloat16)}; "
+        f"student {student.num_parameters():,} parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
