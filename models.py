@@ -107,7 +107,8 @@ def _load(path, what, autos, reader_class, dtype):
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:300]
         advice = "" if Path(path).is_dir() else "; a hub id needs the network once, or its files in the hub's cache"
-        raise SystemExit(f"cannot load {what} from {path}{f', the base of {adapter}' * bool(adapter)} ({reason}); give a directory or a hub id of one, with safetensors{advice}") from None
+        of = f", the base of {adapter}" if adapter else ""
+        raise SystemExit(f"cannot load {what} from {path}{of} ({reason}); give a directory or a hub id of one, with safetensors{advice}") from None
     odd = {kind: sorted(name for name in found[f"{kind}_keys"] if not (whole and kind == "unexpected" and not name.startswith("thinker.")))
            for kind in ("missing", "unexpected")}
     if names := [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in odd.items() if names]:
@@ -211,8 +212,8 @@ def check(model, processor, *, shared_prompts=False):
             raise SystemExit(f"{name} does not take what its processor makes of a clip ({str(error).strip().splitlines()[0]}); take both from one "
                              "checkpoint") from None
         if not scatters.seen:
-            raise SystemExit(f"{name} does not scatter the sound into the prompt's embeddings (masked_scatter), so nothing here can tell whether it hears; take "
-                             "a family of README's table")
+            raise SystemExit(f"{name} does not scatter the sound into the prompt's embeddings (masked_scatter), so nothing here can tell whether it hears; "
+                             "take a family of README's table")
         if any(waiting != places for waiting, places in scatters.seen):
             raise SystemExit(f"{name} does not put the sound where the prompt's placeholders are ((values, places): {scatters.seen}); take model and "
                              "processor from one checkpoint")

@@ -270,7 +270,8 @@ def main(argv=None):
         student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))
         say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
     models.choose_trained(student, args.train, used, frozen=models.lower_half(student) if args.lower_lr == 0 else (), lora=args.lora)
-    pairs = layer_map.pairs(*(len(models.decoder(model).layers) for model in (student, teacher or student)), every=args.every, only=args.layers) if args.every else []
+    depths = [len(models.decoder(model).layers) for model in (student, teacher or student)]
+    pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
@@ -285,7 +286,7 @@ def main(argv=None):
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (half == torch.bfloat16)}; "
-        f"student {student.num_parameters():,} parameters, {sum(p.numel() for p in learns):,} learn (projections too); teacher {teacher.num_parameters() if teacher else 0:,}")
+        f"student {student.num_parameters():,} parameters, {sum(p.numel() for p in learns):,} learn; teacher {teacher.num_parameters() if teacher else 0:,}")
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
