@@ -74,7 +74,7 @@ def parse_flags(argv=None):
     parser.add_argument("--teacher", default="initial", choices=["initial", "current"], help="who reads: a frozen copy, or the weights of this step")
     parser.add_argument("--data", help="training manifest with transcripts (data.py); default: the mini world")
     parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
-    parser.add_argument("--max-seconds", type=float, default=None, help="longest clip in seconds; default: the model's window")
+    parser.add_argument("--max-seconds", type=float, default=None, help="refuse longer clips, in seconds; default: cut where the model stops hearing")
     # the method
     parser.add_argument("--token-loss", default="reverse-kl", choices=["reverse-kl", "forward-kl", "sft", "none"],
                         help="L_tok: reverse KL on rollouts (paper); baselines along the text view's own answer: forward-kl, sft")

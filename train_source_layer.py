@@ -72,7 +72,7 @@ def parse_flags(argv=None):
     parser.add_argument("--acoustic-teacher", default="snapshot", help="snapshot (paper) or a model of the student's shape")
     parser.add_argument("--data", help="training manifest with reasoning and description (data.py); default: the mini world")
     parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
-    parser.add_argument("--max-seconds", type=float, default=None, help="longest clip in seconds; default: the model's window")
+    parser.add_argument("--max-seconds", type=float, default=None, help="refuse longer clips, in seconds; default: cut where the model stops hearing")
     # the method
     parser.add_argument("--text-kd", default="layer", help="none | top | skip:K (one student layer in K) | layer (paper's best)")
     parser.add_argument("--acoustic-kd", action=boolean, default=True, help="L_ac: keep the hidden states at audio tokens")
