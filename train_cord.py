@@ -10,7 +10,7 @@ CORD (paper B, arXiv 2601.16547): the model that reads teaches the model that li
     python train_cord.py                                  # laptop: the mini world, audio synthesised on the first run
     python train_cord.py --dry-run                        # two steps and a small evaluation of everything
     torchrun --nproc_per_node 8 train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct --weights bfloat16 --micro-batch 5 \\
-        --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --max-seconds 30
+        --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_cord.py ...        # on each node
 
 The rows of the paper's tables (python experiments.py cord: all of them, two epochs, three seeds each):
