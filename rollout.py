@@ -129,7 +129,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most."""
     path, tokenizer = Path(path), processor.tokenizer
-    some = torch.cat([p.detach().flatten()[:1000].float().cpu() for p in models.decoder(model).parameters()])
+    some = torch.cat([p.detach().flatten()[:1000].float().cpu() for p in (*models.decoder(model).parameters(), models.head_weight(model))])
     weights = zlib.crc32(some.numpy().tobytes())                                                 # another student, or this one trained further
     asks = {e.id: f"{weights} {max_new_tokens} {data.text_prompt(tokenizer, e.transcript, data.question_text(e))}" for e in examples}
     keys = {i: zlib.crc32(prompt.encode()) for i, prompt in asks.items()}
