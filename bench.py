@@ -433,7 +433,7 @@ def bench_step(args):
         / sum(view.inputs["input_ids"].numel() for view in views)
     print(f"{machine()}; train_{args.script}.py at the shapes of {args.shapes}{f', {args.layers} layer(s) of each' * bool(args.layers)}, bfloat16 weights, {sum(p.numel() for p in learns):,} "
           f"parameters learn; {len(examples)} clips of {args.seconds:g} s, {tokens:,} response tokens, {100 * padding:.0f} % padding; mean of {args.steps} steps\n")
-    print(f"{tokens / whole:,.1f} response tokens/s; {counter.get_total_flops() / 1e12:.3g} TFLOP outside the rollout, "
+    print(f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips an hour; {counter.get_total_flops() / 1e12:.3g} TFLOP outside the rollout, "
           f"{100 * counter.get_total_flops() / outside / ceiling:.0f} % of what a matrix product of {side} reaches here ({ceiling / 1e12:.1f} TFLOP/s in bfloat16)\n")
     print("| part | seconds | share | peak GB |\n| --- | --- | --- | --- |")
     for name in sorted(spent, key=spent.get, reverse=True):
