@@ -52,9 +52,10 @@ def load_audio_model(path, *, dtype=torch.float32):
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an audio language model, such as Qwen2-Audio")
     if placeholder not in processor.tokenizer.get_vocab():
         raise SystemExit(f"{path}: the processor's audio placeholder {placeholder} is not in its tokenizer; take both from one checkpoint")
-    if not isinstance(processor.chat_template or processor.tokenizer.chat_template, str):
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template        # some keep it with one of the two alone
+    if not isinstance(processor.chat_template, str):
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
-    # Both views shall be asked in one way: the processor's template, from which the audio view is made, is the tokenizer's too, if it takes plain text
+    # Both views are to be asked in one way: the processor's template, which makes the audio view, is the tokenizer's too, if it takes plain text
     turns = [[{"role": "user", "content": content}] for content in ("What?", [{"type": "text", "text": "What?"}])]
     with contextlib.suppress(TypeError, jinja2.TemplateError):
         asked = {processor.apply_chat_template(turn, tokenize=False) for turn in turns}

@@ -498,6 +498,24 @@ def test_a_placeholder_that_is_no_token_is_refused(folders, tmp_path):
     refused(r"the processor's audio placeholder <\|noise\|> is not in its tokenizer", models.load_audio_model, folder)
 
 
+@pytest.mark.parametrize("keeper", ["processor", "tokenizer"])
+def test_one_template_serves_both_views(keeper, folders, tmp_path, monkeypatch):
+    """Kept with one of the two alone, or another with each: the text view is asked as the audio view is."""
+    load = models._load
+
+    def bare(*a):
+        model, processor = load(*a)
+        if keeper == "tokenizer":
+            processor.chat_template = None
+        else:
+            processor.tokenizer.chat_template = processor.chat_template.replace("assistant", "system\nYou are somebody else.")
+        return model, processor
+    monkeypatch.setattr(models, "_load", bare)
+    _, processor = models.load_audio_model(folders["qwen2_audio"][0])
+    heard, read = data.audio_prompt(processor, "What?"), data.text_prompt(processor.tokenizer, "", "What?")
+    assert read in (heard.replace("Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n", ""), heard) and "somebody" not in read
+
+
 def test_a_template_without_a_place_for_sound_is_refused(loaded):
     processor = copy.deepcopy(loaded["qwen2_audio"][1])
     processor.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
