@@ -1,4 +1,5 @@
 """README's recipes, command after command, from files as they are downloaded to a row of a table: with small files, the mini models and no GPU."""
+import functools
 import json
 import re
 import shlex
@@ -112,6 +113,7 @@ def test_the_walk_without_a_download(downloads, monkeypatch):
     for shape in (*models.shapes.STUDENTS.values(), *models.shapes.TEACHERS.values()):
         for name, value in narrow.items():
             monkeypatch.setitem(shape, name, value)
+    monkeypatch.setattr(models.shapes, "word_tokenizer", functools.partial(models.shapes.word_tokenizer, words=300))
     monkeypatch.setattr(models.shapes, "EYES", dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2))
     for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
         monkeypatch.setitem(models.shapes.EARS, name, value)
