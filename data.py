@@ -272,6 +272,17 @@ def question_text(example: Example) -> str:
     return "\n".join([example.question] * bool(example.question) + lines)
 
 
+def spoken_choices(text) -> list[str]:
+    """The choices that a spoken question lists itself, or []: lines "A. gold", "B. silver", ... without a gap; or "... A. gold B. silver C. iron D. tin" in
+    one line. VoiceBench's questions do."""
+    listed = re.findall(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", text or "", re.M)
+    start = max((i for i, (letter, _) in enumerate(listed) if letter == "A"), default=0)
+    if len(listed[start:]) > 1 and "".join(letter for letter, _ in listed[start:]) in string.ascii_uppercase and listed[start][0] == "A":
+        return [choice.strip() for _, choice in listed[start:]]
+    found = re.search(r".*(?<!\w)A[.):]\s*(.+?)\s+B[.):]\s*(.+?)\s+C[.):]\s*(.+?)\s+D[.):]\s*([^\n]+)", text or "", re.S)
+    return [choice.strip() for choice in found.groups()] if found else []
+
+
 def response_text(example: Example) -> str:
     """The reference response in CoTA's tags, without whitespace between them."""
     answer = f"<RESPONSE>{example.answer}</RESPONSE>"

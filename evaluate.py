@@ -116,10 +116,10 @@ def score_mmau(records, *, voicebench=False, guess=None):
             "official": {**accuracies(official)[0], "counts": official_groups}, "counts": dict(counts), "correct": correct}
 
 
-def spoken_choices(prompt):
-    """The choices that a spoken question lists itself, "... A. gold B. silver C. iron D. tin", or []. VoiceBench's do."""
-    found = re.search(r".*(?<!\w)A[.):]\s*(.+?)\s+B[.):]\s*(.+?)\s+C[.):]\s*(.+?)\s+D[.):]\s*([^\n]+)", prompt or "", re.S)
-    return [choice.strip() for choice in found.groups()] if found else []
+def lettered(letter, choices):
+    """A reference that is a letter -> (choices, "B. silver"), which is not taken for a choice that is itself called B; ([], letter) without such a choice."""
+    index = ord(letter) - ord("A")
+    return (choices, f"{letter}. {choices[index]}") if index < len(choices) else ([], letter)
 
 
 def ser_class(output, classes):
@@ -323,9 +323,11 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
         said = generate(model, processor, asked, view=view, words=words, temperature=temperature, **decoding)
         for e, output in zip(asked, said):
             kind = e.kind or e.task
-            choices = e.choices or re.fullmatch("[A-D]", e.answer) and spoken_choices(e.transcript) or []         # VoiceBench's are in the sound
-            correct[view][kind][e.id] = right = judge.agree(output, e.answer, choices)
-            samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": choices, "answer": e.answer,
+            choices, answer = e.choices, e.answer
+            if not choices and re.fullmatch("[A-Z]", answer):             # VoiceBench's are in the sound, and the answer is a letter
+                choices, answer = lettered(answer, data.spoken_choices(e.transcript))
+            correct[view][kind][e.id] = right = judge.agree(output, answer, choices)
+            samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": choices, "answer": answer,
                             "kind": kind, "model_output": output, "correct": right})
     results = {**gap_of(*map(flat, correct.values())), "correct": correct, "samples": samples,
                "kinds": {kind: gap_of(correct["text"][kind], correct["audio"][kind]) for kind in kinds}}
@@ -478,8 +480,10 @@ def read_predictions(path, task="mmau"):
     for n, r in enumerate(records, 1):
         fault = None
         if isinstance(r, dict) and task == "mcq":
-            choices = spoken_choices(r.get("prompt") if isinstance(r.get("prompt"), str) else "") or list("ABCD")
-            r = {"id": str(n), "task": "mcq", "choices": choices, "answer": r.get("reference"), "model_output": r.get("response")}
+            choices, answer = data.spoken_choices(r.get("prompt") if isinstance(r.get("prompt"), str) else "") or list("ABCD"), r.get("reference")
+            if isinstance(answer, str) and re.fullmatch("[A-Z]", answer.strip()):
+                answer = lettered(answer.strip(), choices)[1]
+            r = {"id": str(n), "task": "mcq", "choices": choices, "answer": answer, "model_output": r.get("response")}
         elif isinstance(r, dict) and "modality" in r:
             r = {"id": str(n), **r, "task": r["modality"], "model_output": r.get("answer_prediction", r.get("model_output"))}
         if not isinstance(r, dict):

@@ -301,8 +301,10 @@ def mathematics(problem, gold, where, args):
     bare = re.sub(r"\\[,!;$%]|[$%]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", gold)                   # 1,000 is one number, (1, 2) is two
     if re.search(r"[,;&]|\\\\|\\quad|\b(?:and|or)\b", bare):
         raise DataError(f"{where}: the answer has several parts")
-    bare = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", re.sub(r"\\text\{[^{}]*\}|\^\{?\\circ\}?|\s", "", bare))
-    if args.numeric and not re.fullmatch(r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?", bare):
+    bare = re.sub(r"(?<=\d)\\ (?=\d{3}(?!\d))", "", bare)                                             # 12\ 345
+    bare = re.sub(r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\ ", " ", bare)      # units; a space stays: "10 h 30 min" is two
+    bare = " ".join(re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2", bare).split())
+    if args.numeric and not re.fullmatch(r"-?\s?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?|-?\s?\d+ \d+/\d+", bare):
         raise DataError(f"{where}: the answer is not one number (--numeric)")
     return {"question": "", "choices": [], "answer": gold, "task": "math", "transcript": problem.strip()}
 
@@ -357,8 +359,8 @@ def voicebench(row, where, args):
     prompt, letter = row["prompt"], str(row.get("reference")).strip()
     if not re.fullmatch("[A-Z]", letter):
         raise DataError(f"{where}: the reference is no letter, as it is in openbookqa and mmsu")
-    if not isinstance(prompt, str) or ord(letter) - 65 >= len(split_choices(prompt)[1]):
-        raise DataError(f"{where}: the prompt has no such choice as the reference")
+    if not isinstance(prompt, str) or ord(letter) - 65 >= len(data.spoken_choices(prompt)):
+        raise DataError(f"{where}: the prompt lists no choices A., B., ..., or none with the reference's letter")
     return {"audio": row["audio"], "question": "", "choices": [], "answer": letter, "task": "speech", "transcript": prompt,
             "sub-category": None if row["split"] == "test" else row["split"]}          # mmsu's domain: the audio-text gap is reported by it
 

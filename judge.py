@@ -51,7 +51,13 @@ def plain(text):
 def named_choice(text, choices):
     """The one choice that `text` names by its words or its letter. None when it names none, or several: letter and words that
     contradict each other are not an answer."""
-    heads = {plain(text).casefold(), plain(SENTENCE_END.split(text.strip(), maxsplit=1)[0]).casefold()}      # all of it; its first sentence
+    whole, first = plain(text), plain(SENTENCE_END.split(text.strip(), maxsplit=1)[0])
+    for head in (whole, first):                             # "C. E" is option C, though there is an option called C: its letter and its words agree
+        lead = LEADING_LETTER.match(head)
+        index = ord(lead[1].upper()) - ord("A") if lead else len(choices)
+        if index < len(choices) and plain(head[lead.end():]).casefold() == plain(choices[index]).casefold():
+            return choices[index]
+    heads = {whole.casefold(), first.casefold()}
     by_words, rest = set(), plain(text)
     # Longest first, and what was found is cut out: "white gold" does not also name "gold", the letter in "B minor" not option B.
     for choice in sorted(filter(None, map(plain, choices)), key=len, reverse=True):
@@ -134,12 +140,19 @@ def boxed(text):
     return text[begin:]
 
 
+ASIDE = re.compile(r"(?<=[\w%])\s+(?:in|for|per|from|after|by|over|at|with|on|when|because|since|if|each|every|during|than)\b|,\s+not\b", re.I)
+
+
 def open_answer(output_text):
     """The part of an answer to an open question that states it: the last \\boxed{}, what follows GSM8K's last ####, what follows the last
     "the answer is", or all of it."""
     answer = final_answer(output_text)
     marked, statement = re.findall(r"####\s*(\S.*)", answer), (STATEMENT.findall(answer) or [""])[-1]
-    stated = boxed(answer) or (marked[-1] if marked else SENTENCE_END.split(statement, maxsplit=1)[0])
+    stated = boxed(answer) or (marked[-1] if marked else "")
+    if not stated and statement:
+        stated = SENTENCE_END.split(statement, maxsplit=1)[0]
+        head = ASIDE.split(stated.rpartition("=")[2], maxsplit=1)[0]      # "366 downloads in 3 months": what is stated comes first
+        stated = head if number(head) is not None else stated
     return (stated or answer)[-2000:]                                     # a model that never stops: the patterns are slow on endless digits
 
 

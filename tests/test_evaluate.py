@@ -181,7 +181,7 @@ PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answ
 @pytest.mark.parametrize("prompt, choices", [
     (PROMPT, METALS), (PROMPT.replace("\n", " "), METALS), ("Which? A) gold B) silver C) white gold D) a ring", METALS), ("What is A. and B.?", []), ("", []), (None, [])])
 def test_spoken_choices(prompt, choices):
-    assert evaluate.spoken_choices(prompt) == choices
+    assert data.spoken_choices(prompt) == choices
 
 
 def test_voicebenchs_own_file(tmp_path, monkeypatch, capsys):

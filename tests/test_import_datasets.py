@@ -10,7 +10,6 @@ import pytest
 import soundfile
 
 import data
-import evaluate
 import import_datasets
 from import_datasets import boxes, main, named, split_choices
 
@@ -373,9 +372,9 @@ def test_voicebench(tmp_path, capsys):
     printed, lines = run(capsys, "voicebench", tmp_path / "mmsu", tmp_path / "mmsu.jsonl")
     example, = data.read_manifest(tmp_path / "mmsu.jsonl", require=("transcript",))
     assert (example.question, example.answer, example.transcript, example.task, example.kind) == ("", "B", prompt, "speech", "law")
-    assert example.choices == [] and evaluate.spoken_choices(prompt)[1] == "plants sprouting" and example.audio.is_file()       # heard, not read
+    assert example.choices == [] and data.spoken_choices(prompt)[1] == "plants sprouting" and example.audio.is_file()       # heard, not read
     dropped(printed, "the reference is no letter", 2)
-    dropped(printed, "no such choice", 1)
+    dropped(printed, "none with the reference's letter", 1)
     printed, lines = run(capsys, "voicebench", tmp_path / "openbookqa", tmp_path / "obqa.jsonl")
     assert data.read_manifest(tmp_path / "obqa.jsonl", split="test")[0].kind is None
     sentence = refusal("voicebench", tmp_path / "alpacaeval", tmp_path / "alpaca.jsonl")
