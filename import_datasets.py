@@ -9,7 +9,7 @@ Datasets as they are downloaded -> our manifests (data.py). Everything after the
     python import_datasets.py iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
     python import_datasets.py voicebench voicebench/mmsu voicebench/mmsu.jsonl
     python import_datasets.py gsm8k gsm8k/main gsm8k.jsonl --split test                    # text only: then python speak.py gsm8k.jsonl ...
-    python import_datasets.py numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 80000
+    python import_datasets.py numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
 
 Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its own folder, links resolved. Clips that lie inside a
 parquet file are written out, to OUT_audio/. Rows stream through, so 1.2 million need no more memory than a thousand (but 100 bytes each, to

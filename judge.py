@@ -58,7 +58,10 @@ def named_choice(text, choices):
         if index < len(choices) and plain(head[lead.end():]).casefold() == plain(choices[index]).casefold():
             return choices[index]
     heads = {whole.casefold(), first.casefold()}
-    by_words, rest = set(), plain(text)
+    by_words, letters, rest = set(), set(), whole
+    if any(len(plain(choice)) == 1 for choice in choices):  # "(A)" and "option A" are the place, not the blood group A
+        letters = {a or b for a, b in NAMED_LETTER.findall(rest)}
+        rest = NAMED_LETTER.sub("\0", rest)
     # Longest first, and what was found is cut out: "white gold" does not also name "gold", the letter in "B minor" not option B.
     for choice in sorted(filter(None, map(plain, choices)), key=len, reverse=True):
         if choice.casefold() in heads:
@@ -67,7 +70,7 @@ def named_choice(text, choices):
         rest, found = re.subn(words, "\0", rest, flags=re.I if len(choice) > 1 else 0)     # "a dog" does not name the note A
         if found:
             by_words.add(choice.casefold())
-    letters = {a or b for a, b in NAMED_LETTER.findall(rest)}
+    letters |= {a or b for a, b in NAMED_LETTER.findall(rest)}
     if lead := LEADING_LETTER.match(rest):
         letters.add(lead[1].upper())
     elif (bare := BARE_LETTER.match(rest)) and not (bare[1] == "A" and by_words):      # "A dog barks": an article, not option A

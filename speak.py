@@ -103,7 +103,8 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
     Returns float32 [samples] at 16 kHz, without leading and trailing silence. Raises ValueError for an unknown voice or silent text.
     """
     library, sample_rate, chunks = espeak()
-    if library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()) != 0:
+    known = (Path(espeakng_loader.get_data_path()) / "voices" / "!v" / voice).is_file()      # of a variant that it lacks espeak-ng says nothing
+    if not known or library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()) != 0:
         raise ValueError(f"espeak-ng has no voice {accent}+{voice}; use a variant such as m1..m8 or f1..f5 with an accent such as en-us")
     for parameter, value in ((ESPEAK_RATE, rate), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range), (ESPEAK_VOLUME, volume)):
         library.espeak_SetParameter(parameter, int(value), 0)
@@ -125,6 +126,7 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
 
 ESPEAK_VOICES = ["en-us+m3", "en-us+f2", "en-us+m7", "en-us+f5", "en-gb-x-rp+m1", "en-gb-x-rp+f4"]
 KOKORO_VOICES = ["af_heart", "af_bella", "af_nicole", "am_fenrir", "am_michael", "am_puck", "bf_emma", "bm_george"]
+READING = hashlib.sha256(Path(__file__).with_name("verbalise.py").read_bytes()).hexdigest()
 KOKORO, KOKORO_RATE = "hexgrad/Kokoro-82M", 24_000
 
 
@@ -183,7 +185,7 @@ def kokoro_reader(voices, folder, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 3. A whole manifest. Each rank speaks every n-th line and notes it in a journal of its own as soon as its clip is whole; nothing else is kept,
+# 3. A whole manifest. Each rank speaks every n-th line of what is left and notes it in a journal of its own as soon as its clip is whole; nothing else is kept,
 #    so that a run may be killed anywhere and taken up by more or fewer ranks. At the end rank 0 writes the manifest from all journals.
 
 def read_lines(path, limit):
@@ -216,8 +218,8 @@ def read_lines(path, limit):
 
 
 def key_of(record):
-    """The name of a line's clip: another one as soon as its words are others. Python's hash() differs from process to process."""
-    digest = hashlib.sha256(json.dumps([record["id"], record["transcript"]]).encode()).hexdigest()
+    """The name of a line's clip: another one as soon as its words are others, or verbalise.py reads otherwise. Python's hash() differs from process to process."""
+    digest = hashlib.sha256(json.dumps([record["id"], record["transcript"], READING]).encode()).hexdigest()
     return f"{digest[:2]}/{re.sub(r'[^A-Za-z0-9.-]', '_', record['id'])[:60]}-{digest[:12]}"
 
 
@@ -233,7 +235,8 @@ def read_journals(folder):
         for line in whole[:whole.rfind(b"\n") + 1].splitlines():
             try:
                 note = json.loads(line)
-                if "skipped" in note or (folder / f"{note['key']}.flac").is_file():
+                clip = folder / f"{note['key']}.flac"
+                if "skipped" in note or clip.is_file() and clip.stat().st_size:
                     notes[note["key"]] = note
             except (ValueError, KeyError, TypeError) as error:
                 raise data.DataError(f"{path}: is not what an earlier run of this command wrote ({error!r}); move {folder} away") from None
@@ -262,13 +265,13 @@ def speak_line(record, folder, reader, voices, *, max_characters, max_seconds):
 
 
 def check_settings(folder, settings):
-    """A folder of clips belongs to one way of speaking. Raises DataError where it was another one."""
+    """A folder of clips belongs to one way of speaking. Raises DataError where it was another one. -> the file that says which"""
     path = folder / "settings.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     if different := [name for name in settings if before.get(name) != settings[name]]:
         told = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in different)
         raise data.DataError(f"{folder}: was spoken with {told}; give another output, or the flags of {path}")
-    common.write_json(path, settings)
+    return path
 
 
 def write_manifest(lines, notes, folder, out):
@@ -315,13 +318,16 @@ def speak_manifest(args):
     rank, world, device = common.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
     with common.rank_zero_first(rank, world):
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            check_settings(folder, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        said = check_settings(folder, settings)
         notes = read_journals(folder)
-        todo = [record for _, record in lines[rank::world] if key_of(record) not in notes]
-        reader = None if not todo else espeak_reader(voices, args.rate, args.pitch) if args.tts == "espeak" \
+        left = [record for _, record in lines if key_of(record) not in notes]
+        reader = None if not left else espeak_reader(voices, args.rate, args.pitch) if args.tts == "espeak" \
             else kokoro_reader(voices, Path(args.kokoro) if args.kokoro else None, device)
+        if rank == 0:
+            common.write_json(said, settings)           # only now: a reader that could not be started has said nothing
+    common.sum_over_ranks({"ready": 1}, device)         # nobody speaks before all know what is left, or they would share it out in different ways
+    todo = left[rank::world]
     journal = folder / f"journal-{rank}.jsonl"
     if journal.exists():
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)

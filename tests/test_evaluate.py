@@ -18,6 +18,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 import data
 import evaluate
+import judge
 import rollout
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice, voicebench_letter
@@ -638,3 +639,13 @@ def test_bad_flags_and_comparisons(tmp_path, monkeypatch, capsys):
         (tmp_path / "other.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit, match="other.json: holds no results"):
             run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "good.json", "--compare", tmp_path / "other.json")
+
+
+def test_a_reference_letter_is_a_place_not_a_choice():
+    """Blood groups: the reference A means the first choice, O."""
+    choices, answer = evaluate.lettered("A", ["O", "A", "AB", "B"])
+    assert [judge.agree(said, answer, choices) for said in ("A. O", "The answer is O.", "B. A", "The answer is (A).")] == [True, True, False, True]
+    record = {"id": "1", "task": "mcq", "choices": choices, "answer": answer, "model_output": "A. O"}
+    found = evaluate.score_mmau([record], voicebench=True)
+    assert found["mcq"] == found["official"]["mcq"] == 100
+    assert evaluate.lettered("E", choices) == ([], "E")

@@ -513,3 +513,22 @@ def test_memory_does_not_grow_with_parquet(tmp_path, capsys):
     for _ in rows:
         peak = max(peak, pyarrow.total_allocated_bytes() - before)
     assert source.stat().st_size > 15e6 and peak < 8e6
+
+
+@pytest.mark.parametrize("gold, kept", [
+    ("10\\text{ hours } 30 \\text{ minutes}", False), ("8\\text{ R }3", False), ("5\\text{ to }3", False), ("12 34", False), ("7\\text{:}30", False), ("x+1", False),
+    ("12\\text{ cm}^2", True), ("12\\ 345", True), ("18", True), ("-3", True), ("2\\frac{1}{2}", True), ("30^\\circ", True), ("\\frac{3}{4}", True), ("1{,}000", True)])
+def test_numeric_means_one_number(gold, kept, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"problem": "How much is it?", "solution": f"So $\\boxed{{{text}}}$."}) + "\n" for text in (gold, "7")))
+    _, lines = run(capsys, "numinamath", path, tmp_path / "out.jsonl", "--numeric")
+    assert [line["answer"] for line in lines] == [gold] * kept + ["7"]
+
+
+def test_voicebench_options_that_hold_initials(tmp_path, capsys):
+    prompts = ["Which case was it?\nA. Plessy v. Ferguson\nB. Brown v. Board\nC. Roe v. Wade\nD. none", "Who?\nA. W. E. B. Du Bois\nB. Franklin D. Roosevelt\nC. Harry S. Truman\nD. X",
+               "Same?\nA. one\nB. one\nC. two\nD. three"]
+    rows = [{"audio": {"bytes": clip(), "path": "1.wav"}, "prompt": prompt, "reference": "B"} for prompt in prompts]
+    _, lines = run(capsys, "voicebench", write_parquet(tmp_path / "mmsu/law-00000-of-00001.parquet", rows), tmp_path / "out.jsonl")
+    assert len(lines) == 3
+    assert [data.spoken_choices(prompt)[1] for prompt in prompts] == ["Brown v. Board", "Franklin D. Roosevelt", "one"]

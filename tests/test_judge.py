@@ -31,6 +31,8 @@ def test_numbers(text, value):
 
 @pytest.mark.parametrize("said, reference, same", [
     ("2/4", "0.5", True), ("$1,000", "1000", True), ("twelve", "12", True), ("12", "13", False), ("twelve", "yes", False), ("Paris", "paris.", True),
+    ("The answer is 366 downloads in 3 months.", "366", True), ("The answer is $460 for 45 hours.", "460", True), ("The answer is 366 downloads in 3 months.", "3", False),
+    ("The answer is 2 + 3 = 5 for all 4 of them.", "5", True), ("The answer is 18, not 19.", "18", True), ("The answer is 2 1/2 in all.", "2.5", True),
     ("Paris", "London", False), ("", "", False), ("", "5", False), ("The answer is 3.5.", "7/2", True),
     ("The answer is .5", "5", False), ("The answer is .5", "1/2", True), ("The answer is -5.", "5", False),
     ("So x is 4, and the answer is \\boxed{\\frac{1}{2}}.", "0.5", True), ("\\boxed{x + 3}", "\\boxed{x+3}", True), ("\\boxed{x+3}", "3", False),
@@ -187,3 +189,14 @@ def test_the_rule_is_the_default_judge():
     verdicts = judge.load("rule", torch.device("cpu"))
     assert verdicts([(example(), "4", "four"), (example(choices=["four", "five"]), "B", "four")]) == [True, False]
     assert verdicts([]) == []
+
+
+@pytest.mark.parametrize("said", ["C. E", "(C) E", "C) E", "The answer is (C) E.", "<RESPONSE>C. E</RESPONSE>", "E", "c. e"])
+def test_a_choice_that_is_a_letter_itself(said):
+    """MMAU asks for notes and chords: option C is E, and there is an option called C."""
+    assert judge.extract_choice(said, ["G", "D", "E", "C"]) == "E"
+
+
+@pytest.mark.parametrize("said, chosen", [("C. Em", "Em"), ("D. C", "C"), ("G. Em", None), ("B", "F#m"), ("C", "C")])
+def test_chords(said, chosen):
+    assert judge.extract_choice(said, ["G", "F#m", "Em", "C"]) == chosen
