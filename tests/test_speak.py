@@ -1,4 +1,5 @@
 """A manifest read aloud: the same bytes whoever is killed and however many read; every clip whole; what cannot be said is listed."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -173,6 +174,8 @@ def test_other_mistakes_are_one_sentence(tmp_path, capsys):
         speak.main([str(source), str(source)])
     with pytest.raises(data.DataError, match="--voices nowhere.m3: espeak-ng has no voice"):
         speak.main([str(source), str(tmp_path / "c.jsonl"), "--voices", "nowhere+m3"])
+    with pytest.raises(data.DataError, match="--voices en-us.nosuch: espeak-ng has no voice"):
+        speak.main([str(source), str(tmp_path / "c.jsonl"), "--voices", "en-us+nosuch"])
     speak.main([str(source), str(out), "--voices", "m3"])
     with pytest.raises(data.DataError, match=r"was spoken with voices \['en-us\+m3'\], not .*'en-us\+f2'.*; give another output"):
         speak.main([str(source), str(out), "--voices", "f2"])
@@ -248,6 +251,28 @@ def test_kokoro_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "kokoro", None)
     with pytest.raises(data.DataError, match=r"--tts kokoro cannot be used \(.*\); run `pip install kokoro`$"):
         speak.main([str(write_lines(tmp_path / "in.jsonl", 1)), str(tmp_path / "out.jsonl"), "--tts", "kokoro"])
+    speak.main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])               # nothing was said yet, so that another voice may
+
+
+def test_ranks_share_what_is_left(tmp_path, monkeypatch):
+    """One of two ranks died early: what it left is not all its own again."""
+    source, out = write_lines(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    folder = tmp_path / "out_audio"
+    folder.mkdir()
+    (folder / "journal-0.jsonl").write_text("".join(json.dumps({"key": speak.key_of(line), "skipped": "for the test"}) + "\n" for line in lines[0::2]))
+    monkeypatch.setattr(speak.common, "start_distributed", lambda: (1, 2, torch.device("cpu")))
+    monkeypatch.setattr(speak.common, "rank_zero_first", lambda rank, world: contextlib.nullcontext())
+    speak.main([str(source), str(out)])
+    done = {json.loads(line)["key"] for line in (folder / "journal-1.jsonl").read_text().splitlines()}
+    assert done == {speak.key_of(line) for line in lines[1::2][1::2]}
+
+
+def test_changed_readings_are_spoken_anew(monkeypatch):
+    record = {"id": "1", "transcript": "one"}
+    before = speak.key_of(record)
+    monkeypatch.setattr(speak, "READING", "another verbalise.py")
+    assert speak.key_of(record) != before
 
 
 def test_the_real_kokoro_at_random_weights(tmp_path):
