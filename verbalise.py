@@ -67,6 +67,7 @@ UNITS = LENGTHS | {
     "mph": "mile per hour", "kph": "kilometer per hour", "ha": "hectare", "Hz": "hertz", "kW": "kilowatt", "MB": "megabyte", "GB": "gigabyte"}
 PER = "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|piece|item|yard|ounce|bag|box|ticket|cm|m|km"
 MONTHS = ("January|February|March|April|May|June|July|August|September|October|November|December").split("|")
+COUNTED = [LETTER + name for name in "ACP"]        # with an index and an exponent: combinations and permutations, in some countries
 NTH = {"n": "enth", "k": "kayth", "m": "emth", "i": "eyeth", "j": "jayth"}      # the synthesisers spell "nth" out
 
 
@@ -210,6 +211,10 @@ def rows_of(node):
 def command(node):
     """One LaTeX command -> its items."""
     name, arguments = node.macroname, list(node.nodeargd.argnlist or []) if node.nodeargd else []
+    if name in ("\\", "newline"):
+        if any(argument and re.match(r"\[(?!-?[\d.]+ *(?:pt|em|ex|mm|cm)\])", argument.latex_verbatim()) for argument in arguments):
+            raise ValueError("a bracket behind a new line")                            # \\ [0, 1], which is no distance
+        return [("c", "\\")]
     if name in SPACES:
         return []
     if name in TEXTS and arguments:
@@ -255,7 +260,7 @@ def text_of(nodes):
                 raise ValueError("a table (&)")
             parts.append({"~": " ", "--": "–", "---": "—", "``": '"', "''": '"'}.get(node.specials_chars, node.specials_chars))
         elif kind == "LatexMacroNode" and node.macroname in SPACES:
-            parts.append(" ")
+            parts.append(" , " if node.macroname in ("\\", "newline") else " ")
         elif kind == "LatexMacroNode" and node.macroname in (*TEXTS, "underline") and node.nodeargd and node.nodeargd.argnlist:
             parts.append(text_of(node.nodeargd.argnlist))
         else:
@@ -288,6 +293,7 @@ def formula(items):
     """Items of a formula -> words. A fraction, a root or an exponent of several parts says where it ends."""
     items = [("c", "∣") if item == ("c", "|") and items[max(0, i - 2):i] == [("c", "{"), items[i - 1]] and items[i - 1][0] == "v" else item
              for i, item in enumerate(items)]           # {x | ...}: the bar of a set
+    items = conditions(items)
     out, i, last, depth, opened = [], 0, "start", 0, False
     if items.count(("c", "|")) % 2:
         raise ValueError("a single vertical bar")
@@ -319,8 +325,13 @@ def formula(items):
             out.append(colon(items, i, depth))
             last, i = "operator", i + 1
         elif kind == "c" and value == "∣":
-            out.append("such that" if depth and ("c", "{") in items[:i] else "divides")
+            out.append(bar(items, i, depth))
             last, i = "operator", i + 1
+        elif kind == "c" and value in ("given", "\\"):
+            if value == "\\" and (depth or items[i + 1:i + 2] and items[i + 1][0] == "c" and items[i + 1][1] in "-−–"):
+                raise ValueError("a new line where a formula may go on")
+            out.append("given" if value == "given" else ",")
+            last, i = "open", i + 1
         elif kind == "c" and value in f"{PERCENT}°∘′'":
             if last == "start" or value == "∘":
                 raise ValueError(f"the symbol {value}")
@@ -335,6 +346,8 @@ def formula(items):
             if value == "," and last == "number" and i + 1 < len(items) and items[i + 1][0] == "n" and not depth \
                     and sum(item == ("c", ",") for item in items) == 1:
                 raise ValueError("a comma between two numbers, which may be a decimal one")
+            if value == "∼" and not shapes(items, i):
+                raise ValueError("the symbol ∼ between other things than triangles")
             if value == "/" and last == "operator":
                 raise ValueError("a stroke with nothing before it")
             if value == "/" and i > 0 and i + 1 < len(items) and items[i - 1][0] == items[i + 1][0] == "n" and plain(items, i - 1, i + 2):
@@ -379,6 +392,48 @@ def formula(items):
     return " ".join(" ".join(out).split())
 
 
+def conditions(items):
+    """P(A | B) and E[X | Y]: the bar is "given". Where both sides are a single letter, "P of A given B" is said, else the parentheses as well."""
+    done, i = [], 0
+    while i < len(items):
+        done.append(items[i])
+        i += 1
+        if items[i - 1] not in (("v", "P"), ("v", "E")) or items[i:i + 1] not in ([("c", "(")], [("c", "[")]) or len(done) > 1 and done[-2][0] == "v":
+            continue
+        depth, end, bars = 0, i, []
+        while end < len(items):
+            depth += (items[end][0] == "c" and items[end][1] in "([{") - (items[end][0] == "c" and items[end][1] in ")]}")
+            if not depth:
+                break
+            bars += [end] * (items[end] in (("c", "|"), ("c", "∣")))
+            end += 1
+        if end == len(items) or len(bars) != 1 or bars[0] in (i + 1, end - 1):
+            continue                                    # none at all, or |X| inside: for the rules of bars
+        sides = items[i + 1:bars[0]], items[bars[0] + 1:end]
+        named = lambda side: any(kind == "v" and value.isupper() or (kind, value) in [("c", c) for c in "=<>≤≥"] for kind, value, *_ in side)
+        if not (named(sides[0]) or sides[0][0][0] != "n" and named(sides[1])):
+            raise ValueError("a bar that may mean divides or given")                   # P(3 | n)
+        if all(map(simple, sides)) and (end + 1 == len(items) or items[end + 1][0] == "c" and items[end + 1][1] not in "^([{'!/"):
+            done[-1] = ("t", f"{LETTER}{items[i - 1][1]} of {formula(sides[0])} given {formula(sides[1])}")
+            i = end + 1
+        else:
+            done += [*items[i:bars[0]], ("c", "given")]
+            i = bars[0] + 1
+    return done
+
+
+def bar(items, i, depth):
+    """What \\mid says: in a set "such that", once; between numbers or small letters at the top "divides"; elsewhere it may be a condition."""
+    if depth and ("c", "{") in items[:i]:
+        if any(item in (("c", "∣"), ("c", ":")) for item in items[i - items[:i][::-1].index(("c", "{")):i]):
+            raise ValueError("two bars in a set, one of which may mean divides")
+        return "such that"
+    sides = items[i - 1:i] + items[i + 1:i + 2]
+    if depth or len(sides) < 2 or all(kind == "v" and value.isupper() for kind, value, *_ in sides):
+        raise ValueError("a bar that may mean divides or given")
+    return "divides"
+
+
 def colon(items, i, depth):
     """A set's condition, a function's domain, a ratio, or the name of a curve: "l: y = 2x" is no ratio, but who knows about "x:y = 2"?"""
     if depth and ("c", "{") in items[:i]:
@@ -399,6 +454,15 @@ def plain(items, before, after):
     near = [items[j] for j in (before - 1, after) if 0 <= j < len(items)]
     return items[before][1].isdigit() and items[after - 1][1].isdigit() and not any(item in [("c", c) for c in "^_/!"] for item in near) \
         and (before == 0 or items[before - 1][0] == "c" and items[before - 1][1] not in ")]}") and (after == len(items) or items[after][0] in "cut")
+
+
+def shapes(items, i):
+    """Stands ∼ between the names of two triangles or polygons? X ∼ N(0,1) is a distribution, f ∼ g a limit, a ∼ b any relation."""
+    capital = lambda item: item[0] == "v" and item[1].isupper()
+    after = [item for item in items[i + 1:] if item not in (("c", "△"), ("c", "□"))]
+    before = [item for item in items[:i] if item[0] != "c"]
+    return len(after) > 2 and capital(after[0]) and after[1] not in (("c", "("), ("c", "[")) and len(before) > 2 \
+        and sum(map(capital, before)) > 2 and sum(map(capital, after)) > 2
 
 
 def exponent_of_unit(item):
@@ -493,6 +557,9 @@ def structure(name, arguments):
     if name in ("frac", "binom"):
         if len(arguments) != 2 or not all(map(inner, arguments)):
             raise ValueError(f"a \\{name} with an empty half")
+        if name == "frac" and inner(arguments[0])[0] == ("v", "d") == inner(arguments[1])[0] \
+                and (len(inner(arguments[0])) == 1 or inner(arguments[0])[1] == ("c", "^")) and len(inner(arguments[1])) > 1:
+            raise ValueError("a derivative")
         if name == "frac" and all(map(digits, arguments)):
             return fraction(*map(digits, arguments)), "part"
         above, below = map(formula, arguments)
@@ -537,6 +604,8 @@ def scripts(items, i, out, *, base, number=None):
                 raise ValueError(f"an empty {what}")
             i += 2
             if what == "_":
+                if out[-2:-1] and out[-2] in COUNTED and out[-1].startswith(("squared", "cubed", "to the ")):       # C^2_n
+                    raise ValueError("an exponent and an index, which may be a number of combinations")
                 words = formula(script)
                 out.append(f"base {words}" if base in ("n", "function") else f"sub {words}" + ", end sub," * (not simple(script) and len(script) > 1))
             else:
@@ -554,9 +623,13 @@ def power(items, i, out, script, number, base):
             return i + 1
     elif script[0][0] == "c" and script[0][1] in "'′" or script == [("m", "prime")]:
         out.append("prime " * len(script))
+    elif out[-1].startswith("sub ") and out[-2] in COUNTED:
+        raise ValueError("an index and an exponent, which may be a number of combinations")
     elif script == [("n", "2")] or script == [("n", "3")]:
         out.append("squared" if script[0][1] == "2" else "cubed")
     elif script[-1][0] == "t" and script[-1][1] in ("th", "st", "nd", "rd") or script in ([("v", "t"), ("v", "h")], [("v", "s"), ("v", "t")]):
+        if len(out) > 1:                                # n+1^{th}: of the sum, or of the one?
+            raise ValueError("an ordinal of several parts")
         if number and number.isdigit():
             out[-1] = ordinal(number)
         elif out[-1][1:] in NTH:
@@ -565,8 +638,6 @@ def power(items, i, out, script, number, base):
             raise ValueError("an ordinal of several parts")
     elif script in ([("c", "+")], [("c", "-")], [("c", "*")], [("v", "T")], [("c", "⊥")]):
         raise ValueError(f"the exponent {script[0][1]}")
-    elif out[-1].startswith("sub ") and out[-2] in [LETTER + name for name in "ACP"]:
-        raise ValueError("an index and an exponent, which may be a number of combinations")
     elif script == [("c", "-"), ("n", "1")] and out[-1] in [LETTER + name for name in "fgh"]:
         out.append("inverse")
     elif simple(script):
