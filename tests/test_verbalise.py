@@ -88,6 +88,32 @@ SAID = [
     (r"fill in $\underline{\quad}$ or ____", "fill in blank or blank"),
     (r"$$x = \frac{-b \pm \sqrt{b^2-4ac}}{2a}$$",
      "x equals the fraction negative b plus or minus the square root of b squared minus four eh c, end root, over two eh, end fraction"),
+    # ranges and debts, sizes, units as GSM8K writes them
+    ("$5-$8 each, $8-10 per hour", "five to eight dollars each, eight to ten dollars per hour"),
+    ("$3,000-$4,000, $5–$8 tickets", "three thousand to four thousand dollars, five to eight dollar tickets"),
+    ("$5.50-$6.75 or $5-10 million", "five dollars and fifty cents to six dollars and seventy-five cents or five to ten million dollars"),
+    ("$10-$5=$5 or $5 - $8 each", "ten dollars minus five dollars equals five dollars or five to eight dollars each"),
+    ("$50k-$60k, $1.5k or $70M", "fifty thousand to sixty thousand dollars, one point five thousand dollars or seventy million dollars"),
+    ("-$5 or (−$5.50) or -$70k", "negative five dollars or (negative five dollars and fifty cents) or negative seventy thousand dollars"),
+    ("Hat - $5", "Hat, five dollars"),
+    ("$15/hr, $5/lb, $3/sq. ft", "fifteen dollars per hour, five dollars per pound, three dollars per square foot"),
+    ("a 10-lb bag, 3-kg, 2-L bottle, 8-oz, 12-in. pizza", "a ten-pound bag, three-kilogram, two-liter bottle, eight-ounce, twelve-inch pizza"),
+    ("a 3-in-1 tool at a 60-mph limit", "a three-in-one tool at a sixty-mile-per-hour limit"),
+    ("100 sq. ft of it, 9 sq ft, 5 cu. ft. The", "one hundred square feet of it, nine square feet, five cubic feet. The"),
+    ("1 sq. ft, $2 per sq ft, 3 fl. oz. of", "one square foot, two dollars per square foot, three fluid ounces of"),
+    ("30 mpg, 1 gal, 2 tsp, 3 tbsp, 4 qt", "thirty miles per gallon, one gallon, two teaspoons, three tablespoons, four quarts"),
+    ("No. 5 and bus No. 7", "number five and bus number seven"),
+    ("5 ft. long, 5-10 km", "five feet long, five to ten kilometers"),
+    ("3x as many, 3x + 2", "three times as many, three x plus two"),
+    ("a 5 x 3 rug, 2 x 3 x 4 feet", "a five by three rug, two by three by four feet"),
+    ("5 ft x 3 ft", "five feet by three feet"),
+    (r"fill \_\_\_\_ or $\_\_\_$", "fill blank or blank"),
+    ("1/2 lb, 3 1/2 lbs, 3/4 km, 3/2 km/h", "one half pound, three and one half pounds, three quarters kilometer, three halves kilometers per hour"),
+    (r"5 cm$^2$, in cm$^2$, $5$ m$^{3}$, in cm²", "five square centimeters, in square centimeters, five cubic meters, in square centimeters"),
+    ("It was 8:00 then", "It was eight o'clock then"),
+    ("2/3rds of 3/4ths, 5 2/3rds", "two thirds of three quarters, five and two thirds"),
+    ("the 4th-5th and mid-19th", "the fourth-fifth and mid-nineteenth"),
+    ("on 1/2 of it, by 1/2", "on one half of it, by one half"),
     # what a letter, a bar or a new line means
     (r"$x_1^2$ and $AC^2$", "x sub one squared and eh C squared"),
     (r"$P(A \mid B)=0.3$, $E[X|Y]$", "P of eh given B equals zero point three, E of X given Y"),
@@ -123,8 +149,15 @@ def test_what_is_said(written, said):
     (r"$P(3 \mid n)$", "divides or given"), (r"$P(3|n)$", "divides or given"), (r"$A \mid B$", "divides or given"), (r"$f(x \mid y)$", "divides or given"),
     (r"$\{x \mid 3 \mid x\}$", "two bars"), (r"$$x+y=7 \\ -x+y=1$$", "a new line"), (r"$X\sim N(1,4)$", "∼"), (r"$X\sim \text{Bin}(1,4)$", "∼"),
     (r"$a \sim b$", "∼"), (r"$\frac{d}{dx} f$", "derivative"), (r"$\frac{d^2}{dx^2} f$", "derivative"), (r"$n+1^{th}$", "several parts"),
+    ("$10-$5 is", "a difference"), ("costs 10-$5", "a difference or a debt"), ("$1-$2-$3", "a difference or a range"), ("$5 -$3", "a difference or a debt"),
+    (r"$\$5k$", "symbol"), ("$(n+1)$th term", "several parts"), ("$2^n$th", "several parts"), ("$n^2+1$th", "several parts"), ("$2k$th", "several parts"),
+    ("$p$th", "several parts"), ("(n+1)th", "several parts"), ("n - 1th", "several parts"), ("9 sqft", "the unit"), ("3 pts", "the unit"),
+    ("He said. No. 5 left", "the answer no"), ("no. 5", "the answer no"), ("5 x 3 is it", "a size or a product"), ("5x3", "a size or a product"),
+    ("5 x 3 = 15 feet", "a size or a product"), ("5 x 3 in base 10", "a size or a product"), ("3x more", "times or a variable"), ("2'x3'", "feet and inches"),
+    ("2’x3’", "feet and inches"), ("on 12/25", "a date in digits"), ("12 1/2-lb bags", "a number of things"), ("x - 5 m", "a difference or a range"),
+    ("10-5 km", "a difference or a score"), ("in$^2$", "an exponent"), ("It was 8:30", "a time or a ratio"), ("shirts/hats, day/week", "character '/'"),
     ("$m | n$", "single vertical bar"), ("$a|b|c$", "may mean divides"), ("$||x|-1|$", "bars inside"), ("He said 5!", "a factorial"), ("run a 5k", None),
-    ("$5k for it", "character"), ("5's and 1990s", "a decade"), ("5'10\" tall", "feet and inches"), ("1 000 000", "side by side"), ("1.2.3", "two points"),
+    ("$5x for it", "character"), ("5's and 1990s", "a decade"), ("5'10\" tall", "feet and inches"), ("1 000 000", "side by side"), ("1.2.3", "two points"),
     ("12345678901234567890", "too long"), ("$the cost of x$", "dollar signs"), (r"$0.\overline{3}$", "the number 0."), ("   ", "no words"), ("\\", "."),
     (r"\underline\underline", "."), ("🍎 + 🍎 = 4", "character"), ("{" * 3000 + "}" * 3000, "nested|no words"), ("CO_2 or H_2O", "character '_'")])
 def test_what_cannot_be_said_for_certain_is_refused(written, why):
@@ -138,7 +171,8 @@ def test_what_cannot_be_said_for_certain_is_refused(written, why):
 PIECES = ["$", "$$", r"\$", "%", "{", "}", "^", "_", r"\frac", r"\sqrt", "[", "]", "(", ")", "|", "1", "12", "1,234", "0.5", "a", "x", "n", "th", "cm", "km/h", " ", "+", "-",
           "=", "/", "<", r"\le", r"\times", r"\text{cm}", r"\text{ if }", r"\sum", r"\lim", r"\to", r"\pi", r"\angle", r"\overline", r"\left(", r"\right)", r"\begin{cases}",
           r"\end{cases}", r"\\", "&", "'", "!", ":", ",", ".", "?", "~", r"\,", r"\[", r"\]", r"\mathbb{R}", r"^\circ", "°", "½", "²", "€", "and", "\n", r"\foo", r"\binom",
-          "{2}", "{n+1}", r"\mid", r"\pmod", "√", "January 5", "3:30", "p.m.", "1/2", "3-5", "\\", '"', "*", "é", r"\underline", r"\mathrm{~m}"]
+          "{2}", "{n+1}", r"\mid", r"\pmod", "√", "January 5", "3:30", "p.m.", "1/2", "3-5", "\\", '"', "*", "é", r"\underline", r"\mathrm{~m}",
+          "lb", "sq. ft", "-$5", "$8-10", "k", "No.", " x ", "feet", r"\_", r"\sim", "P", "C", "(A|B)", "2/3rds", "$^2$", "8:00", r"\newline", "d", "fl oz"]
 PASTED = st.lists(st.sampled_from(PIECES), max_size=12)
 
 
