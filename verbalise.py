@@ -680,7 +680,7 @@ REFUSED = [(r"\[/?asy\]|\\begin\{asy\}|\\begin\{tikz", "a diagram"), (r"!\[|<img
            ("[\ue000-\ue002\uff03-\uff05]", "a character of no script"), (r"\d[/-]\d+[/-]\d{2,4}\b", "a date in digits"),
            (r"\d{3}-\d{4}", "a telephone number"),
            (r"\b(?:[Oo]n|[Ss]ince|[Uu]ntil|[Bb]efore|[Aa]fter|[Ff]rom|[Dd]ue|[Dd]ated) (?:0?[1-9]|1[0-2])/(?:0?[1-9]|[12]\d|3[01])\b"
-            r"(?! (?:of|a|an|the)\b)", "a date in digits"),
+            r"(?! (?:of|a|an|the|hours?|minutes?|miles?|inch\w*|pounds?|gallons?|cups?|acres?)\b)", "a date in digits"),
            (r"\b24/7\b", "24/7"), (r"\d ?'\s?\d|\d ?''|\d ?['\"]\s?[xX×]|\d\" (?:by|x|long|tall|wide)", "feet and inches by their signs"),
            (r"\d in\.(?=\s?[a-z,x])", "inches by 'in.'"),
            (r"(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,.]\d|\d)", "numbers side by side"), (r"\d\.\d+\.\d", "a number with two points"),
@@ -779,7 +779,7 @@ def money_between(match):
 def dimensions(match):
     """5 x 3 is a size where a length or a thing that has two sides follows in the sentence; elsewhere it may be a product."""
     after = re.split(r"[.?!](?:\s|$)", match.string[match.end():])[0]
-    if re.match(r"\s*[=+*/^<>(-]", after) or re.search(r"[=+*/^<>-]\s*$", match.string[:match.start()]) \
+    if re.match(r"\s*[=+*/^<>(-]", after) or re.search(rf"[=+*/^<>{DOLLAR}-]\s*$", match.string[:match.start()]) \
             or not re.search(rf"{FLAT}|^ ?m\b", after):
         raise ValueError(f"{match[0]}, which may be a size or a product")
     return re.sub(r"\s?[xX]\s?", " by ", match[0])
@@ -841,6 +841,7 @@ RULES = [           # from the special to the general; each sees what those befo
      r"(?:\s?(hundred|thousand|million|billion|trillion)\b)?", money_between),
     (r"(?<![\d/.,])(\d+)/(\d+)(?:rds?|ths?)\b", lambda m: f"{m[1]}/{m[2]}"),
     (r"(?<=[\da-z])/(?=(?:sq|cu|fl)\b)", " per "),
+    (rf"{N}\s?[xX]\s?[{DOLLAR}€£]", lambda m: refuse(f"{m[0]}, which may be a product")),
     (rf"({N})(?:(?:\s[xX]\s|[xX])(?:{N}))+", dimensions),
     (rf"({N}\s?(?:{UNIT}\.?|feet|foot|inch|inches|yards?|meters?|centimeters?))\s?[xX]\s?(?={N})", r"\1 by "),
     (rf"({N})[xX](?= (?:as|more|less|fewer|faster|larger|bigger|longer|the)\b)",
@@ -849,7 +850,7 @@ RULES = [           # from the special to the general; each sees what those befo
     (rf"(?<![=+*/<>^×÷-])(?<![=+*/<>^×÷-] )({N})[-–]({N})(?=[ -]?(?:{UNIT}|sq|cu|fl)(?![A-Za-z]))", between),
     (rf"(?:\d|\b[A-Za-z]) - {N}\s?{UNIT}(?![A-Za-z])", lambda m: refuse(f"{m[0]}, which may be a difference or a range")),
     (rf"(?:\b(per|a|each) |({N})([ -]))?\b(sq|cu|fl)\b\.?[ -]?(ft|in|yd|mi|cm|m|km|oz|feet|foot|inch|inches|yards?|miles?|meters?)\b{STOP}", squares),
-    (rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl] (?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b(?![-'^/]){STOP}",
+    (rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl] (?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b(?!['^/]|-(?!by|long|wide|tall|high|deep)){STOP}",
      lambda m: f"{number(m[1])}-{'inch' if m[2] == 'in' else UNITS[m[2]].replace(' ', '-')}"),
     (rf"({N})(\s?){UNIT}{POWER}", lambda m: measured(m)),
     (rf"(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})(?:\^\{{?([23])\}}?|([²³]))(?!\w)",
@@ -874,7 +875,7 @@ RULES = [           # from the special to the general; each sees what those befo
     (rf"(?:{CLOSE}|[)²³])\s?-?(?:th|st|nd|rd)\b|(?:[+^*]|\b[A-Za-z]\s?-)\s?\d+(?:th|st|nd|rd)\b", lambda m: refuse("an ordinal of several parts")),
     (r"\b(\d{1,3}(?:,\d{3})*|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
     (rf"{HASH}\s?", "number "),
-    (r"\b(?:sq|cu|fl|sqft)\b|\d[ -]?(?:pts?|doz|ea)\b", lambda m: refuse(f"the unit {m[0]}")),
+    (rf"\b(?:sq|cu|fl|sqft)\b|\d[ -]?(?:pts?|doz|ea)\b|\d-(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})\b", lambda m: refuse(f"the unit {m[0]}")),
     (r"(^|[a-z,(] ?)No\. ?(?=\d)", r"\1number "),
     (r"\b[Nn]os?\. ?(?=\d)", lambda m: refuse(f"{m[0].strip()}, which may be a number or the answer no")),
     (rf"({N})[ -](?:and )?(\d+)/(\d+)(?![\d/])", lambda m: f"{number(m[1])} and {fraction(m[2], m[3])}"),
