@@ -426,8 +426,9 @@ def conditions(items):
 
 def bar(items, i, depth):
     """What \\mid says: in a set "such that", once; between numbers or small letters at the top "divides"; elsewhere it may be a condition."""
-    if depth and ("c", "{") in items[:i]:
-        if any(item in (("c", "∣"), ("c", ":")) for item in items[i - items[:i][::-1].index(("c", "{")):i]):
+    since = items[i - items[:i][::-1].index(("c", "{")):i] if depth and ("c", "{") in items[:i] else None
+    if since is not None and ("c", "}") not in since:
+        if ("c", "∣") in since or ("c", ":") in since:
             raise ValueError("two bars in a set, one of which may mean divides")
         return "such that"
     sides = items[i - 1:i] + items[i + 1:i + 2]
@@ -701,6 +702,7 @@ def protect(text):
                   flags=re.DOTALL)                      # how formulas that were read from print write cases
     text = re.sub(r"(\$?)\\underline\s*\{(?:\\q?quad|\\hspace\*?\{[^{}]*\}|[\s~_\\,;])*\}\1", " __ ", text)       # a gap to fill in
     text = re.sub(r"(\$?)(?:\\_\s?){2,}\1", " __ ", text)
+    # cm$^2$: with a number or a formula before it a unit like cm^2, else words
     text = re.sub(rf"(\d\$?|\$|[)}}])?(\s?)(?<![A-Za-z])({'|'.join(LENGTHS)}|in)\s?\$\s?\^\s?\{{?([23])\}}?\s?\$",
                   lambda m: f"{m[1]}{m[2]}{m[3]}^{m[4]}" if m[1] and m[3] != "in" else refuse("an exponent on its own") if m[3] == "in" else
                   f"{m[2]}{'square' if m[4] == '2' else 'cubic'} {'feet' if m[3] == 'ft' else LENGTHS[m[3]] + 's'}", text)
@@ -850,7 +852,8 @@ RULES = [           # from the special to the general; each sees what those befo
     (rf"(?<![=+*/<>^×÷-])(?<![=+*/<>^×÷-] )({N})[-–]({N})(?=[ -]?(?:{UNIT}|sq|cu|fl)(?![A-Za-z]))", between),
     (rf"(?:\d|\b[A-Za-z]) - {N}\s?{UNIT}(?![A-Za-z])", lambda m: refuse(f"{m[0]}, which may be a difference or a range")),
     (rf"(?:\b(per|a|each) |({N})([ -]))?\b(sq|cu|fl)\b\.?[ -]?(ft|in|yd|mi|cm|m|km|oz|feet|foot|inch|inches|yards?|miles?|meters?)\b{STOP}", squares),
-    (rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl] (?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b(?!['^/]|-(?!by|long|wide|tall|high|deep)){STOP}",
+    (rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl] (?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b"       # 5-m may be a difference
+     rf"(?!['^/]|-(?!by|long|wide|tall|high|deep)){STOP}",
      lambda m: f"{number(m[1])}-{'inch' if m[2] == 'in' else UNITS[m[2]].replace(' ', '-')}"),
     (rf"({N})(\s?){UNIT}{POWER}", lambda m: measured(m)),
     (rf"(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})(?:\^\{{?([23])\}}?|([²³]))(?!\w)",
@@ -875,7 +878,8 @@ RULES = [           # from the special to the general; each sees what those befo
     (rf"(?:{CLOSE}|[)²³])\s?-?(?:th|st|nd|rd)\b|(?:[+^*]|\b[A-Za-z]\s?-)\s?\d+(?:th|st|nd|rd)\b", lambda m: refuse("an ordinal of several parts")),
     (r"\b(\d{1,3}(?:,\d{3})*|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
     (rf"{HASH}\s?", "number "),
-    (rf"\b(?:sq|cu|fl|sqft)\b|\d[ -]?(?:pts?|doz|ea)\b|\d-(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})\b", lambda m: refuse(f"the unit {m[0]}")),
+    (rf"\b(?:sq|cu|fl|sqft)\b|\d[ -]?(?:pts?|doz|ea)\b|\d-(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})\b",
+     lambda m: refuse(f"the unit {m[0]}")),
     (r"(^|[a-z,(] ?)No\. ?(?=\d)", r"\1number "),
     (r"\b[Nn]os?\. ?(?=\d)", lambda m: refuse(f"{m[0].strip()}, which may be a number or the answer no")),
     (rf"({N})[ -](?:and )?(\d+)/(\d+)(?![\d/])", lambda m: f"{number(m[1])} and {fraction(m[2], m[3])}"),
