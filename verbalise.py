@@ -64,9 +64,12 @@ LENGTHS = {"mm": "millimeter", "cm": "centimeter", "dm": "decimeter", "m": "mete
 UNITS = LENGTHS | {
     "kg": "kilogram", "g": "gram", "mg": "milligram", "lb": "pound", "lbs": "pound", "oz": "ounce", "L": "liter", "l": "liter", "mL": "milliliter",
     "ml": "milliliter", "h": "hour", "hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute", "s": "second", "sec": "second", "secs": "second",
+    "gal": "gallon", "qt": "quart", "tsp": "teaspoon", "tbsp": "tablespoon", "mpg": "mile per gallon",
     "mph": "mile per hour", "kph": "kilometer per hour", "ha": "hectare", "Hz": "hertz", "kW": "kilowatt", "MB": "megabyte", "GB": "gigabyte"}
-PER = "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|piece|item|yard|ounce|bag|box|ticket|cm|m|km"
+PER = "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|piece|item|yard|ounce|bag|box|ticket|" \
+      "cm|m|km|mi|ft|yd|oz|gal|g|mL|ml"
 MONTHS = ("January|February|March|April|May|June|July|August|September|October|November|December").split("|")
+COUNTED = [LETTER + name for name in "ACP"]        # with an index and an exponent: combinations and permutations, in some countries
 NTH = {"n": "enth", "k": "kayth", "m": "emth", "i": "eyeth", "j": "jayth"}      # the synthesisers spell "nth" out
 
 
@@ -158,7 +161,7 @@ def items_of(nodes):
     for node in nodes:
         kind = type(node).__name__
         if kind == "LatexCharsNode":
-            for match in re.finditer(rf"[{DOLLAR}€£]\s*(?:{NUMBER})|{NUMBER}|[A-Za-z]+|\S", node.chars):
+            for match in re.finditer(rf"[{DOLLAR}€£]\s*(?:{NUMBER})(?!\d|[,.]\d|[A-Za-z])|{NUMBER}|[A-Za-z]+|\S", node.chars):
                 token = match[0]
                 if token[0] in f"{DOLLAR}€£" and len(token) > 1:
                     found.append(("t", money(*re.match(r"(.)\s*(.+)", token).groups())))
@@ -210,6 +213,10 @@ def rows_of(node):
 def command(node):
     """One LaTeX command -> its items."""
     name, arguments = node.macroname, list(node.nodeargd.argnlist or []) if node.nodeargd else []
+    if name in ("\\", "newline"):
+        if any(argument and re.match(r"\[(?!-?[\d.]+ *(?:pt|em|ex|mm|cm)\])", argument.latex_verbatim()) for argument in arguments):
+            raise ValueError("a bracket behind a new line")                            # \\ [0, 1], which is no distance
+        return [("c", "\\")]
     if name in SPACES:
         return []
     if name in TEXTS and arguments:
@@ -255,7 +262,7 @@ def text_of(nodes):
                 raise ValueError("a table (&)")
             parts.append({"~": " ", "--": "–", "---": "—", "``": '"', "''": '"'}.get(node.specials_chars, node.specials_chars))
         elif kind == "LatexMacroNode" and node.macroname in SPACES:
-            parts.append(" ")
+            parts.append(" , " if node.macroname in ("\\", "newline") else " ")
         elif kind == "LatexMacroNode" and node.macroname in (*TEXTS, "underline") and node.nodeargd and node.nodeargd.argnlist:
             parts.append(text_of(node.nodeargd.argnlist))
         else:
@@ -288,6 +295,7 @@ def formula(items):
     """Items of a formula -> words. A fraction, a root or an exponent of several parts says where it ends."""
     items = [("c", "∣") if item == ("c", "|") and items[max(0, i - 2):i] == [("c", "{"), items[i - 1]] and items[i - 1][0] == "v" else item
              for i, item in enumerate(items)]           # {x | ...}: the bar of a set
+    items = conditions(items)
     out, i, last, depth, opened = [], 0, "start", 0, False
     if items.count(("c", "|")) % 2:
         raise ValueError("a single vertical bar")
@@ -319,8 +327,13 @@ def formula(items):
             out.append(colon(items, i, depth))
             last, i = "operator", i + 1
         elif kind == "c" and value == "∣":
-            out.append("such that" if depth and ("c", "{") in items[:i] else "divides")
+            out.append(bar(items, i, depth))
             last, i = "operator", i + 1
+        elif kind == "c" and value in ("given", "\\"):
+            if value == "\\" and (depth or items[i + 1:i + 2] and items[i + 1][0] == "c" and items[i + 1][1] in "-−–"):
+                raise ValueError("a new line where a formula may go on")
+            out.append("given" if value == "given" else ",")
+            last, i = "open", i + 1
         elif kind == "c" and value in f"{PERCENT}°∘′'":
             if last == "start" or value == "∘":
                 raise ValueError(f"the symbol {value}")
@@ -335,6 +348,8 @@ def formula(items):
             if value == "," and last == "number" and i + 1 < len(items) and items[i + 1][0] == "n" and not depth \
                     and sum(item == ("c", ",") for item in items) == 1:
                 raise ValueError("a comma between two numbers, which may be a decimal one")
+            if value == "∼" and not shapes(items, i):
+                raise ValueError("the symbol ∼ between other things than triangles")
             if value == "/" and last == "operator":
                 raise ValueError("a stroke with nothing before it")
             if value == "/" and i > 0 and i + 1 < len(items) and items[i - 1][0] == items[i + 1][0] == "n" and plain(items, i - 1, i + 2):
@@ -379,6 +394,49 @@ def formula(items):
     return " ".join(" ".join(out).split())
 
 
+def conditions(items):
+    """P(A | B) and E[X | Y]: the bar is "given". Where both sides are a single letter, "P of A given B" is said, else the parentheses as well."""
+    done, i = [], 0
+    while i < len(items):
+        done.append(items[i])
+        i += 1
+        if items[i - 1] not in (("v", "P"), ("v", "E")) or items[i:i + 1] not in ([("c", "(")], [("c", "[")]) or len(done) > 1 and done[-2][0] == "v":
+            continue
+        depth, end, bars = 0, i, []
+        while end < len(items):
+            depth += (items[end][0] == "c" and items[end][1] in "([{") - (items[end][0] == "c" and items[end][1] in ")]}")
+            if not depth:
+                break
+            bars += [end] * (items[end] in (("c", "|"), ("c", "∣")))
+            end += 1
+        if end == len(items) or len(bars) != 1 or bars[0] in (i + 1, end - 1):
+            continue                                    # none at all, or |X| inside: for the rules of bars
+        sides = items[i + 1:bars[0]], items[bars[0] + 1:end]
+        named = lambda side: any(kind == "v" and value.isupper() or (kind, value) in [("c", c) for c in "=<>≤≥"] for kind, value, *_ in side)
+        if not (named(sides[0]) or sides[0][0][0] != "n" and named(sides[1])):
+            raise ValueError("a bar that may mean divides or given")                   # P(3 | n)
+        if all(map(simple, sides)) and (end + 1 == len(items) or items[end + 1][0] == "c" and items[end + 1][1] not in "^([{'!/"):
+            done[-1] = ("t", f"{LETTER}{items[i - 1][1]} of {formula(sides[0])} given {formula(sides[1])}")
+            i = end + 1
+        else:
+            done += [*items[i:bars[0]], ("c", "given")]
+            i = bars[0] + 1
+    return done
+
+
+def bar(items, i, depth):
+    """What \\mid says: in a set "such that", once; between numbers or small letters at the top "divides"; elsewhere it may be a condition."""
+    since = items[i - items[:i][::-1].index(("c", "{")):i] if depth and ("c", "{") in items[:i] else None
+    if since is not None and ("c", "}") not in since:
+        if ("c", "∣") in since or ("c", ":") in since:
+            raise ValueError("two bars in a set, one of which may mean divides")
+        return "such that"
+    sides = items[i - 1:i] + items[i + 1:i + 2]
+    if depth or len(sides) < 2 or all(kind == "v" and value.isupper() for kind, value, *_ in sides):
+        raise ValueError("a bar that may mean divides or given")
+    return "divides"
+
+
 def colon(items, i, depth):
     """A set's condition, a function's domain, a ratio, or the name of a curve: "l: y = 2x" is no ratio, but who knows about "x:y = 2"?"""
     if depth and ("c", "{") in items[:i]:
@@ -399,6 +457,15 @@ def plain(items, before, after):
     near = [items[j] for j in (before - 1, after) if 0 <= j < len(items)]
     return items[before][1].isdigit() and items[after - 1][1].isdigit() and not any(item in [("c", c) for c in "^_/!"] for item in near) \
         and (before == 0 or items[before - 1][0] == "c" and items[before - 1][1] not in ")]}") and (after == len(items) or items[after][0] in "cut")
+
+
+def shapes(items, i):
+    """Stands ∼ between the names of two triangles or polygons? X ∼ N(0,1) is a distribution, f ∼ g a limit, a ∼ b any relation."""
+    capital = lambda item: item[0] == "v" and item[1].isupper()
+    after = [item for item in items[i + 1:] if item not in (("c", "△"), ("c", "□"))]
+    before = [item for item in items[:i] if item[0] != "c"]
+    return len(after) > 2 and capital(after[0]) and after[1] not in (("c", "("), ("c", "[")) and len(before) > 2 \
+        and sum(map(capital, before)) > 2 and sum(map(capital, after)) > 2
 
 
 def exponent_of_unit(item):
@@ -493,6 +560,9 @@ def structure(name, arguments):
     if name in ("frac", "binom"):
         if len(arguments) != 2 or not all(map(inner, arguments)):
             raise ValueError(f"a \\{name} with an empty half")
+        if name == "frac" and inner(arguments[0])[0] == ("v", "d") == inner(arguments[1])[0] \
+                and (len(inner(arguments[0])) == 1 or inner(arguments[0])[1] == ("c", "^")) and len(inner(arguments[1])) > 1:
+            raise ValueError("a derivative")
         if name == "frac" and all(map(digits, arguments)):
             return fraction(*map(digits, arguments)), "part"
         above, below = map(formula, arguments)
@@ -537,6 +607,8 @@ def scripts(items, i, out, *, base, number=None):
                 raise ValueError(f"an empty {what}")
             i += 2
             if what == "_":
+                if out[-2:-1] and out[-2] in COUNTED and out[-1].startswith(("squared", "cubed", "to the ")):       # C^2_n
+                    raise ValueError("an exponent and an index, which may be a number of combinations")
                 words = formula(script)
                 out.append(f"base {words}" if base in ("n", "function") else f"sub {words}" + ", end sub," * (not simple(script) and len(script) > 1))
             else:
@@ -554,9 +626,13 @@ def power(items, i, out, script, number, base):
             return i + 1
     elif script[0][0] == "c" and script[0][1] in "'′" or script == [("m", "prime")]:
         out.append("prime " * len(script))
+    elif out[-1].startswith("sub ") and out[-2] in COUNTED:
+        raise ValueError("an index and an exponent, which may be a number of combinations")
     elif script == [("n", "2")] or script == [("n", "3")]:
         out.append("squared" if script[0][1] == "2" else "cubed")
     elif script[-1][0] == "t" and script[-1][1] in ("th", "st", "nd", "rd") or script in ([("v", "t"), ("v", "h")], [("v", "s"), ("v", "t")]):
+        if len(out) > 1:                                # n+1^{th}: of the sum, or of the one?
+            raise ValueError("an ordinal of several parts")
         if number and number.isdigit():
             out[-1] = ordinal(number)
         elif out[-1][1:] in NTH:
@@ -565,8 +641,6 @@ def power(items, i, out, script, number, base):
             raise ValueError("an ordinal of several parts")
     elif script in ([("c", "+")], [("c", "-")], [("c", "*")], [("v", "T")], [("c", "⊥")]):
         raise ValueError(f"the exponent {script[0][1]}")
-    elif out[-1].startswith("sub ") and out[-2] in [LETTER + name for name in "ACP"]:
-        raise ValueError("an index and an exponent, which may be a number of combinations")
     elif script == [("c", "-"), ("n", "1")] and out[-1] in [LETTER + name for name in "fgh"]:
         out.append("inverse")
     elif simple(script):
@@ -606,7 +680,9 @@ REFUSED = [(r"\[/?asy\]|\\begin\{asy\}|\\begin\{tikz", "a diagram"), (r"!\[|<img
            (r"[\u0400-\u04ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0590-\u06ff\u0900-\u0dff]", "a script other than Latin"),
            ("[\ue000-\ue002\uff03-\uff05]", "a character of no script"), (r"\d[/-]\d+[/-]\d{2,4}\b", "a date in digits"),
            (r"\d{3}-\d{4}", "a telephone number"),
-           (r"\b24/7\b", "24/7"), (r"\d ?'\s?\d|\d ?''|\d\" (?:by|x|long|tall|wide)", "feet and inches by their signs"),
+           (r"\b(?:[Oo]n|[Ss]ince|[Uu]ntil|[Bb]efore|[Aa]fter|[Ff]rom|[Dd]ue|[Dd]ated) (?:0?[1-9]|1[0-2])/(?:0?[1-9]|[12]\d|3[01])\b"
+            r"(?! (?:of|a|an|the|hours?|minutes?|miles?|inch\w*|pounds?|gallons?|cups?|acres?)\b)", "a date in digits"),
+           (r"\b24/7\b", "24/7"), (r"\d ?'\s?\d|\d ?''|\d ?['\"]\s?[xX×]|\d\" (?:by|x|long|tall|wide)", "feet and inches by their signs"),
            (r"\d in\.(?=\s?[a-z,x])", "inches by 'in.'"),
            (r"(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,.]\d|\d)", "numbers side by side"), (r"\d\.\d+\.\d", "a number with two points"),
            (r"(?<![\w$\\])\d{2,4}'?s\b", "a decade")]
@@ -625,6 +701,11 @@ def protect(text):
     text = re.sub(r"\\left\s*\\\{\s*\\begin\{array\}\{[lcr]+\}(.*?)\\end\{array\}\s*\\right\s*\.", r"\\begin{cases}\1\\end{cases}", text,
                   flags=re.DOTALL)                      # how formulas that were read from print write cases
     text = re.sub(r"(\$?)\\underline\s*\{(?:\\q?quad|\\hspace\*?\{[^{}]*\}|[\s~_\\,;])*\}\1", " __ ", text)       # a gap to fill in
+    text = re.sub(r"(\$?)(?:\\_\s?){2,}\1", " __ ", text)
+    # cm$^2$: with a number or a formula before it a unit like cm^2, else words
+    text = re.sub(rf"(\d\$?|\$|[)}}])?(\s?)(?<![A-Za-z])({'|'.join(LENGTHS)}|in)\s?\$\s?\^\s?\{{?([23])\}}?\s?\$",
+                  lambda m: f"{m[1]}{m[2]}{m[3]}^{m[4]}" if m[1] and m[3] != "in" else refuse("an exponent on its own") if m[3] == "in" else
+                  f"{m[2]}{'square' if m[4] == '2' else 'cubic'} {'feet' if m[3] == 'ft' else LENGTHS[m[3]] + 's'}", text)
     text = re.sub(r"\\(?:left|right)\s*\.", "", text).replace(r"\$", DOLLAR)
     text = re.sub(r"\\?%", PERCENT, text)
     text = re.sub(r"\\?#(?=\s?\d)", HASH, text).replace(r"\&", " and ")
@@ -666,8 +747,7 @@ def plain_formula(match):
 
 def amount(match):
     """A $20 bill is "a twenty dollar bill", but it costs "twenty dollars"."""
-    thing = re.match(r" (?:bills?|notes?|coins?|gift|tickets?|coupons?|stamps?|discount|fee|tip|bonus|deposit|loan)\b|-", match.string[match.end():])
-    return money(*match.groups(), adjective=bool(thing))
+    return money(*match.groups(), adjective=bool(re.match(THING, match.string[match.end():])))
 
 
 def between(match):
@@ -678,29 +758,112 @@ def between(match):
     return f"{match[1]} to {match[2]}"
 
 
+def money_between(match):
+    """$5-$8 is a range; with spaces or beside a sign of calculation $8-$5 is left to the rules of formulas."""
+    minus, sign, low, scale, space, again, high, thousand, above = match.groups()
+    near = match.string[:match.start()].rstrip()[-1:] + match.string[match.end():].lstrip()[:1]
+    if set(near) & set("+*/=<>^×÷-–"):
+        if set(near) & set("+*=<>^×÷") and not (scale or thousand or above):
+            return match[0]
+        if not (match.string[match.end():match.end() + 1] in "-/" and not re.match(rf"[-–/][\d{DOLLAR}€£]", match.string[match.end():])):
+            raise ValueError(f"{match[0]}, which may be a difference or a range")
+    value = lambda amount, scale: float(amount.replace(",", "")) * {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}.get(scale, 1)
+    above = "thousand" if thousand else above
+    if minus or value(low, scale and scale.strip()) >= value(high, above):
+        if space and not minus and again:
+            return match[0]
+        raise ValueError(f"{match[0]}, which may be a difference")
+    cents = "." in low + high and not scale and not above
+    first = money(sign, low) if cents else f"{number(low)}{scale or ''}"
+    return f"{first} to {money(sign, high, above, adjective=bool(re.match(THING, match.string[match.end():])))}"
+
+
+def dimensions(match):
+    """5 x 3 is a size where a length or a thing that has two sides follows in the sentence; elsewhere it may be a product."""
+    after = re.split(r"[.?!](?:\s|$)", match.string[match.end():])[0]
+    if re.match(r"\s*[=+*/^<>(-]", after) or re.search(rf"[=+*/^<>{DOLLAR}-]\s*$", match.string[:match.start()]) \
+            or not re.search(rf"{FLAT}|^ ?m\b", after):
+        raise ValueError(f"{match[0]}, which may be a size or a product")
+    return re.sub(r"\s?[xX]\s?", " by ", match[0])
+
+
+def parts_of_unit(match):
+    """1/2 lb, 3/4 km, 3 1/2 lbs -> "one half pound", "three quarters kilometer", "three and one half pounds"."""
+    whole, above, below, unit, exponent, per = match.groups()
+    exponent = exponent and exponent.translate(str.maketrans("²³", "23"))
+    part = fraction(above, below)
+    if whole and "-" in match[0][match.start(3) - match.start() + len(below):]:       # 12 1/2-lb bags: how many bags?
+        raise ValueError(f"{match[0]}, which may be a number of things")
+    if not whole and int(above) <= int(below) and "over" not in part:
+        return part + measure("one", unit, exponent, per).removeprefix("one")
+    return measure(f"{number(whole)} and {part}" if whole else part, unit, exponent, per)
+
+
+def squares(match):
+    """100 sq. ft, per sq ft, 5 cu. yd, 3 fl oz, a 100-sq-ft room."""
+    before, value, joint, kind, unit = match.groups()
+    unit = {"in": "inch", "feet": "foot", "inches": "inch"}.get(unit) or UNITS.get(unit) or unit.removesuffix("s")
+    if (kind == "fl") != (unit == "ounce"):
+        raise ValueError(f"the unit {match[0]}")
+    one = before or joint == "-" or value == "1"
+    unit = unit if one else {"foot": "feet", "inch": "inches"}.get(unit, unit + "s")
+    words = f"{ {'sq': 'square', 'cu': 'cubic', 'fl': 'fluid'}[kind]} {unit}"
+    return f"{before} {words}" if before else f"{number(value)}{joint}{words.replace(' ', joint)}" if value else words
+
+
 def clock(match):
     hour, minute, half = int(match[1]), int(match[2]), match[3]
     if re.search(RATIO, match.string) and not half:
         return match[0]
-    if not half and not re.search(r"\b(?:at|from|until|till|by|before|after) $", match.string[:match.start()]) or hour > 23 or minute > 59:
+    before = r"\b(?:at|from|until|till|by|before|after) $"
+    if not minute and hour:                             # "It was 8:00", while 8:30 may be a score or a ratio
+        before += r"|\b[Ii]t(?:'s| is| was) (?:now |already |only |about |almost |exactly )?$"
+    if not half and not re.search(before, match.string[:match.start()]) or hour > 23 or minute > 59:
         raise ValueError(f"{match[0].strip()}, which may be a time or a ratio")
     words = num2words(hour) + (f" {'oh ' * (minute < 10)}{num2words(minute)}" if minute else "" if half else " o'clock")
     return words + (f" {half[0].upper().replace('A', 'eh')} M" if half else "")
 
 
+THING = r" (?:bills?|notes?|coins?|gift|tickets?|coupons?|stamps?|discount|fee|tip|bonus|deposit|loan)\b|-"
+FLAT = r"\b(?:feet|foot|ft|inch(?:es)?|cm|mm|km|yd|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|rugs?|grids?|boards?|rooms?|rectang\w+|" \
+       r"fields?|gardens?|photos?|pictures?|frames?|squares?|checkerboards?|chessboards?|tiles?|posters?|canvas|quilts?|patios?|lots?|plots?)\b"
 RATIO = "ratio|scale|proportion"
 TERM = rf"(?:(?<![\d,.])\d[\d,]*(?:\.\d+)?|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[()π²³{PERCENT}])+"
 N = rf"(?<![\d.,])(?:{NUMBER})(?!\d|,\d|\.\d)"
 UNIT = rf"({'|'.join(sorted(UNITS, key=len, reverse=True))})"
+STOP = r"(?:\.(?=\s?[,;a-z)]))?"             # the period of an abbreviation, unless it ends the sentence
+POWER = rf"(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^]){STOP}"
 RULES = [           # from the special to the general; each sees what those before it left
     (r"\*\*(.+?)\*\*", r"\1"),
     (r"(?:\\?_\s?){2,}|\(\s+\)", " blank "),
     (rf"({N}) ?(?:°|degrees?) ?([CF])\b", lambda m: f"{m[1]} degrees {'Celsius' if m[2] == 'C' else 'Fahrenheit'}"),
     (rf"({N})°", r"\1 degrees"),
-    (rf"({N})(\s?){UNIT}(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^])", lambda m: measured(m)),
-    (rf"{CLOSE}\s?{UNIT}(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^])",
+    (rf"([{DOLLAR}€£]\s?(?:{NUMBER}))([kKM])\b", lambda m: m[1] + (" million" if m[2] == "M" else " thousand")),
+    (rf"(-?)([{DOLLAR}€£])\s?({NUMBER})( million| thousand)?(\s?)[-–]\5(\2?)\s?({NUMBER})(?!\d|,\d|\.\d)(k\b)?"
+     r"(?:\s?(hundred|thousand|million|billion|trillion)\b)?", money_between),
+    (r"(?<![\d/.,])(\d+)/(\d+)(?:rds?|ths?)\b", lambda m: f"{m[1]}/{m[2]}"),
+    (r"(?<=[\da-z])/(?=(?:sq|cu|fl)\b)", " per "),
+    (rf"{N}\s?[xX]\s?[{DOLLAR}€£]", lambda m: refuse(f"{m[0]}, which may be a product")),
+    (rf"({N})(?:(?:\s[xX]\s|[xX])(?:{N}))+", dimensions),
+    (rf"({N}\s?(?:{UNIT}\.?|feet|foot|inch|inches|yards?|meters?|centimeters?))\s?[xX]\s?(?={N})", r"\1 by "),
+    (rf"({N})[xX](?= (?:as|more|less|fewer|faster|larger|bigger|longer|the)\b)",
+     lambda m: f"{m[1]} times" if m.string.startswith(" as", m.end()) else refuse(f"{m[0]}, which may be times or a variable")),
+    (rf"(?:({N})(?: |-| and ))?(?<![\d/.,])(\d+)/(\d+)[ -]?{UNIT}{POWER}", parts_of_unit),
+    (rf"(?<![=+*/<>^×÷-])(?<![=+*/<>^×÷-] )({N})[-–]({N})(?=[ -]?(?:{UNIT}|sq|cu|fl)(?![A-Za-z]))", between),
+    (rf"(?:\d|\b[A-Za-z]) - {N}\s?{UNIT}(?![A-Za-z])", lambda m: refuse(f"{m[0]}, which may be a difference or a range")),
+    (rf"(?:\b(per|a|each) |({N})([ -]))?\b(sq|cu|fl)\b\.?[ -]?(ft|in|yd|mi|cm|m|km|oz|feet|foot|inch|inches|yards?|miles?|meters?)\b{STOP}", squares),
+    (rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl] (?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b"       # 5-m may be a difference
+     rf"(?!['^/]|-(?!by|long|wide|tall|high|deep)){STOP}",
+     lambda m: f"{number(m[1])}-{'inch' if m[2] == 'in' else UNITS[m[2]].replace(' ', '-')}"),
+    (rf"({N})(\s?){UNIT}{POWER}", lambda m: measured(m)),
+    (rf"(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})(?:\^\{{?([23])\}}?|([²³]))(?!\w)",
+     lambda m: measure("one" if m.string.endswith("per ", 0, m.start()) else "", m[1], {"²": "2", "³": "3"}.get(m[3], m[2])).removeprefix("one ")),
+    (rf"{CLOSE}\s?{UNIT}{POWER}",
      lambda m: CLOSE + measure("", m[1], m[2] and m[2].translate(str.maketrans("²³", "23")), m[3])),
     (rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*{TERM}(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*{TERM})+(?!\w)", plain_formula),
+    (rf"(?<=\d)-\s?[{DOLLAR}€£]|[{DOLLAR}€£]\s?(?:{NUMBER})\s-(?=[{DOLLAR}€£])",
+     lambda m: refuse(f"{m[0]}, which may be a difference or a debt")),
+    (rf"(?<![\w.,){CLOSE}])-(?=[{DOLLAR}€£]\s?\.?\d)|(?<![\w.,)])[{DOLLAR}]-(?=\.?\d)", lambda m: f"negative {m[0].strip('-')}"),
     (MONEY, amount),
     (r"(?<=[AaPp]\.[Mm])\.(?=\s+[A-Z]|\s*$)", ".."),                # the period of "p.m." ends the sentence as well
     (r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])(?:\s?([aApP](?:\.[mM]\.|[mM]\b)))?", clock),
@@ -711,20 +874,24 @@ RULES = [           # from the special to the general; each sees what those befo
     (rf"\b({'|'.join(MONTHS)}),? (1[1-9]\d\d|20\d\d)\b", lambda m: f"{m[1]} {num2words(int(m[2]), to='year')}"),
     (r"\b([Yy]ears?|[Ii]n|[Ss]ince|[Bb]y|[Uu]ntil) (1[5-9]\d\d|20\d\d)(?=[,.;?!)]|$| (?:and|was|were|is|the|to|he|she|they|but|than)\b)",
      lambda m: f"{m[1]} {num2words(int(m[2]), to='year')}"),
+    (rf"{OPEN}{LETTER}([{''.join(NTH)}]){CLOSE}\s?-?th\b", lambda m: OPEN + NTH[m[1]] + CLOSE),
+    (rf"(?:{CLOSE}|[)²³])\s?-?(?:th|st|nd|rd)\b|(?:[+^*]|\b[A-Za-z]\s?-)\s?\d+(?:th|st|nd|rd)\b", lambda m: refuse("an ordinal of several parts")),
     (r"\b(\d{1,3}(?:,\d{3})*|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
-    (rf"{LETTER}([{''.join(NTH)}]){CLOSE}\s?-?th\b", lambda m: NTH[m[1]] + CLOSE),
     (rf"{HASH}\s?", "number "),
+    (rf"\b(?:sq|cu|fl|sqft)\b|\d[ -]?(?:pts?|doz|ea)\b|\d-(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})\b",
+     lambda m: refuse(f"the unit {m[0]}")),
+    (r"(^|[a-z,(] ?)No\. ?(?=\d)", r"\1number "),
+    (r"\b[Nn]os?\. ?(?=\d)", lambda m: refuse(f"{m[0].strip()}, which may be a number or the answer no")),
     (rf"({N})[ -](?:and )?(\d+)/(\d+)(?![\d/])", lambda m: f"{number(m[1])} and {fraction(m[2], m[3])}"),
     (r"(?<![\d/.,])(\d+)/(\d+)(?![\d/]|[.,]\d)", lambda m: fraction(m[1], m[2])),
     (rf"({N})[-–](?={DOLLAR}?)({N})(?![-–]\d)", between),
-    (rf"({N})(?:\s[xX]\s|[xX])({N})", r"\1 by \2"),
     (rf"(?<![\w{CLOSE}]){DOLLAR}?[-−]({N})", r"negative \1"),
     (rf"(?<=\d|{CLOSE})\s?{PERCENT}", " percent"),
     (r"(\d)\s?¢", r"\1 cents"),
     (r"\d!(?!\S*[\"')])", lambda m: refuse(f"{m[0]}, which may be a factorial")),
     (rf"({N})(?=([A-Za-z])?)", lambda m: number(m[1]) + " " * bool(m[2])),
     (r"\b(and|he|his|him|she|her|hers)/(or|she|her|hers|he|his|him)\b", lambda m: f"{m[1]} or {m[2]}".replace("or or", "or")),
-    (rf"(?<=[a-z])/(?={PER}|each|per)", " per "),
+    (rf"(?<=[a-z])(?<!hour)(?<!day)(?<!week)(?<!month)(?<!year)/({PER}|each|per)\b", lambda m: f" per {UNITS.get(m[1], m[1])}"),
     (r"\(([A-H])\)", rf"({LETTER}\1)"),
     (r"(?<=[a-z,;] )A(?=[\s.,;?!)]|$)", f"{LETTER}A"),                 # within a sentence a lone A is a name, at its beginning the article
     (r"\s[-–—]+\s|—", ", "),
@@ -759,10 +926,10 @@ def verbalise(text):
     cannot be said with certainty, e.g. "a table (&)", "the command \\foo", "a date in digits"."""
     if len(text) > 10_000:
         raise ValueError("a text of more than 10,000 characters")
+    text = unicodedata.normalize("NFC", text).translate({0x2019: "'", 0x2018: "'", 0x201c: '"', 0x201d: '"', 0x2212: "-", 0xa0: " ", 0x2009: " "})
     for pattern, what in REFUSED:
         if re.search(pattern, text, re.MULTILINE):
             raise ValueError(what)
-    text = unicodedata.normalize("NFC", text).translate({0x2019: "'", 0x2018: "'", 0x201c: '"', 0x201d: '"', 0x2212: "-", 0xa0: " ", 0x2009: " "})
     try:
         words = say(text_of(parse(protect(text))))
     except RecursionError:
