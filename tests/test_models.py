@@ -476,6 +476,12 @@ def test_a_whole_omni_gives_its_thinker(folders, loaded, tmp_path):
     ours = loaded["qwen2_5_omni"][0].state_dict()
     assert model.state_dict().keys() == ours.keys() and all(torch.equal(x, ours[name]) for name, x in model.state_dict().items())
     models.check(model, processor)
+    (tmp_path / "saved").mkdir()
+    models.save(model, processor, tmp_path / "saved")
+    with safetensors.safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"thinker"} and not any("thinker.thinker" in name for name in file.keys())
+    again = models.load_audio_model(tmp_path / "saved")[0]
+    assert all(torch.equal(x, ours[name]) for name, x in again.state_dict().items())
 
 
 def test_pickles_are_refused(folders, tmp_path):
