@@ -389,7 +389,8 @@ def write_card(folder, *, base, script, flags, results=None):
     """README.md beside the weights: what this model is, of which flags, and what it scored (a table, as text). Nothing where there is no folder."""
     if not Path(folder).is_dir():
         return
-    lines = ["---", f"base_model: {base}", f"library_name: {'peft' if (Path(folder) / ADAPTER).exists() else 'transformers'}", "tags: [audio, distillation]", "---",
+    library = "peft" if (Path(folder) / ADAPTER).exists() else "transformers"
+    lines = ["---", f"base_model: {base}", f"library_name: {library}", "tags: [audio, distillation]", "---",
              f"# {Path(folder).resolve().parent.name}, {Path(folder).name}", "", f"{base}, trained further by `{script}` with these flags:", "", "```",
              *(f"{name}: {value}" for name, value in flags.items() if value is not None), "```"]
     lines += ["", "## Results, before and after", "", "```", results, "```"] if results else []
@@ -413,12 +414,14 @@ def main(argv=None):
         return _save(model, processor, args.save)
     model, processor = load_audio_model(args.model, dtype="auto")
     used = {id(p) for p in check(model, processor, shared_prompts=True)}
-    parts = {"decoder": decoder(model).parameters(), "head": model.get_output_embeddings().parameters(), "tower": tower(model).parameters(), "rest": projector(model)}
+    parts = {"decoder": decoder(model).parameters(), "head": model.get_output_embeddings().parameters(), "tower": tower(model).parameters(),
+             "rest": projector(model)}
     print(f"{type(model).__name__}: {len(decoder(model).layers)} layers of width {decoder(model).config.hidden_size}; placeholder {processor.audio_token}; "
           f"clips up to {data.longest(processor):g} s")
     for name, parameters in parts.items():
-        parameters = list(parameters)
-        print(f"{name:8} {sum(p.numel() for p in parameters):14,} parameters, {sum(p.numel() for p in parameters if id(p) not in used):,} of them never get a gradient")
+        sizes = {id(p): p.numel() for p in parameters}
+        idle = sum(size for key, size in sizes.items() if key not in used)
+        print(f"{name:8} {sum(sizes.values()):14,} parameters, {idle:,} of them never get a gradient")
     if args.teacher:
         *_, summary = data.shared_vocabulary(processor.tokenizer, load_text_model(args.teacher)[1])
         print("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
