@@ -14,7 +14,7 @@ import safetensors.torch
 import soundfile
 import torch
 from peft import PeftModel
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
 
 import data
 import families
@@ -488,6 +488,35 @@ def test_pickles_are_refused(folders, tmp_path):
     folder = altered(folders["qwen2_audio"][0], tmp_path / "pickle", drop=("model.safetensors",))
     torch.save({}, folder / "pytorch_model.bin")
     refused("cannot load an audio language model from .*safetensors", models.load_audio_model, folder)
+
+
+def test_an_adapter_in_a_pickle_is_refused(adapted, folders, tmp_path, capfd):
+    """Beside a model's own weights, as Granite Speech has one, or alone: what it would execute is not executed."""
+    class Trap:
+        def __reduce__(self):
+            return print, ("EXECUTED",)
+    model, processor, _ = adapted
+    (tmp_path / "alone").mkdir()
+    models.save(model, processor, tmp_path / "alone")
+    (tmp_path / "alone" / "adapter_model.safetensors").unlink()
+    beside = altered(folders["granite_speech"][0], tmp_path / "beside")
+    config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    (beside / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(beside)}))
+    for folder in (tmp_path / "alone", beside):
+        torch.save({"x": Trap()}, folder / "adapter_model.bin")
+        refused("cannot load an audio language model", models.load_audio_model, folder)
+    assert "EXECUTED" not in capfd.readouterr().out
+
+
+def test_a_processor_without_a_template_of_its_own_is_refused(tmp_path):
+    """Voxtral: its prompts are made by mistral-common alone."""
+    words = families.tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[AUDIO]"], families.OMNI_TEMPLATE, "<|im_end|>")
+    ears = dict(num_mel_bins=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, max_source_positions=1500)
+    config = VoxtralConfig(audio_config=ears, text_config=families.text_shape(words, model_type="llama"), audio_token_id=words.convert_tokens_to_ids("[AUDIO]"))
+    VoxtralForConditionalGeneration(config).save_pretrained(tmp_path)
+    VoxtralProcessor(WhisperFeatureExtractor(feature_size=16, chunk_length=30), words).save_pretrained(tmp_path)
+    with pytest.raises(data.DataError, match="does not put one audio placeholder"):
+        models.check(*models.load_audio_model(tmp_path))
 
 
 def test_names_that_cannot_be_had(folders, tmp_path, monkeypatch):
