@@ -242,8 +242,8 @@ def about_clips(seconds, processor) -> str:
     window = longest(processor)
     wave = torch.zeros(math.ceil(min(window, max(seconds)) * SAMPLE_RATE))
     features = _audio_inputs(processor, [audio_prompt(processor, "")], [wave.numpy()])[1]
-    long = sum(s > window for s in seconds)
-    return (f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, longest {max(seconds):.1f} s; features at most {sum(x.nbytes for x in features.values()) / 2**20:.2f} MiB a clip"
+    long, size = sum(s > window for s in seconds), sum(x.nbytes for x in features.values()) / 2**20
+    return (f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, longest {max(seconds):.1f} s; features at most {size:.2f} MiB a clip"
             + f"; {long:,} are longer than the {window:g} s that the model hears and are cut there (--max-seconds refuses them)" * (long > 0))
 
 
