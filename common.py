@@ -1,32 +1,79 @@
 """
-Plumbing that must never disagree between the two training scripts: ranks, optimizer groups, checkpoints, logs.
+Plumbing that must never disagree between the two training scripts: ranks, sharding, optimizer groups, checkpoints, bad days, logs.
 
 What this file teaches: what has to be saved so that a killed run goes on as if nothing had happened (weights, optimizer, step;
 everything random is a function of seed and step, so that no generator state needs saving), and how to write it so that a kill at
-any moment leaves the last checkpoint whole: to a temporary name first, then one rename.
+any moment leaves the last checkpoint whole: to a temporary name first, to the disk itself, then one rename.
+
+Many GPUs are PyTorch's own business here: torchrun starts them, DDP or FSDP2 (--shard) wraps the step module, and
+torch.distributed.checkpoint writes and reads the optimizer, so that a run goes on with another number of ranks.
 
 Plain functions, explicit arguments, explicit returns; no loop, no loss, no globals.
 """
+import collections
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.utils.data
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+import data
 import models
 
 
-# ------------------------------------------------------------- 1. ranks ---------------------------------------------------------------
+# --------------------------------------------------- 1. flags of a run, and its ranks ---------------------------------------------------
+
+def add_run_flags(parser, *, out, best):
+    """The flags that are the same in both training scripts. best: names of the scores that --keep-best can go by."""
+    add = parser.add_argument
+    add("--seed", type=int, default=0)
+    add("--out", default=out, help="folder for config, log, checkpoints, samples, results and figure")
+    add("--max-steps", type=int, help="stop here, whatever --epochs says")
+    add("--no-eval", action="store_true", help="train only")
+    add("--dry-run", action="store_true", help="two steps and one small evaluation of everything, then stop")
+    # many GPUs
+    add("--shard", action="store_true", help="FSDP2: every rank holds its share of all weights, gradients and optimizer states, frozen models too")
+    add("--checkpoint-activations", action="store_true", help="run each decoder layer again in backward instead of keeping what is inside it")
+    # long runs
+    add("--save-every", type=int, default=100, help="steps between checkpoints; one is written at the end too")
+    add("--keep", type=int, default=2, metavar="K", help="newest checkpoints that stay")
+    add("--keep-best", choices=best, help="the one that scored best stays as well (each --eval-every steps)")
+    add("--resume", help="auto (newest checkpoint in --out, if there is one) or a checkpoint's folder")
+    # bad days
+    add("--workers", type=int, default=1, help="processes on each rank that read and prepare the next steps' clips; 0: none")
+    add("--skip-bad", type=int, default=0, metavar="N", help="unusable training examples that may be left out; one more stops the run")
+
+
+def check_run_flags(args, parser):
+    """The part of a script's checks that concerns add_run_flags."""
+    if min(args.save_every, args.keep) < 1 or min(args.workers, args.skip_bad) < 0:
+        parser.error("--save-every and --keep are at least 1, --workers and --skip-bad at least 0")
+    if args.keep_best and not args.eval_every:
+        parser.error("--keep-best goes by what evaluations in the middle say, so it needs --eval-every N")
+    if args.shard and "RANK" not in os.environ:
+        parser.error("--shard shares the weights among ranks; start with torchrun --nproc_per_node N")
+
 
 def start_distributed():
     """-> (rank, world size, device). One process unless torchrun started us; then NCCL on GPUs, gloo on CPUs."""
@@ -52,6 +99,11 @@ def stop_distributed():
         dist.destroy_process_group()
 
 
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def rank_zero_first(rank, world):
     """Rank 0 runs the block alone, then the others: they find what it downloaded or synthesised."""
@@ -62,6 +114,15 @@ def rank_zero_first(rank, world):
         dist.barrier()
 
 
+def over_ranks(value, operation, device):
+    """One number, the same on every rank: sum, max, ... (dist.ReduceOp) of theirs."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(float(value), device=device, dtype=torch.float64)
+    dist.all_reduce(total, operation)
+    return total.item()
+
+
 def sum_over_ranks(values, device):
     """{name: float} -> the same summed over all ranks: with losses divided by global token counts, the sum is the global mean."""
     if not dist.is_initialized():
@@ -69,6 +130,15 @@ def sum_over_ranks(values, device):
     total = torch.tensor([float(v) for v in values.values()], device=device, dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
+
+
+def gather_lists(some):
+    """A list on every rank -> all of them behind each other, on every rank. Every rank must come here."""
+    if not dist.is_initialized():
+        return some
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, some)
+    return [x for share in shares for x in share]
 
 
 def examples_of_step(examples, step, batch_size, seed):
@@ -81,7 +151,88 @@ def examples_of_step(examples, step, batch_size, seed):
     return [examples[orders[row // len(examples)][row % len(examples)]] for row in rows]
 
 
-# ------------------------------------------------------ 2. optimizer groups -------------------------------------------------------------
+def seed_step(seed, step, rank):
+    """Whatever draws from torch's own generator in a step (nothing of ours does; your dropout would) starts from (seed, step, rank), not from what
+    was drawn before: so a resumed run draws the same."""
+    torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
+
+
+# ---------------------------------------------------- 2. DDP, or FSDP2 for what does not fit ---------------------------------------------
+
+def shard(module, blocks=(), compute=None):
+    """
+    FSDP2, in place -> module: every rank keeps 1/ranks of each tensor. A block (a layer) is gathered when it runs and dropped again; what is in none of
+    them (embeddings, head, projections, norms) is gathered when `module` itself runs, and stays until its backward is over: the head's weight is whole
+    wherever the losses look at it.
+
+    compute: the type that weights are gathered in (bfloat16), while each rank's share, its gradient and their sum over ranks are float32; None: their own."""
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
+
+    def with_all(work):
+        parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+            if part is not module:
+                part.set_reshard_after_forward(False, recurse=False)
+        try:
+            return work()
+        finally:
+            for part in parts:
+                if part is not module:
+                    part.set_reshard_after_forward(True, recurse=False)
+                part.reshard()
+
+    module.with_all = with_all
+    register_fsdp_forward_method(module, "with_all")        # the first to run forward is FSDP's root, and that must be this one
+    return module
+
+
+def shard_reader(decoder, head):
+    """A frozen text LLM: its decoder, which runs by itself, and its head, whose weight the losses gather (full)."""
+    if head.weight is decoder.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    shard(decoder, decoder.layers)
+    shard(head)
+
+
+def whole(module, work):
+    """work(), with all weights of a sharded module gathered once: a rollout runs through them once a token, and must not fetch them each time. Every
+    rank must come here, even with nothing to do. A module that is not sharded: work()."""
+    return module.with_all(work) if isinstance(module, FSDPModule) else work()
+
+
+def full(tensor):
+    """A tensor that lies in shards -> the whole of it, on every rank (each must ask); any other: itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def wrap(step_module, *, world, sharded, blocks, compute, methods=()):
+    """The step module as one process, DDP or FSDP2 runs it. methods: those that are called beside forward and need its weights."""
+    if sharded:
+        shard(step_module, blocks, compute)
+        for name in methods:
+            register_fsdp_forward_method(step_module, name)
+    elif world > 1:
+        return DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return step_module
+
+
+def accumulating(wrapped, last):
+    """DDP adds up gradients over the ranks in the last micro-batch alone. FSDP does it in each: it has no room for whole gradients."""
+    return contextlib.nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+
+
+def checkpoint_activations(model):
+    """Of each decoder layer only the input is kept for the backward pass, which runs the layer again: a third more time for a small part of the memory."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in models.decoder(model).layers:
+        layer.training = True           # the layer's own flag, which transformers asks; not that of what is inside it: nothing shall drop out
+
+
+# ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------
 
 def parameter_groups(module, *, lr, weight_decay, special=()):
     """AdamW groups: matrices decay, vectors (norms, biases) do not; special: [(parameters, lr, weight decay)] have rates of their own.
@@ -97,26 +248,120 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
     return [group for group in groups if group["params"]]
 
 
-# --------------------------------------------------------- 3. checkpoints ---------------------------------------------------------------
+def clip(parameters, most):
+    """Gradients scaled down to a norm of `most` -> the norm before, a float. Not finite: they are spoiled, and the step must be left out."""
+    return full(torch.nn.utils.clip_grad_norm_(parameters, most)).item()
 
-def save_checkpoint(folder, *, step, model, processor, beside, optimizer, card, keep=2):
-    """Write folder/step-N: the model in the hub's layout with its card, `beside` {file name: module} (all safetensors), state.pt; then drop old ones.
 
-    Written under a temporary name and renamed when complete, so that a folder called step-N is always whole."""
+# --------------------------------------------------------- 4. checkpoints ---------------------------------------------------------------
+
+def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer, card, rank, keep=2, best=None):
+    """Write folder/step-N; every rank must come here -> its path. Then old ones go: the `keep` newest stay, and the best by the score named `best`.
+
+        model*.safetensors, config.json, ...    `model` in the hub's layout, with its card (README.md)
+        NAME.safetensors                        each of `beside`, {file name: module}
+        optimizer/*.safetensors                 of `module`'s parameters; each rank writes its part, any number of ranks can read it
+        checkpoint.json                         step, ranks, and later the scores
+
+    Written under a temporary name, flushed to the disk, and renamed when complete, so that a folder called step-N is always whole. Raises SystemExit where the
+    disk is full (or the ranks' weights are not the same): the checkpoints before are as they were."""
     folder = Path(folder)
     final, partial = folder / f"step-{step:07d}", folder / f"partial-{step:07d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    models.save(model, processor, partial)
-    for name, module in beside.items():
-        save_file({key: tensor.detach().contiguous() for key, tensor in module.state_dict().items()}, partial / name)
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    card(final)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    same_on_all_ranks(module)
+    moments = {f"{name}.{key}": value for name, p in module.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+    needed = sum(t.numel() * t.element_size() for part in (model, *beside.values()) for t in part.state_dict().values()) \
+        + sum(t.numel() * t.element_size() for t in moments.values())
+    free = over_ranks(shutil.disk_usage(folder).free if rank == 0 else 0, dist.ReduceOp.MAX, next(module.parameters()).device)
+    try:
+        if free < needed:
+            raise OSError("the disk is full")
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "optimizer").mkdir(parents=True)
+        wait_for_all()
+        weights, states = on_rank_zero(model, rank), {name: on_rank_zero(part, rank) for name, part in beside.items()}
+        if rank == 0:
+            models.save(model, processor, partial, weights)
+            for name, state in states.items():
+                save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
+            (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
+        if moments:
+            with warnings.catch_warnings(action="ignore"):  # that one process is one process
+                dcp.save(moments, storage_writer=HuggingFaceStorageWriter(str(partial / "optimizer"), save_distributed=True))
+        wait_for_all()
+        if rank == 0:
+            for path in [*partial.rglob("*"), partial]:
+                flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            flush(folder)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.3g} GB, and {shutil.disk_usage(folder).free / 1e9:.3g} GB are free in "
+                         f"{folder}; make room, and go on with --resume auto from the last one that is complete") from None
+    if rank == 0:
+        card(final)
+        drop_old(folder, keep, best)
     return final
+
+
+def on_rank_zero(module, rank):
+    """A module's state_dict, whole, in rank 0's main memory; every rank must come here, the others get {}."""
+    kept = {}
+    for name, tensor in module.state_dict().items():
+        tensor = full(tensor)               # one after the other, so that no other rank ever holds more than one of them whole
+        if rank == 0:
+            kept[name] = tensor.detach().cpu()
+    return kept
+
+
+def flush(path):
+    """What was written to a file, or the names in a folder, are on the disk itself when this returns."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def complete(folder):
+    """The complete checkpoints of a run's folder, oldest first."""
+    return [path for path in sorted(Path(folder).glob("step-*")) if (path / "checkpoint.json").is_file()]
+
+
+def drop_old(folder, keep, best=None):
+    """Keep the `keep` newest checkpoints, and the one with the highest score named `best`. What goes is renamed first: half of a folder must not look whole."""
+    found = complete(folder)
+    scores = {path: json.loads((path / "checkpoint.json").read_text()).get("scores", {}) for path in found} if best else {}
+    scored = [path for path in scores if best in scores[path]]
+    for old in set(found[:-keep]) - {max(scored, key=lambda path: scores[path][best])} if scored else found[:-keep]:
+        gone = old.with_name(old.name.replace("step", "partial"))
+        os.replace(old, gone)
+        shutil.rmtree(gone)
+
+
+def note_scores(checkpoint, scores):
+    """What an evaluation said of a checkpoint, into its checkpoint.json."""
+    path = Path(checkpoint) / "checkpoint.json"
+    write_json(path, {**json.loads(path.read_text()), "scores": scores})
+
+
+def same_on_all_ranks(module):
+    """Under DDP every rank holds all weights, and they must be the same to the last bit. Raises SystemExit where they are not: a bad memory module, or a
+    parameter that learns without the others' gradients, would otherwise spoil a run in silence."""
+    if not dist.is_initialized() or any(isinstance(p, DTensor) for p in module.parameters()):
+        return
+    digest = hashlib.sha256()
+    for p in module.parameters():
+        if p.requires_grad:
+            bits = p.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
+            digest.update(str(bits.sum(dtype=torch.int64).item()).encode())
+    found = gather_lists([digest.hexdigest()])
+    if odd := [rank for rank, ours in enumerate(found) if ours != found[0]]:
+        raise SystemExit(f"the weights of rank {', '.join(map(str, odd))} are not those of rank 0, so that nothing is saved: go on with --resume auto, and if it "
+                         "happens again, on another machine")
 
 
 def was_dry(folder):
@@ -125,52 +370,289 @@ def was_dry(folder):
     return config.exists() and json.loads(config.read_text()).get("dry_run", False)
 
 
+ABOUT = """What is in this folder
+config.json           every flag, versions, commit, ranks, steps
+log.jsonl             a line a step: loss terms, speed, seconds spent, memory; a step that was left out says why
+step-N/               a checkpoint: the model in the hub's layout, the optimizer, checkpoint.json (step, scores)
+before, eval-N, after.json    evaluations, each question's verdict in them; samples-*.jsonl: what was said
+skipped.jsonl         training examples that could not be used, and why
+results.json, run.png         before and after
+python evaluate.py --task report --run THIS_FOLDER     draws all curves, and says in a few lines how it goes
+python train_....py (flags of config.json) --resume auto     goes on from the newest checkpoint
+"""
+
+
 def start_folder(folder, checkpoint, rank, world):
     """Make the run's folder. A run that does not resume from there wants it to itself: another's checkpoints and evaluations would pass for its own.
-    What a dry run left is removed; raises SystemExit where it would be a real run's checkpoints."""
+    What a dry run or a kill left is removed; raises SystemExit where it would be a real run's checkpoints."""
     folder = Path(folder)
-    if rank == 0 and (checkpoint is None or checkpoint.resolve().parent != folder.resolve()):
-        if list(folder.glob("step-*")) and not was_dry(folder):
-            raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
-        for old in folder.glob("step-*"):
+    if rank == 0:
+        if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+            if list(folder.glob("step-*")) and not was_dry(folder):
+                raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
+            for old in folder.glob("step-*"):
+                shutil.rmtree(old)
+            for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json", "skipped.jsonl") for path in folder.glob(name)):
+                old.unlink()
+        for old in folder.glob("partial-*"):
             shutil.rmtree(old)
-        for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json") for path in folder.glob(name)):
-            old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    if world > 1:
-        dist.barrier()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.txt").write_text(ABOUT)
+    wait_for_all()
 
 
 def find_checkpoint(resume, folder, dry_run):
-    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. Raises SystemExit if DIR is none, and for a
-    dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. torchrun --max-restarts starts us again after a rank died:
+    then auto, whatever was asked. Raises SystemExit if DIR is none, and for a dry run: it would leave a real run's folder looking like its own, which the
+    next run clears."""
+    if not dry_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and complete(folder):
+        return complete(folder)[-1]
     if resume is None:
         return None
     if dry_run:
         raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
     if resume == "auto":
-        return max(Path(folder).glob("step-*"), default=None) if not was_dry(folder) else None
-    if not (Path(resume) / "state.pt").is_file():
-        raise SystemExit(f"{resume} is not a checkpoint (it has no state.pt); give a folder such as {folder}/step-0000100, or auto")
+        return next(reversed(complete(folder)), None) if not was_dry(folder) else None
+    if not (Path(resume) / "checkpoint.json").is_file():
+        raise SystemExit(f"{resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
     return Path(resume)
 
 
-def load_checkpoint(path, model, optimizer):
-    """Fill model and optimizer in place -> the number of steps that were done. Rates and decay stay those of today's flags."""
-    flags = [{name: group[name] for name in ("peak_lr", "weight_decay")} for group in optimizer.param_groups]
+def load_model(path, model):
+    """Fill a model in place, before it is sharded -> the number of steps that were done. Raises SystemExit where it does not fit."""
     try:
         models.fill(model, path)
-        state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])           # ValueError: other parameters learnt (--train, --lower-lr)
+        return json.loads((Path(path) / "checkpoint.json").read_text())["step"]
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"{path} was saved by another model ({reason}); resume with the flags of its config.json") from None
-    for group, ours in zip(optimizer.param_groups, flags):
-        group.update(ours)
-    return state["step"]
+        raise SystemExit(another_model(path, error)) from None
 
 
-# ------------------------------------------------------------- 4. logs -----------------------------------------------------------------
+def load_optimizer(path, module, optimizer):
+    """Fill the optimizer's state, each rank its part, whatever number of ranks wrote it. Rates and decay are those of today's flags. Raises SystemExit where
+    other parameters learnt."""
+    reader = HuggingFaceStorageReader(str(Path(path) / "optimizer"))
+    try:
+        known, learns = reader.read_metadata().state_dict_metadata, {n: p for n, p in module.named_parameters() if p.requires_grad}
+        empty = {}
+        for key, about in known.items():
+            name, _, what = key.rpartition(".")
+            if name not in learns or about.size not in (learns[name].shape, torch.Size()):
+                raise ValueError(f"{name} does not learn here, or in another shape")
+            empty[key] = torch.zeros(()) if what == "step" else torch.zeros_like(learns[name], dtype=about.properties.dtype)
+        if missing := learns.keys() - {key.rpartition(".")[0] for key in known} if known else ():
+            raise ValueError(f"{sorted(missing)[0]} did not learn there")
+        if empty:
+            with warnings.catch_warnings(action="ignore"):
+                dcp.load(empty, storage_reader=reader)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
+        raise SystemExit(another_model(path, error)) from None
+    for key, value in empty.items():
+        name, _, what = key.rpartition(".")
+        optimizer.state[learns[name]][what] = value
+
+
+def another_model(path, error):
+    return f"{path} was saved by another model ({' '.join(str(error).split())[:300]}); resume with the flags of its config.json"
+
+
+# ----------------------------------------------------------- 5. bad days ---------------------------------------------------------------
+
+@contextlib.contextmanager
+def signals_noted():
+    """Inside, SIGTERM (a preemption) and Ctrl-C do no more than put their name into the list that is given: the step ends, all ranks save, then they leave. A second
+    one, some seconds later, is meant: KeyboardInterrupt."""
+    noted, since = [], time.monotonic()
+
+    def note(number, _):
+        nonlocal since
+        if noted and time.monotonic() - since > 3:          # torchrun passes on what the terminal has sent us already
+            raise KeyboardInterrupt
+        since = time.monotonic()
+        noted.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def out_of_memory_named(where):
+    """where: {"part", "batch", "length", "do"}, kept up to date inside. Raises SystemExit with them when memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:            # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise SystemExit("out of memory in {part}, with {batch} of at most {length} tokens; {do}".format(**where)) from None
+
+
+ASKED = "asked to stop"
+SPOILED = 5                 # steps in a row whose loss or gradient is not finite, after which a run stops
+
+
+def reason_to_stop(asked, spoiled, unusable, allowed):
+    """-> a sentence, or None. asked: how many ranks got a signal; spoiled: steps left out in a row; unusable: training examples skipped so far."""
+    if asked:
+        return ASKED
+    if spoiled >= SPOILED:
+        return (f"the loss or its gradient was not finite in {spoiled} steps in a row (log.jsonl names their examples): look at these, lower --lr or --clip, and "
+                "go on from an earlier checkpoint (--resume DIR)")
+    if unusable > allowed:
+        return f"{unusable} training examples could not be used, and --skip-bad allows {allowed}: skipped.jsonl names them; mend them or raise --skip-bad"
+    return None
+
+
+def read_data(train_file, eval_files, args, require, say):
+    """-> the training examples, those to evaluate on, the durations of their clips, {why: why} of the unusable ones. The whole of both is looked at, every clip decoded, before
+    anything trains. Raises data.DataError at the first fault; with --skip-bad N, for training alone, where there are more than N."""
+    faults = [] if args.skip_bad else None
+    examples, seconds = data.check_clips(data.read_manifest(train_file, require=require, faults=faults), args.max_seconds, faults)
+    scored, more = data.check_clips(data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None), args.max_seconds)
+    for fault in faults or ():
+        say(f"left out: {fault}")
+    data.allow(faults or [], args.skip_bad)
+    return examples, scored, seconds + more, {fault: fault for fault in faults or ()}
+
+
+class Prepared(torch.utils.data.Dataset):
+    """What DataLoader asks of its workers: (this rank's examples, the step's) -> without_bad of them, or the DataError that it raised."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, examples):
+        try:
+            return without_bad(self.make, *examples)
+        except data.DataError as error:                     # as a value: DataLoader would put its own traceback into the sentence
+            return error
+
+
+def feed(make, examples, *, done, stop, batch_size, seed, rank, world, workers):
+    """For each step from `done` on: yields (make(this rank's share of its examples), {id: why} of those that were unusable, seconds that were waited for it). `workers` processes
+    are ahead of the training by two steps each. They get their examples from here and never touch the list of all: counting references to its parts would copy it, page by page.
+
+    Raises SystemExit where a worker dies (killed for its memory, most likely), data.DataError where no example of a step can be used."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"          # threads do not survive a fork
+    awaited, share = collections.deque(), batch_size // world       # ids on their way
+
+    def work():
+        for step in range(done, stop):
+            batch = examples_of_step(examples, step, batch_size, seed)
+            mine = batch[rank * share:(rank + 1) * share]
+            awaited.append([example.id for example in mine])
+            yield mine, batch
+
+    def deaf(_):
+        for number in (signal.SIGTERM, signal.SIGINT):      # these are for the main process, which needs its workers until it has saved
+            signal.signal(number, signal.SIG_IGN)
+
+    prepared = Prepared(make)
+    if workers and sys.platform == "linux":                 # elsewhere a process cannot be forked safely
+        source = iter(torch.utils.data.DataLoader(prepared, batch_size=None, sampler=work(), num_workers=workers, worker_init_fn=deaf, multiprocessing_context="fork"))
+    else:
+        source = map(prepared.__getitem__, work())
+    while True:
+        start = time.perf_counter()
+        try:
+            made = next(source)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise SystemExit(f"a data worker died ({' '.join(str(error).split())[:200]}) while {', '.join(awaited[0][:8])} or the next examples were read; see whether memory or /dev/shm is "
+                             "full, lower --workers, and go on with --resume auto") from None
+        awaited.popleft()
+        if isinstance(made, data.DataError):
+            raise made
+        yield *made, time.perf_counter() - start
+
+
+def without_bad(make, mine, batch):
+    """make(mine) -> (what it made, {id: why} of the examples that cannot be used: a clip that was deleted since the start, say). In their place comes the next
+    of the step's global batch that can, so that no rank runs short, and any number of ranks takes the same. Raises DataError where none can."""
+    try:
+        return make(mine), {}
+    except data.DataError:
+        faults, usable = {}, set()
+
+    def can(example):
+        if example.id not in faults and example.id not in usable:
+            try:
+                make([example])
+                usable.add(example.id)
+            except data.DataError as error:
+                faults[example.id] = str(error)
+        return example.id in usable
+
+    kept = []
+    for example in mine:
+        at = batch.index(example)
+        kept.append(next(filter(can, batch[at:] + batch[:at]), None))
+    if None in kept:
+        raise data.DataError(f"none of the {len(batch)} examples of a step can be used; the first: {next(iter(faults.values()))}")
+    ours = {example.id for example in mine}
+    return make(kept), {name: why for name, why in faults.items() if name in ours}          # its own: another rank's it reports itself
+
+
+def note_unusable(faults, unusable, out, step, rank):
+    """faults: {id: why} of this rank's step. `unusable` ({id: why}, those of the whole run) gets every rank's new ones, and rank 0 writes them down. Every rank must come here."""
+    for name, why in gather_lists(sorted(faults.items())):
+        if name not in unusable and rank == 0:
+            append_jsonl(out / "skipped.jsonl", {"step": step, "id": name, "fault": why})
+        unusable[name] = why
+
+
+# ------------------------------------------------------------- 6. logs -----------------------------------------------------------------
+
+def speaker(rank):
+    """print, on rank 0 alone, above a progress bar if there is one."""
+    return (lambda *words: tqdm.write(" ".join(map(str, words)))) if rank == 0 else (lambda *words: None)
+
+
+def progress(done, stop, rank):
+    """A bar of the steps, with the time that is left; on rank 0, and only where somebody looks at it."""
+    return tqdm(initial=done, total=stop, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
+
+
+def log_step(line, text, *, span, clock, out, bar, say, rank):
+    """A step's line into log.jsonl, its text onto the bar and, every tenth, into the terminal, with the time that is left. span: the step that this start began
+    behind, and the last one; clock: when the script started, and when its loop did (seconds since the epoch)."""
+    (first, stop), (started, begun), done = span, clock, line["step"]
+    if rank == 0:
+        append_jsonl(out / "log.jsonl", line)
+    bar.set_postfix_str(text, refresh=False)
+    bar.update()
+    if done == first + 1:
+        say(f"the first step was done {time.time() - started:.1f} s after the start, {time.time() - begun:.1f} s of them its own")
+    if done % 10 == 0 or done <= 2 or done == stop:
+        left = (time.time() - begun) / (done - first) * (stop - done)
+        say(f"step {done}/{stop}  {text}  {left / 60:.0f} min left" if left >= 60 else f"step {done}/{stop}  {text}")
+
+
+def costs(taken, waited, device):
+    """What a step's line says of its price: seconds, those of them in which the data were not ready, memory now and at its peak."""
+    return {"seconds": taken, "seconds_waiting": waited, "memory_gb": peak_memory_gb(device), "host_gb": host_memory_gb()}
+
+
+def left_out(step, loss, norm, spoilt, ids, say):
+    """The line of a step whose loss or gradient was not finite, so that nothing was learnt from it. spoilt: ids whose loss shows it, of this rank; ids: all of this rank's.
+    Every rank must come here."""
+    found = gather_lists(spoilt) or gather_lists(ids)
+    reason = f"its loss is {loss}, its gradient's norm {norm}"
+    say(f"step {step} is left out: {reason}; examples: {', '.join(found[:8])}{', ...' * (len(found) > 8)}")
+    return {"step": step, "skipped": reason, "ids": found}
+
+
+def leave(why, saved, say):
+    """The end of a run that stops before its end: SystemExit. Nothing may hold a DDP module any more."""
+    say(f"\n{why}; saved {saved}: go on with --resume auto")
+    stop_distributed()
+    raise SystemExit(130 if why == ASKED else 1)
+
 
 def write_json(path, value):
     """Indented JSON, complete or not at all."""
@@ -183,6 +665,13 @@ def append_jsonl(path, record):
     """One line, flushed: what a killed run logged is on disk."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def start_logs(out, args, done, *, ranks, steps, names=("log",)):
+    """config.json, and the logs as a run that goes on behind `done` steps needs them; for rank 0."""
+    write_json(out / "config.json", {**vars(args), **run_facts(), "ranks": ranks, "steps": steps})
+    for name in names:
+        open_log(out / f"{name}.jsonl", done)
 
 
 def open_log(path, done):
@@ -225,6 +714,12 @@ def forget_peak_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def host_memory_gb():
+    """What this process holds of the main memory now (resident set), where the system tells; None elsewhere."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmRSS:")[1].split()[0]) / 1e6 if status.exists() else None
 
 
 def peak_memory_gb(device):

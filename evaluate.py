@@ -554,7 +554,7 @@ def look_inside(args):
     import layer_map
 
     model = Path(args.model)
-    settings = read_json(model.parent / "config.json", "a run's flags") if (model / "state.pt").exists() else {}
+    settings = read_json(model.parent / "config.json", "a run's flags") if (model / "checkpoint.json").exists() else {}
     teacher_name = args.teacher or settings.get("teacher")
     if not teacher_name:
         raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; give --teacher")
@@ -648,7 +648,7 @@ def run_kl(args):
     import inside
 
     model = Path(args.model)
-    settings = read_json(model.parent / "config.json", "a run's flags") if (model / "state.pt").exists() else {}
+    settings = read_json(model.parent / "config.json", "a run's flags") if (model / "checkpoint.json").exists() else {}
     if len(args.data) > 1:
         raise data.DataError(f"{args.data[1]}: --task kl looks at one manifest; give the first alone")
     examples = spoken(data.read_manifest(args.data[0], split=args.split))[:args.limit or 200]

@@ -247,7 +247,7 @@ def collect(name, seeds):
             if not results:
                 raise SystemExit(f"{folder} holds no finished run; leave --collect out, or choose other --seeds")
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            took = [sum(value for key, value in line.items() if key.startswith("seconds")) for line in log]
+            took = [line["seconds"] for line in log]
             measured = {"minutes": results["minutes"], "seconds": statistics.median(took), "memory": max(line["memory_gb"] for line in log)}
             if "acoustic" in log[-1]:
                 measured["drift"] = statistics.mean(line["acoustic"] for line in log[-20:])

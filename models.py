@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
 
 import data
 import shapes
@@ -147,6 +148,11 @@ def projector(model):
     """What is neither decoder, head nor tower: projectors, and what the model has for other senses. -> list of parameters"""
     elsewhere = {id(p) for part in (decoder(model), model.get_output_embeddings(), tower(model)) for p in part.parameters()}
     return [p for p in model.parameters() if id(p) not in elsewhere]
+
+
+def blocks(model):
+    """What a large model's weights are in: the layers of decoder and tower. -> list of modules"""
+    return [*decoder(model).layers, *getattr(tower(model), "layers", ())]
 
 
 def head_weight(model):
@@ -351,15 +357,16 @@ def _peft():
 
 # -------------------------------------------------------------- 5. saving ---------------------------------------------------------------
 
-def save(model, processor, folder):
+def save(model, processor, folder, state=None):
     """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config, tokenizer, processor and chat template. With LoRA the
-    adapter alone, as peft saves it."""
+    adapter alone, as peft saves it. state: the model's state_dict, where it had to be gathered from many ranks."""
+    state = model.state_dict() if state is None else state
     if has_lora(model):
-        save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(model).items()},
+        save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(model, state_dict=state).items()},
                   Path(folder) / "adapter_model.safetensors")
         model.peft_config["default"].save_pretrained(folder)
     else:
-        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}         # the hub's layout of experts is a copy: not on the GPU
+        state = {name: tensor.cpu() for name, tensor in state.items()}                      # the hub's layout of experts is a copy: not on the GPU
         if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings().weight is decoder(model).get_input_embeddings().weight:
             state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
         # Back to the hub's names: transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss, and on the hub Omni's
@@ -367,7 +374,9 @@ def save(model, processor, folder):
         part = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         state = {part + name.replace("language_model.model.model.", "language_model.model."): tensor
                  for name, tensor in revert_weight_conversion(model, state).items()}
+        logging.disable_progress_bar()
         model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")
+        logging.enable_progress_bar()
     processor.save_pretrained(folder)
 
 

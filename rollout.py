@@ -143,7 +143,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     if first:                                                             # other questions' answers and a line that a kill cut off go
         path.write_text("".join(json.dumps(line) + "\n" for line in known.values()), encoding="utf-8")
     todo, chunk = [e for e in examples if e.id not in known], 4 * batch_size * world
-    for start in tqdm(range(0, len(todo), chunk), desc="the text view's answers", disable=not progress or not todo):
+    for start in tqdm(range(0, len(todo), chunk), desc="the text view's answers", disable=not progress or not todo or not first):
         rows = todo[start:start + chunk]
         said = generate(model, processor, rows, view="text", words="transcript", temperature=0, max_new_tokens=max_new_tokens, with_end=True,
                         batch_size=batch_size, progress=False, **decoding)

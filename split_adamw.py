@@ -26,6 +26,7 @@ Parameters in float32 (paper A's projections) are updated as torch's AdamW would
 import functools
 
 import torch
+from torch.distributed.tensor import DTensor
 
 PIECE = 2 ** 18         # elements at a time on a CPU, which stay in its cache; what stands beside the weights is never [parameters] of float32
 GPU_PIECE = 2 ** 27
@@ -90,7 +91,9 @@ class SplitAdamW(torch.optim.Optimizer):
                     rates[t] = torch.tensor([group["lr"] / (1 - beta1 ** t), 1 / (1 - beta2 ** t), 1 - group["lr"] * group["weight_decay"], beta1, beta2,
                                              group["eps"]], device=p.device)
                 update, piece = (_compiled_update(), GPU_PIECE) if p.is_cuda else (_update, PIECE)
-                flat = [x if x is None else x.view(-1).split(piece) for x in (p, state.get("low"), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
+                ours = [x.to_local() if isinstance(x, DTensor) else x               # sharded: this rank's part
+                        for x in (p, state.get("low"), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
+                flat = [x if x is None else x.view(-1).split(piece) for x in ours]
                 flat[1] = flat[1] or [None] * len(flat[0])
                 for parts in zip(*flat):
                     update(*parts, rates[t])

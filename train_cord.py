@@ -35,6 +35,7 @@ Where the paper is silent, and what we do:
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -44,7 +45,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data
@@ -102,23 +102,17 @@ def parse_flags(argv=None):
     parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
     parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
     parser.add_argument("--show-every", type=int, default=25, help="steps between three rollouts in the terminal and samples.jsonl")
-    # the run: the same flags in both training scripts
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/cord", help="folder for config, log, checkpoints, samples, results and figure")
-    parser.add_argument("--max-steps", type=int, help="stop here, whatever --epochs says")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; one is written at the end too")
-    parser.add_argument("--resume", help="auto (newest checkpoint in --out, if there is one) or a checkpoint's folder")
-    parser.add_argument("--no-eval", action="store_true", help="train only")
-    parser.add_argument("--dry-run", action="store_true", help="two steps and one small evaluation of everything, then stop")
+    common.add_run_flags(parser, out="runs/cord", best=["audio", "text"])
     args = parser.parse_args(argv)
     if args.group_size == 1 or args.group_size < 0:
         parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing to be better than")
     if not args.group_size and (args.token_loss == "none" or args.share_rollouts) or args.share_rollouts and args.token_loss != "reverse-kl":
         parser.error("with --token-loss none and --group-size 0 nothing is learnt; --share-rollouts needs --token-loss reverse-kl and a --group-size")
-    if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.save_every, args.show_every, args.lora + 1) < 1 or args.epochs <= 0:
-        parser.error("batch sizes, --max-new-tokens, --save-every and --show-every are at least 1, --epochs above 0, --lora at least 0")
+    if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.show_every, args.lora + 1) < 1 or args.epochs <= 0:
+        parser.error("batch sizes, --max-new-tokens and --show-every are at least 1, --epochs above 0, --lora at least 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
+    common.check_run_flags(args, parser)
     return args
 
 
@@ -148,6 +142,7 @@ class Chunk:
     advantage: torch.Tensor     # [tokens], 0 where a rollout is not rewarded
     kl: torch.Tensor            # [tokens] bool
     read: list                  # the Rollouts of the text view, in its order
+    rows: list                  # which prompts are in it
 
 
 def chunks_of(rollouts, prompts, processor, size, device):
@@ -167,7 +162,7 @@ def chunks_of(rollouts, prompts, processor, size, device):
         chunks.append(Chunk(
             audio=data.audio_view(prompts, [r.row for r in part], [r.ids for r in part], processor).to(device),
             text=data.text_view(prompts, [r.row for r in read], [r.ids for r in read], processor.tokenizer).to(device) if read else None,
-            labels=torch.tensor([token for r in part for token in r.ids], device=device), read=read,
+            labels=torch.tensor([token for r in part for token in r.ids], device=device), read=read, rows=sorted({r.row for r in part}),
             temperature=flat([r.temperature for r in part], torch.float32), advantage=flat([r.advantage for r in part], torch.float32),
             kl=flat([r.kl for r in part], torch.bool)))
     return chunks
@@ -191,6 +186,10 @@ class CordStep(nn.Module):
             decoder, head = (copy.deepcopy(part).requires_grad_(False) for part in self.teacher)
             self.teacher = models.cast(decoder, torch.bfloat16 if student.device.type == "cuda" else student.dtype), head    # no master weights needed
 
+    def reader(self):
+        """The module whose weights reading needs: the frozen copy, or, where the student reads, all of this."""
+        return self if self.teacher[0] is models.decoder(self.student) else self.teacher[0]
+
     @torch.no_grad()
     def read(self, chunk):
         """The teacher on the text view: last hidden states that predict the rollouts' tokens -> [kl tokens, hidden]."""
@@ -201,14 +200,14 @@ class CordStep(nn.Module):
         return last.flatten(0, 1)[chunk.text.predict_positions]
 
     def forward(self, chunk, read, counts):
-        args, view, parts, each = self.args, chunk.audio, {}, {}
+        args, view, reader, parts, each = self.args, chunk.audio, common.full(self.teacher[1].weight), {}, {}    # gathered by all ranks, or by none
         last = models.hear(self.student, **view.inputs)                                          # [prompts, seq, hidden]
         heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
         advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
         how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
         # L = sum_t w_t D_t / rollouts with a KL - sum_t A_i log p_t / rewarded rollouts. SFT: log p of the text view's tokens in the place of the KL
         loss, kl, log_p, entropy = self.cord(
-            heard, models.head_weight(self.student), read, None if read is None else self.teacher[1].weight, chunk.labels,
+            heard, models.head_weight(self.student), read, None if read is None else reader, chunk.labels,
             lengths=[] if sft else lengths, carries_kl=chunk.kl & (not sft), advantage=advantage + (chunk.kl & sft) / max(counts["token"], 1),
             temperature=chunk.temperature, banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
         if lengths and sft:
@@ -238,9 +237,9 @@ def learning_rate_factor(step, steps):
 def main(argv=None):
     args = parse_flags(argv)
     started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
-    say = print if rank == 0 else (lambda *a, **k: None)
+    say = common.speaker(rank)
     torch.manual_seed(args.seed)
-    # 4.1 data: the whole manifest and every clip's header are checked before anything trains
+    # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the {world} ranks; change one")
     share = args.batch_size // world
@@ -249,27 +248,28 @@ def main(argv=None):
         with common.rank_zero_first(rank, world):
             train_file, *made = mini_world.spoken(args.seed, small=args.dry_run)
         eval_files = eval_files or made
-    examples = data.read_manifest(train_file, require=("transcript",))
-    scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
+    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, ("transcript",), say)
 
     # 4.2 models
     kind = torch.bfloat16 if args.weights == "bfloat16" or args.lora and device.type == "cuda" else torch.float32
     student, processor = models.load_audio_model(args.student, dtype=kind)
-    tokenizer, seconds = processor.tokenizer, data.check_audio(examples + scored, args.max_seconds)
-    verdicts = judge.load(args.judge, device)
+    tokenizer, verdicts = processor.tokenizer, judge.load(args.judge, device)
     student.to(device).set_attn_implementation("sdpa")                                   # takes the mask of shared prompts
     models.choose_trained(student, args.train, models.check(student, processor, shared_prompts=True), lora=args.lora)
-    step_module = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
+    step_module = wrapped = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
+
+    def encode(some):
+        return data.encode_prompts(some, processor, tokenizer, words="transcript", max_seconds=args.max_seconds)
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
-    learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (device.type == 'cuda')}; "
-        f"student {student.num_parameters():,} parameters, {sum(p.numel() for p in learns):,} learn; teacher: {args.teacher} weights")
+    learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
+    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (device.type == 'cuda')}{', sharded' * args.shard}; "
+        f"student {student.num_parameters():,} parameters, {learns:,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
     say(data.about_clips(seconds, processor))
@@ -279,7 +279,8 @@ def main(argv=None):
     answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
 
     def score(when, elsewhere=True):
-        results = evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering)
+        with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
+            results = common.whole(wrapped, lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering))
         return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
 
     before = None
@@ -290,29 +291,37 @@ def main(argv=None):
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in list(asked.values())[:1000]])
     say(f"judge ({args.judge}): the text view gives the gold answer to {100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
 
-    # 4.4 optimizer, checkpoint
+    # 4.4 checkpoint; DDP or FSDP; optimizer
+    if args.shard and step_module.reader() is not step_module:
+        common.shard_reader(*step_module.teacher)
+    if checkpoint:
+        done = common.load_model(checkpoint, student)
+        say(f"going on from step {done}, {checkpoint}")
+    if args.checkpoint_activations:
+        common.checkpoint_activations(student)
+    wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=kind if device.type == "cpu" else torch.bfloat16)
+    learns = [p for p in step_module.parameters() if p.requires_grad]
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
-    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
-    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, optimizer=optimizer, card=card)
     if checkpoint:
-        done = common.load_checkpoint(checkpoint, student, optimizer)
-        say(f"going on from step {done}, {checkpoint}")
-    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
+        common.load_optimizer(checkpoint, step_module, optimizer)
+    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
+    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, module=step_module, optimizer=optimizer,
+                             card=card, rank=rank, keep=args.keep, best=args.keep_best)
     if rank == 0:
-        common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
-        common.open_log(out / "log.jsonl", done)
-        common.open_log(out / "samples.jsonl", done)
+        common.start_logs(out, args, done, ranks=world, steps=steps, names=("log", "samples"))
 
     # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
-    quiet = 0                                           # steps since a group last had any signal
+    first, begun, quiet, spoiled, why = done, time.time(), 0, 0, None                            # quiet: steps since a group last had any signal
+    prepared = common.feed(encode, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
+    where = {"do": "lower --batch-size or --micro-batch, shorten --max-new-tokens, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    try:
-        for step in range(done, stop):
-            clock = [time.time()]
-            mine = common.examples_of_step(examples, step, args.batch_size, args.seed)[rank * share:(rank + 1) * share]
-            prompts = data.encode_prompts(mine, processor, tokenizer, words="transcript", max_seconds=args.max_seconds)
-            rollouts = rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens)
+    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar:
+        for step, (prompts, faults, waited) in zip(range(done, stop), prepared):
+            clock, mine = [time.time()], prompts.examples
+            common.seed_step(args.seed, step, rank)
+            where |= {"part": "the rollouts", "batch": f"{share * len(plan)} rollouts", "length": max(map(len, prompts.audio)) + args.max_new_tokens}
+            rollouts = common.whole(wrapped, lambda: rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens))
             clock.append(time.time())
             sums = {**dict.fromkeys(("loss", "token", "group", *sum(MEANS.values(), ())), 0.0), "rollouts": len(rollouts),
                     "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(len(r.ids) == args.max_new_tokens for r in rollouts),
@@ -320,59 +329,72 @@ def main(argv=None):
             if args.token_loss in ("sft", "forward-kl"):            # off-policy: along the text view's own answer
                 rollouts += [rollout.Rollout(row, 1.0, True, False, references[e.id]["ids"]) for row, e in enumerate(mine)]
             chunks = chunks_of(rollouts, prompts, processor, args.micro_batch, device)
+            if args.shard:                              # every rank runs as many: one with nothing in it does no harm
+                idle = chunks_of([dataclasses.replace(rollouts[0], kl=False, advantage=0.0)], prompts, processor, 1, device)
+                chunks += idle * (int(common.over_ranks(len(chunks), torch.distributed.ReduceOp.MAX, device)) - len(chunks))
+            where |= {"part": "the text view", "batch": f"{args.micro_batch} rollouts"}
             with autocast():
-                taught = [step_module.read(chunk) for chunk in chunks]
+                taught = common.whole(step_module.reader(), lambda: [step_module.read(chunk) for chunk in chunks])
             clock.append(time.time())
             counts = common.sum_over_ranks({"token": sum(r.kl for r in rollouts), "group": sum(r.group for r in rollouts)}, device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
+            sums, spoilt = {**sums, "faults": len(faults)}, []
             for i, (chunk, read) in enumerate(zip(chunks, taught)):
-                last = i + 1 == len(chunks)
-                with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                where |= {"part": "the forward pass", "length": chunk.audio.inputs["input_ids"].shape[1]}
+                with common.accumulating(wrapped, last=i + 1 == len(chunks)):
                     with autocast():
                         parts, each = wrapped(chunk, read, counts)
-                    (parts["loss"] * world).backward()             # DDP averages over ranks; ours are parts of a sum
+                    where["part"] = "the backward pass"
+                    (parts["loss"] * world).backward()             # DDP and FSDP average over ranks; ours are parts of a sum
+                spoilt += [] if parts["loss"].isfinite() else [mine[row].id for row in chunk.rows]
                 for name, value in {**parts, **each}.items():
                     sums[name] += value.sum().item()
                 for r, divergence in zip(chunk.read, each["kl"].split([len(r.ids) for r in chunk.read]) if each else ()):
                     r.divergence = divergence.tolist()
-            norm = torch.nn.utils.clip_grad_norm_(learns, args.clip).item()
-            optimizer.step()
+            where["part"] = "the optimizer"
+            norm, sums = common.clip(learns, args.clip), common.sum_over_ranks({**sums, "asked": len(signals)}, device)
+            if sound := math.isfinite(sums["loss"] + norm):        # the same on every rank
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            done = step + 1
+            done, spoiled = step + 1, 0 if sound else spoiled + 1
             clock.append(time.time())
 
-            sums = common.sum_over_ranks(sums, device)
-            if not math.isfinite(sums["loss"]):
-                raise SystemExit(f"step {done}: the loss is not finite ({sums}); lower --lr, and go on from the last checkpoint in {out}")
+            if sums.pop("faults"):
+                common.note_unusable(faults, unusable, out, done, rank)
+            why = common.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
             line = {"step": done, **{name: sums[name] for name in ("loss", "token", "group")}, "grad_norm": norm,
                     "lr": optimizer.param_groups[0]["lr"], **{name: sums[x] / sums[y] for name, (x, y) in MEANS.items() if sums[y]},
                     **{f"seconds_{what}": end - start for what, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])},
-                    "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), "memory_gb": common.peak_memory_gb(device)}
+                    "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), **common.costs(clock[-1] - clock[0] + waited, waited, device)}
+            text = ("  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line) + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s")
             quiet = quiet + 1 if args.group_size and not sums["signal"] else 0
             if quiet == QUIET:
                 say(f"step {done}: for {QUIET} steps all rollouts of every group were judged alike, so the group reward teaches nothing: read "
                     "samples.jsonl, then raise --group-temperature or set --group-size 0")
             if dead := [e.id for n, e in enumerate(mine) if all(r.unusable(args.max_new_tokens) for r in rollouts if r.row == n)]:
                 say(f"step {done}: all rollouts of {', '.join(dead)} are empty or were cut at --max-new-tokens {args.max_new_tokens}")
-            if rank == 0:
-                common.append_jsonl(out / "log.jsonl", line)
-            if done % 10 == 0 or done <= 2 or done == stop:
-                say(f"step {done}/{steps}  " + "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line)
-                    + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s")
+            if not sound:
+                line = common.left_out(done, sums["loss"], norm, spoilt, [e.id for e in mine], say)
+            common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
             if rank == 0 and (done % args.show_every == 0 or done == 1):
                 for record in rollout.samples([r for r in rollouts if r.kl or not apart][:3], prompts, references, verdicts, tokenizer):
                     common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
                     say("  {transcript} | {rollout} | {verdict}".format(**record))
-            if rank == 0 and (done % args.save_every == 0 or done == stop):
-                save(step=done)
-            if args.eval_every and done % args.eval_every == 0 and done < stop and before:
+            evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
+            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+                where["part"] = "writing a checkpoint"
+                saved = save(step=done)
+            if why:
+                break
+            if evaluates:
                 now = score(f"eval-{done:07d}", elsewhere=False)
+                if args.keep_best and rank == 0:
+                    common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")})
                 say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
-    except KeyboardInterrupt:
-        if rank == 0:
-            say(f"\ninterrupted; saved {save(step=done)}: go on with --resume auto")
-        return
+    if why:
+        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
+        common.leave(why, saved, say)
 
     # 4.6 after
     if before:
@@ -382,12 +404,12 @@ def main(argv=None):
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
             card(out / f"step-{done:07d}", results=report)
-            print(report)
+            say(report)
             if args.data is None and not args.dry_run:
-                print("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
+                say("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
+    wrapped = None
     common.stop_distributed()
 
 

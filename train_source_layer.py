@@ -35,7 +35,6 @@ Where the paper is silent, and what we do:
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
 """
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -44,7 +43,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data
@@ -102,14 +100,7 @@ def parse_flags(argv=None):
     parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
     parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
     parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens an answer may have, trace included (7B with CoTA: 2048)")
-    # the run: the same flags in both training scripts
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/source_layer", help="folder for config, log, checkpoints, samples, results and figure")
-    parser.add_argument("--max-steps", type=int, help="stop here, whatever --epochs says")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; one is written at the end too")
-    parser.add_argument("--resume", help="auto (newest checkpoint in --out, if there is one) or a checkpoint's folder")
-    parser.add_argument("--no-eval", action="store_true", help="train only")
-    parser.add_argument("--dry-run", action="store_true", help="two steps and one small evaluation of everything, then stop")
+    common.add_run_flags(parser, out="runs/source_layer", best=["aqa", "ser"])
     args = parser.parse_args(argv)
     kind, _, every = args.text_kd.partition(":")
     if kind not in ("none", "top", "skip", "layer") or (kind == "skip") != every.isdigit() or every == "0":
@@ -118,10 +109,11 @@ def parse_flags(argv=None):
         parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
     if not 0 <= args.corrupt_descriptions <= (kind != "none") or min(args.lower_lr, args.tower_lr) < 0:
         parser.error("--corrupt-descriptions is a share between 0 and 1 (0 with --text-kd none); --lower-lr and --tower-lr are 0 or more")
-    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.save_every, args.lora + 1) < 1:
-        parser.error("batch sizes, --epochs, --max-new-tokens and --save-every are at least 1, --lora at least 0")
+    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.lora + 1) < 1:
+        parser.error("batch sizes, --epochs and --max-new-tokens are at least 1, --lora at least 0")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
+    common.check_run_flags(args, parser)
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
     return args
 
@@ -181,7 +173,7 @@ class SourceLayerStep(nn.Module):
         heard, inside = self.hear(batch)                                                           # [tokens, hidden], tapped
         read, taught = (None, None) if self.frozen[0] is None else self.read(batch)                # [tokens, teacher hidden], tapped
         loss, top, sft = self.jsd_ce(
-            heard, models.head_weight(self.student), read, None if read is None else models.head_weight(self.frozen[0]), batch.labels,
+            heard, models.head_weight(self.student), read, None if read is None else common.full(models.head_weight(self.frozen[0])), batch.labels,
             ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
         parts |= ({"top": top} if read is not None else {}) | ({"sft": sft} if args.sft else {})
         if self.pairs:
@@ -232,9 +224,9 @@ def learning_rate_factor(step, steps):
 def main(argv=None):
     args = parse_flags(argv)
     started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
-    say = print if rank == 0 else (lambda *a, **k: None)
+    say = common.speaker(rank)
     torch.manual_seed(args.seed)
-    # 4.1 data: the whole manifest and every clip's header are checked before anything trains
+    # 4.1 data: the whole manifest and every clip are checked before anything trains
     part = args.micro_batch * world
     if args.batch_size % part:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {part} "
@@ -246,13 +238,12 @@ def main(argv=None):
         with common.rank_zero_first(rank, world):
             train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
         eval_files = eval_files or made
-    examples = data.read_manifest(train_file, require=("reasoning", "description")[:1 if args.text_kd == "none" else 2])
+    needs = ("reasoning", "description")[:1 if args.text_kd == "none" else 2]
+    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, needs, say)
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
-    scored = data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None)
 
     # 4.2 models
-    seconds = data.check_audio(examples + scored, args.max_seconds)
     half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
     student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
     used = models.check(student.to(device), processor)
@@ -272,21 +263,22 @@ def main(argv=None):
     models.choose_trained(student, args.train, used, frozen=models.lower_half(student) if args.lower_lr == 0 else (), lora=args.lora)
     depths = [len(models.decoder(model).layers) for model in (student, teacher or student)]
     pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
-    step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
+    step_module = wrapped = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
 
     def micro_batches(chunk):                           # without a text teacher nobody reads the text view
         return [data.collate(chunk[i:i + args.micro_batch], processor, tokenizer or processor.tokenizer,
                              words="description" if teacher else None, student_to_teacher=student_to_teacher,
-                             max_seconds=args.max_seconds).to(device) for i in range(0, len(chunk), args.micro_batch)]
+                             max_seconds=args.max_seconds) for i in range(0, len(chunk), args.micro_batch)]
 
     # 4.3 before: what the student can do as it comes
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
-    learns = [p for p in step_module.parameters() if p.requires_grad]
-    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (half == torch.bfloat16)}; "
-        f"student {student.num_parameters():,} parameters, {sum(p.numel() for p in learns):,} learn; teacher {teacher.num_parameters() if teacher else 0:,}")
+    stop = min(steps, 2) if args.dry_run else steps
+    learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
+    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (half == torch.bfloat16)}{', sharded' * args.shard}; "
+        f"student {student.num_parameters():,} parameters, {learns:,} learn; teacher {teacher.num_parameters() if teacher else 0:,}")
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {accumulation} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
@@ -294,86 +286,106 @@ def main(argv=None):
     common.start_folder(out, checkpoint, rank, world)
 
     def score(when):
-        results = evaluate.evaluate_model(student, processor, scored, batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens,
-                                          seed=args.seed)
+        how = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
+        with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
+            results = common.whole(wrapped, lambda: evaluate.evaluate_model(student, processor, scored, **how))
         return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
 
     before = None
     if scored and not args.no_eval:
         before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
-    # 4.4 optimizer, checkpoint, calibration
-    special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
-               (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
-    special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
-    groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
-    optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
+    # 4.4 checkpoint or calibration; DDP or FSDP; optimizer
+    if args.shard and snapshot is not None and snapshot is not student:
+        common.shard(snapshot, models.blocks(snapshot))
+    if args.shard and teacher is not None:
+        common.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
-    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
-    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, optimizer=optimizer, card=card)
     if checkpoint:
-        done = common.load_checkpoint(checkpoint, student, optimizer)
+        done = common.load_model(checkpoint, student)
         for name, module in beside.items():
             layer_map.load(module, checkpoint / name)
         say(f"going on from step {done}, {checkpoint}")
     else:
         few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
         with autocast():
-            step_module.calibrate(micro_batches(few))
-    stop = min(steps, done + 2) if args.dry_run else steps
-    wrapped = DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
+            step_module.calibrate([batch.to(device) for batch in micro_batches(few)])
+    if args.checkpoint_activations:
+        common.checkpoint_activations(student)
+    wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=half)
+    learns = [p for p in step_module.parameters() if p.requires_grad]
+    special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
+               (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
+    special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
+    groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
+    optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
+    if checkpoint:
+        common.load_optimizer(checkpoint, step_module, optimizer)
+    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
+    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
+                             card=card, rank=rank, keep=args.keep, best=args.keep_best)
     if rank == 0:
-        common.write_json(out / "config.json", {**vars(args), **common.run_facts(), "ranks": world, "steps": steps})
-        common.open_log(out / "log.jsonl", done)
+        common.start_logs(out, args, done, ranks=world, steps=steps)
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
-    usual_top = None
+    first, begun, usual_top, spoiled, why = done, time.time(), None, 0, None
+    prepared = common.feed(micro_batches, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
+    where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    try:
-        for step in range(done, stop):
-            clock, mine = time.time(), slice(rank * args.micro_batch * accumulation, (rank + 1) * args.micro_batch * accumulation)
-            batches = micro_batches(common.examples_of_step(examples, step, args.batch_size, args.seed)[mine])
+    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar:
+        for step, (batches, faults, waited) in zip(range(done, stop), prepared):
+            clock, batches = time.time() - waited, [batch.to(device) for batch in batches]
             tokens = data.denominators(batches)
+            common.seed_step(args.seed, step, rank)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
-            sums = {}
+            sums, spoilt = {"faults": len(faults)}, []
             for i, batch in enumerate(batches):
-                last = i + 1 == len(batches)
-                with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                where |= {"part": "the forward pass", "length": max(view.inputs["input_ids"].shape[1] for view in (batch.audio, batch.text))}
+                with common.accumulating(wrapped, last=i + 1 == len(batches)):
                     with autocast():
                         parts = wrapped(batch, tokens)
-                    (parts["loss"] * world).backward()             # DDP averages over ranks; ours are parts of a sum
+                    where["part"] = "the backward pass"
+                    (parts["loss"] * world).backward()             # DDP and FSDP average over ranks; ours are parts of a sum
+                spoilt += [] if parts["loss"].isfinite() else batch.ids
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
-            norm = torch.nn.utils.clip_grad_norm_(learns, args.clip).item()
-            optimizer.step()
+            where["part"] = "the optimizer"
+            norm, sums = common.clip(learns, args.clip), common.sum_over_ranks({**sums, "asked": len(signals)}, device)
+            if sound := math.isfinite(sums["loss"] + norm):        # the same on every rank
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            done = step + 1
+            done, spoiled, taken = step + 1, 0 if sound else spoiled + 1, time.time() - clock
 
-            sums, taken = common.sum_over_ranks(sums, device), time.time() - clock
-            if not math.isfinite(sums["loss"]):
-                raise SystemExit(f"step {done}: the loss is not finite ({sums}); lower --lr, and go on from the last checkpoint in {out}")
-            if args.divergence == "kl" and "top" in sums:
+            if sums.pop("faults"):
+                common.note_unusable(faults, unusable, out, done, rank)
+            why = common.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
+            if sound and args.divergence == "kl" and "top" in sums:
                 if usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top:
                     say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}: use --divergence jsd")
                 usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
-            line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "seconds": taken,
-                    "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, "memory_gb": common.peak_memory_gb(device)}
-            if rank == 0:
-                common.append_jsonl(out / "log.jsonl", line)
-            if done % 10 == 0 or done <= 2 or done == stop:
-                say(f"step {done}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in sums.items())
-                    + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s")
-            if rank == 0 and (done % args.save_every == 0 or done == stop):
-                save(step=done)
-            if args.eval_every and done % args.eval_every == 0 and done < stop and before:
-                for sentence in evaluate.name_failures(before, score(f"eval-{done:07d}")):
+            line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+                    "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, **common.costs(taken, waited, device)}
+            text = ("  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s")
+            if not sound:
+                line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
+            common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
+            evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
+            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+                where["part"] = "writing a checkpoint"
+                saved = save(step=done)
+            if why:
+                break
+            if evaluates:
+                now = score(f"eval-{done:07d}")
+                if args.keep_best and rank == 0:
+                    common.note_scores(saved, {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None})
+                for sentence in evaluate.name_failures(before, now):
                     say(f"step {done}: {sentence}")
-    except KeyboardInterrupt:
-        if rank == 0:
-            say(f"\ninterrupted; saved {save(step=done)}: go on with --resume auto")
-        return
+    if why:
+        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
+        common.leave(why, saved, say)
 
     # 4.6 after
     if before:
@@ -382,14 +394,14 @@ def main(argv=None):
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
             card(out / f"step-{done:07d}", results=report)
-            print(report)
+            say(report)
             if not args.dry_run:                        # eight questions a task show nothing
-                print(*evaluate.name_failures(before, after), sep="\n")
+                say("\n".join(evaluate.name_failures(before, after)))
                 if args.data is None:
-                    print("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
+                    say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
+    wrapped = None
     common.stop_distributed()
 
 

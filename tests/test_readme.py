@@ -80,7 +80,7 @@ def test_quoted_numbers_of_cord_are_the_measured_ones():
         assert f"    {line}".rstrip() in README, line
 
 
-ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": {"models"}, "models": {"data", "shapes"}, "shapes": set(), "import_datasets": {"data"}, "verbalise": set(), "speak": {"data", "common", "verbalise"}, "mini_world": {"data", "models", "shapes", "common", "speak"},
+ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": {"data", "models"}, "models": {"data", "shapes"}, "shapes": set(), "import_datasets": {"data"}, "verbalise": set(), "speak": {"data", "common", "verbalise"}, "mini_world": {"data", "models", "shapes", "common", "speak"},
            "rollout": {"data", "models"}, "judge": {"data", "models"}, "inside": {"data", "models", "losses", "layer_map", "rollout"},
            "evaluate": {"data", "models", "common", "layer_map", "inside", "judge", "rollout"},
            "textualize": {"data", "models", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer", "train_cord"},

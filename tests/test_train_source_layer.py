@@ -206,7 +206,7 @@ def one_process(world, tmp_path_factory):
 def test_losses_fall_and_the_log_has_every_term(one_process):
     log = log_of(one_process)
     assert [line["step"] for line in log] == [1, 2, 3, 4]
-    assert {"loss", "top", "layer", "acoustic", "sft", "grad_norm", "lr", "seconds", "tokens_per_second", "memory_gb"} <= log[0].keys()
+    assert {"loss", "top", "layer", "acoustic", "sft", "grad_norm", "lr", "seconds", "seconds_waiting", "tokens_per_second", "memory_gb", "host_gb"} <= log[0].keys()
     assert log[0]["acoustic"] == pytest.approx(0, abs=1e-6) and log[-1]["acoustic"] > 0        # the snapshot is the student before step 1
     config = json.loads((one_process / "config.json").read_text())
     assert config["alpha_layer"] == parse_flags([]).alpha_layer and config["steps"] == 4 and config["torch"] == torch.__version__
@@ -273,7 +273,7 @@ def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
         main(small_run(world, tmp_path / form, *flags, "--max-steps", "10", "--loss", form))
         logs.append(log_of(tmp_path / form))
     for fused, reference in zip(*logs):
-        for name in reference.keys() - {"seconds", "tokens_per_second", "memory_gb"}:
+        for name in reference.keys() - {"seconds", "seconds_waiting", "tokens_per_second", "memory_gb", "host_gb"}:
             assert fused[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-8), (reference["step"], name)
     assert len(logs[0]) == 10 and logs[0][-1]["loss"] != logs[0][0]["loss"]
 
