@@ -532,7 +532,7 @@ class Prepared(torch.utils.data.Dataset):
 
 def feed(make, examples, *, done, stop, batch_size, seed, rank, world, workers):
     """For each step from `done` on: yields (make(this rank's share of its examples), {id: why} of those that were unusable, seconds that were waited for it). `workers` processes
-    are ahead of the training by two steps each. They get their examples from here and never touch the list of all: counting references to its parts would copy it, page by page.
+    are ahead of the training by two steps each; close() ends them. They get their examples from here and never touch the list of all: counting references to its parts would copy it, page by page.
 
     Raises SystemExit where a worker dies (killed for its memory, most likely), data.DataError where no example of a step can be used."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # threads do not survive a fork

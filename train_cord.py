@@ -316,7 +316,7 @@ def main(argv=None):
     prepared = common.feed(encode, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
     where = {"do": "lower --batch-size or --micro-batch, shorten --max-new-tokens, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar:
+    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar, contextlib.closing(prepared):
         for step, (prompts, faults, waited) in zip(range(done, stop), prepared):
             clock, mine = [time.time()], prompts.examples
             common.seed_step(args.seed, step, rank)

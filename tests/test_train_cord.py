@@ -410,7 +410,7 @@ def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
     for form in ("fused", "reference"):
         main(small_run(world, tmp_path / form, *flags, "--max-steps", "10", "--micro-batch", "3", "--lr", "3e-4", "--loss", form))
         logs.append(log_of(tmp_path / form))
-    timing = ("seconds", "rollout_tokens_per_second", "memory_gb")
+    timing = ("seconds", "rollout_tokens_per_second", "memory_gb", "host_gb")
     for fused, reference in zip(*logs):
         assert fused.keys() == reference.keys() and fused.get("length") == reference.get("length")
         for name, value in reference.items():
