@@ -228,11 +228,9 @@ def main(argv=None):
     say = common.speaker(rank)
     torch.manual_seed(args.seed)
     # 4.1 data: the whole manifest and every clip are checked before anything trains
-    part = args.micro_batch * world
-    if args.batch_size % part:
-        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {part} "
+    if args.batch_size % (args.micro_batch * world):
+        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {args.micro_batch * world} "
                          "(--micro-batch x ranks); change one")
-    accumulation = args.batch_size // part
     train_file, eval_files = args.data, args.eval_data
     if train_file is None:
         sizes = {"train": 16, "test": 8} if args.dry_run else {"train": None, "test": 300}
@@ -254,9 +252,12 @@ def main(argv=None):
     elif args.acoustic_kd:
         snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
+        snapshot = common.shard(snapshot, models.blocks(snapshot)) if args.shard else snapshot
     if args.text_kd != "none":
         teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
         models.check_teacher(teacher.to(device).requires_grad_(False))
+        if args.shard:
+            common.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
         student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))
@@ -281,7 +282,7 @@ def main(argv=None):
     say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (half == torch.bfloat16)}{', sharded' * args.shard}; "
         f"student {student.num_parameters():,} parameters, {learns:,} learn; teacher {teacher.num_parameters() if teacher else 0:,}")
     say(data.about_clips(seconds, processor))
-    say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {accumulation} x {world} "
+    say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {args.batch_size // args.micro_batch // world} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
     say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
     common.start_folder(out, checkpoint, rank, world)
@@ -297,10 +298,6 @@ def main(argv=None):
         before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
     # 4.4 checkpoint or calibration; DDP or FSDP; optimizer
-    if args.shard and snapshot is not None and snapshot is not student:
-        common.shard(snapshot, models.blocks(snapshot))
-    if args.shard and teacher is not None:
-        common.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     if checkpoint:
@@ -314,6 +311,8 @@ def main(argv=None):
             step_module.calibrate([batch.to(device) for batch in micro_batches(few)])
     if args.checkpoint_activations:
         common.checkpoint_activations(student)
+    if args.shard and args.weights == "bfloat16" and not args.lora and pairs:       # FSDP gathers what learns in one type; split_adamw.py keeps the bits that this cuts
+        step_module.projections.weights.bfloat16()
     wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=half)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
