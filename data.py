@@ -73,7 +73,7 @@ class Example:
     kind: str | None = None             # MMAU's "sub-category": the audio-text gap is reported by it
 
 
-def read_manifest(path, *, require=(), split=None, limit=None, root=None, faults=None) -> list[Example]:
+def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> list[Example]:
     """Reads a JSONL manifest; the whole file is validated before anything is returned. Unknown keys are ignored.
 
     require: optional fields that every returned example must have, e.g. ("reasoning", "description"). split, limit: which and how many.
@@ -235,14 +235,6 @@ def longest(processor) -> float:
 def check_audio(examples, max_seconds=None) -> list[float]:
     """The durations in seconds, from the headers; raises DataError at the first clip that training could not use."""
     return [audio_seconds(example.audio, where=example.where, max_seconds=max_seconds) for example in examples]
-
-
-def check_clips(examples, max_seconds=None, faults=None):
-    return examples, check_audio(examples, max_seconds)
-
-
-def allow(faults, most):
-    pass
 
 
 def about_clips(seconds, processor) -> str:
