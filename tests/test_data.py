@@ -409,7 +409,7 @@ BAD_AUDIO = {
     "missing.wav": (lambda path: None, "does not exist"),
     "folder.wav": (lambda path: path.mkdir(), "does not exist"),
     "empty.wav": (lambda path: path.touch(), r"is empty \(0 bytes\)"),
-    "zero_length.wav": (lambda path: soundfile.write(path, torch.zeros(0).numpy(), 16_000), "lasts 0.000 s, too short"),
+    "zero_length.wav": (lambda path: soundfile.write(path, torch.zeros(0).numpy(), 16_000), "holds no samples"),
     "short.wav": (lambda path: soundfile.write(path, torch.zeros(320).numpy(), 16_000), "lasts 0.020 s, too short"),
     "text.wav": (lambda path: path.write_text("not audio " * 100), "cannot be decoded"),
     "headerless.raw": (lambda path: path.write_bytes(bytes(4_000)), "cannot be decoded"),
