@@ -232,8 +232,10 @@ def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
 def _inside(name: str, folders: list[Path], where: str) -> Path:
     # resolve() follows links first, so that neither "..", nor an absolute path, nor a link can read a file from elsewhere
     try:
+        if len(name) > 1_000:
+            raise OSError("no file has so long a name")
         path = (folders[0] / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:            # a circle of links, a name that is too long
+    except (OSError, RuntimeError, ValueError) as error:            # RuntimeError: a circle of links
         raise DataError(f"{where}: the audio path {_short(name)} cannot be used ({_short(str(error))}); correct it") from None
     if not any(path.is_relative_to(folder) for folder in folders):
         raise DataError(f"{where}: the audio path {_short(name)} leaves the folder {folders[-1]}; move it there, or name its folder as root")
@@ -266,11 +268,11 @@ def _open(path, where, max_seconds):
         raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")
     frames, rate = file.frames, file.samplerate
     if absent > 0:
-        raise DataError(f"{clip} breaks off: {absent:,} bytes of sound that its header promises are not there; make or fetch it again")
+        raise DataError(f"{clip} is cut off ({absent:,} bytes that its header promises are not there); make or fetch it again")
     if not 1_000 <= rate <= 1_000_000 or frames > 2**40:                # a streamed FLAC does not know its length
         raise DataError(f"{clip} claims {frames} samples at {rate} Hz; convert it to a new file")
     if frames == 0:                                                     # of a WAV whose writer was killed, libsndfile reads nothing
-        raise DataError(f"{clip} holds no samples, or its header does not know how many; make it again, or have ffmpeg copy it to a new file")
+        raise DataError(f"{clip} is empty (it holds no samples, or its header does not know how many); make it again, or have ffmpeg copy it to a new file")
     if math.ceil(frames * _ratio(rate)) < MIN_SAMPLES:
         raise DataError(f"{clip} lasts {frames / rate:.3f} s, too short for a single audio token; use at least 0.021 s")
     if max_seconds is not None and frames / rate > max_seconds:
@@ -310,7 +312,7 @@ def missing_bytes(path) -> int:
 
 
 def _knows_length(path):
-    # an MP3 without such a tag in its first frame does not say how long it is: libsndfile guesses, by its first frames' bit rate
+    # an MP3 without such a tag in its first frame does not say how long it is: libsndfile guesses by the bit rate there, and reads no further
     with open(path, "rb") as file:
         head = file.read(10)
         size = sum(byte << 7 * (3 - i) for i, byte in enumerate(head[6:])) if head[:3] == b"ID3" else -10       # its ID3 tag's, 7 bits a byte
@@ -356,15 +358,15 @@ def decode(path, *, where=None, max_seconds=None, keep=0) -> tuple[np.ndarray, C
             there += len(block)
     slack = 2 * 1152 if form[0] == "MP3" else 0                          # some encoders count their own tag as a frame of 1,152
     whole = there >= frames - slack or 0 < keep * rate <= there
-    guessed = form[0] == "MP3" and not whole and not _knows_length(path)
+    guessed = form[0] == "MP3" and not _knows_length(path)
     if not there or not whole and not guessed:
-        raise DataError(f"{clip} breaks off after {there / rate:.2f} s of the {frames / rate:.2f} s that its header promises; make or fetch it again")
+        raise DataError(f"{clip} is cut off ({there / rate:.2f} s of the {frames / rate:.2f} s that its header promises are there); make or fetch it again")
     if max(high) - min(low) < 2 * SILENT:
         reason = "its channels cancel each other when they are mixed" if loud >= 2 * SILENT else f"its {there / rate:.2f} s are all zeros or next to it"
         raise DataError(f"{clip} is silent ({reason}); make it again, or leave the line out")
     odd = [f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full scale); record it at a lower level"] * (clipped > 0.01 * there)
     odd += [f"{clip} has samples of 8 bits ({form[1]}), whose noise is heard; use its original if there is one"] * (form[1] in ("PCM_U8", "PCM_S8"))
-    odd += [f"{clip} is an MP3 that does not say how long it is, so that {frames / rate:.2f} s were guessed; convert it to FLAC"] * guessed
+    odd += [f"{clip} is an MP3 that does not say how long it is ({frames / rate:.2f} s is a guess, and what lies beyond is not read); convert it to FLAC"] * guessed
     wave = np.concatenate(kept)
     return wave[:math.ceil(keep * rate)] if keep < math.inf else wave, Clip(there / rate, rate, channels, odd)
 
@@ -817,6 +819,7 @@ def main():
     found = decode_all(examples, args.max_seconds)
     faults += [f"{example.where}: {clip}" for example, clip in zip(examples, found) if isinstance(clip, str)]
     good = [(example, clip) for example, clip in zip(examples, found) if not isinstance(clip, str)]
+    faults.sort(key=lambda fault: int(fault.removeprefix(f"{Path(args.file)}:").partition(":")[0]))        # as the lines come
     odd = [f"{example.where}: {sentence}" for example, clip in good for sentence in clip.odd]
     print(*(f"fault: {fault}" for fault in faults), *(f"odd: {sentence}" for sentence in odd), sep="\n", end="\n" * bool(faults or odd))
     if error and not faults:
