@@ -366,7 +366,7 @@ def decode(path, *, where=None, max_seconds=None, keep=0) -> tuple[np.ndarray, C
         raise DataError(f"{clip} is silent ({reason}); make it again, or leave the line out")
     odd = [f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full scale); record it at a lower level"] * (clipped > 0.01 * there)
     odd += [f"{clip} has samples of 8 bits ({form[1]}), whose noise is heard; use its original if there is one"] * (form[1] in ("PCM_U8", "PCM_S8"))
-    odd += [f"{clip} is an MP3 that does not say how long it is ({frames / rate:.2f} s is a guess, and what lies beyond is not read); convert it to FLAC"] * guessed
+    odd += [f"{clip} is an MP3 that does not say how long it is ({frames / rate:.2f} s is a guess, what lies beyond is not read); convert it to FLAC"] * guessed
     wave = np.concatenate(kept)
     return wave[:math.ceil(keep * rate)] if keep < math.inf else wave, Clip(there / rate, rate, channels, odd)
 
