@@ -279,9 +279,8 @@ def main(argv=None):
     answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
 
     def score(when, elsewhere=True):
-        with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
-            results = common.whole(wrapped, lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering))
-        return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
+        return common.evaluation(lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering), when, data.fingerprint(scored),
+                                 module=wrapped, out=out, args=args, rank=rank)
 
     before = None
     if scored and not args.no_eval:
@@ -309,14 +308,14 @@ def main(argv=None):
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
     if rank == 0:
-        common.start_logs(out, args, done, ranks=world, steps=steps, names=("log", "samples"))
+        common.start_logs(out, args, done, unusable, ranks=world, steps=steps, names=("log", "samples"))
 
     # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
-    first, begun, quiet, spoiled, why = done, time.time(), 0, 0, None                            # quiet: steps since a group last had any signal
-    prepared = common.feed(encode, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
+    first, begun, quiet, spoiled = done, time.time(), 0, 0                            # quiet: steps since a group last had any signal
+    prepared = common.feed(encode, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"do": "lower --batch-size or --micro-batch, shorten --max-new-tokens, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar, contextlib.closing(prepared):
+    with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (prompts, faults, waited) in zip(range(done, stop), prepared):
             clock, mine = [time.time()], prompts.examples
             common.seed_step(args.seed, step, rank)
@@ -382,19 +381,15 @@ def main(argv=None):
                     common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
                     say("  {transcript} | {rollout} | {verdict}".format(**record))
             evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+            if done % args.save_every == 0 or done == stop or why or evaluates:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
-                break
+                common.leave(why, saved, say)
             if evaluates:
                 now = score(f"eval-{done:07d}", elsewhere=False)
-                if args.keep_best and rank == 0:
-                    common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")})
+                common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args, rank)
                 say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
-    if why:
-        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
-        common.leave(why, saved, say)
 
     # 4.6 after
     if before:
@@ -409,7 +404,7 @@ def main(argv=None):
                 say("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None
+    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 
 

@@ -35,7 +35,6 @@ Where the paper is silent, and what we do:
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
 """
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -237,8 +236,7 @@ def main(argv=None):
         with common.rank_zero_first(rank, world):
             train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
         eval_files = eval_files or made
-    needs = ("reasoning", "description")[:1 if args.text_kd == "none" else 2]
-    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, needs, say)
+    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, ("reasoning", "description")[:1 + (args.text_kd != "none")], say)
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
@@ -289,9 +287,7 @@ def main(argv=None):
 
     def score(when):
         how = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
-        with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
-            results = common.whole(wrapped, lambda: evaluate.evaluate_model(student, processor, scored, **how))
-        return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
+        return common.evaluation(lambda: evaluate.evaluate_model(student, processor, scored, **how), when, data.fingerprint(scored), module=wrapped, out=out, args=args, rank=rank)
 
     before = None
     if scored and not args.no_eval:
@@ -311,8 +307,6 @@ def main(argv=None):
             step_module.calibrate([batch.to(device) for batch in micro_batches(few)])
     if args.checkpoint_activations:
         common.checkpoint_activations(student)
-    if args.shard and args.weights == "bfloat16" and not args.lora and pairs:       # FSDP gathers what learns in one type; split_adamw.py keeps the bits that this cuts
-        step_module.projections.weights.bfloat16()
     wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=half)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
@@ -326,14 +320,14 @@ def main(argv=None):
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
     if rank == 0:
-        common.start_logs(out, args, done, ranks=world, steps=steps)
+        common.start_logs(out, args, done, unusable, ranks=world, steps=steps)
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
-    first, begun, usual_top, spoiled, why = done, time.time(), None, 0, None
-    prepared = common.feed(micro_batches, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
+    first, begun, usual_top, spoiled = done, time.time(), None, 0
+    prepared = common.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar, contextlib.closing(prepared):
+    with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (batches, faults, waited) in zip(range(done, stop), prepared):
             clock, batches = time.time() - waited, [batch.to(device) for batch in batches]
             tokens = data.denominators(batches)
@@ -372,20 +366,16 @@ def main(argv=None):
                 line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
             common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
             evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+            if done % args.save_every == 0 or done == stop or why or evaluates:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
-                break
+                common.leave(why, saved, say)
             if evaluates:
                 now = score(f"eval-{done:07d}")
-                if args.keep_best and rank == 0:
-                    common.note_scores(saved, {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None})
+                common.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
                 for sentence in evaluate.name_failures(before, now):
                     say(f"step {done}: {sentence}")
-    if why:
-        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
-        common.leave(why, saved, say)
 
     # 4.6 after
     if before:
@@ -401,7 +391,7 @@ def main(argv=None):
                     say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
             evaluate.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None
+    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 
 
