@@ -22,6 +22,7 @@ Where this departs from the papers and from MMAU's own script:
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
     python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl     # which layers are alike? (inside.py)
+    python evaluate.py --task report --run runs/source_layer                                      # how does a training run go? (report.py)
 """
 
 import argparse
@@ -38,7 +39,7 @@ import data
 import judge
 import models
 from judge import extract_choice, voicebench_letter
-from report import plot_cord, plot_run      # noqa: the training scripts call them here
+from report import plot_cord, plot_report, plot_run, read_run, summary
 from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's mixes, ...) gets a row of its own behind them
@@ -436,10 +437,11 @@ def read_predictions(path, task="mmau"):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap", "layers", "features", "kl"],
+    parser.add_argument("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap", "layers", "features", "kl", "report"],
                         help="mmau: score a file of predictions, MMAU's or MMAR's; mcq: VoiceBench's (OpenBookQA, MMSU); aqa, ser, both: run a "
                              "model, on multiple choice, emotions or both; gap: the same questions heard and read; layers, features, kl: look inside "
-                             "a student and its teacher (inside.py)")
+                             "a student and its teacher (inside.py); report: what a training run's folder says, at any time (report.py)")
+    parser.add_argument("--run", metavar="DIR", help="report: the folder that the training script's --out named; the picture goes there, too")
     parser.add_argument("--out", help="mmau, mcq: the file for results.json; otherwise a folder (default runs/evaluate)")
     parser.add_argument("--compare", metavar="RESULTS", help="another run's results.json: print how far this run is from it, paired")
     parser.add_argument("--baseline", metavar="RESULTS", help="gap: the results.json of the model before training: print the gap's reduction")
@@ -463,14 +465,14 @@ def main(argv=None):
                         help="tokens an answer may have, trace included; default: 2048, room for a trace like CoTA's; kl: 200 (paper B)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered at once")
     args = parser.parse_args(argv)
-    for flag in ["predictions"] if args.task in ("mmau", "mcq") else ["model", "data"]:
+    for flag in {"mmau": ["predictions"], "mcq": ["predictions"], "report": ["run"]}.get(args.task, ["model", "data"]):
         if not getattr(args, flag):
             parser.error(f"--task {args.task} needs --{flag}")
     if args.greedy or args.temperature is None:
         args.temperature = 0.0 if args.greedy or args.task == "gap" else 0.6
     args.max_new_tokens = args.max_new_tokens or (200 if args.task == "kl" else 2048)
     try:
-        {"layers": look_inside, "features": look_inside, "gap": run_gap, "kl": run_kl}.get(args.task, run)(args)
+        {"layers": look_inside, "features": look_inside, "gap": run_gap, "kl": run_kl, "report": run_report}.get(args.task, run)(args)
     except data.DataError as error:
         raise SystemExit(f"evaluate.py: {error}") from None
 
@@ -600,6 +602,17 @@ def run_kl(args):
     inside.plot_kl(reports, out / "kl.png")
     print(*inside.kl_lines(reports), sep="\n")
     print(f"{out}: kl.json, kl.png")
+
+
+def run_report(args):
+    """--task report: report.py's summary and picture and, of a run that is finished, what it says at its end."""
+    found = read_run(args.run)
+    plot_report(found)
+    print(*summary(found), sep="\n")
+    if found["results"]:
+        before, after = found["results"]["before"], found["results"]["after"]
+        print(report_gap(after, before) if "text_accuracy" in before else report_change(before, after))
+    print(found["folder"] / "report.png")
 
 
 def run(args):
