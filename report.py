@@ -164,7 +164,7 @@ def summary(run):
     say("done", progress(run) + state)
     if seconds:
         recent = float(np.mean(seconds[-RECENT:]))
-        left = f", {duration(recent * (steps - done))} left at {recent:.3g} s a step" if steps and not run["finished"] else f", {recent:.3g} s a step"
+        left = f", {duration(recent * (steps - done))} of them left at {recent:.3g} s a step" if steps and not run["finished"] else f", {recent:.3g} s a step"
         minutes = (run["results"] or {}).get("minutes")
         say("time", f"{duration(sum(seconds))} of steps" + (f", {duration(60 * minutes)} in all, the last start" if minutes else "") + left)
     for name in (*LOSSES, "kl", "entropy", "reward", "length", "grad_norm"):
@@ -183,13 +183,13 @@ def summary(run):
         say("memory", "; ".join(parts))
     if left_out := [line for line in log if "skipped" in line]:
         ids = list(dict.fromkeys(i for line in left_out for i in line.get("ids") or ()))
-        say("left out", f"{len(left_out)} steps: {some([line['step'] for line in left_out])}; the first: {left_out[0]['skipped']}")
+        say("left out", f"{len(left_out)} of the steps: {some([line['step'] for line in left_out])}; the first: {left_out[0]['skipped']}")
         if ids:
             say("", f"their examples: {some(ids)}")
     if run["unusable"]:
         first = run["unusable"][0]
         ids = list(dict.fromkeys(line.get("id") for line in run["unusable"]))
-        say("unusable", f"{len(ids)} examples: {some(ids)}; the first: {first.get('fault')}")
+        say("unusable", f"{len(ids)} of the training examples: {some(ids)}; the first: {first.get('fault')}")
     if run["checkpoints"]:
         rated = {}
         for step, found in run["checkpoints"]:
@@ -385,13 +385,13 @@ def plot_cord(folder):
     folder = Path(folder)
     log = read_lines(folder / "log.jsonl")
     points = [(0, "before")] + [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")] + [(log[-1]["step"], "after")]
-    scores = [(step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)]
+    evaluations = [(step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for view, colour in (("text", ORANGE), ("audio", BLUE)):
-        values = [found[f"{view}_accuracy"] for _, found in scores]
-        low, high = zip(*(found["intervals"][view] for _, found in scores))
-        left.plot([step for step, _ in scores], values, "-o", color=colour, label=f"{view} view")
-        left.fill_between([step for step, _ in scores], low, high, color=colour, alpha=0.15, linewidth=0)
+        values = [found[f"{view}_accuracy"] for _, found in evaluations]
+        low, high = zip(*(found["intervals"][view] for _, found in evaluations))
+        left.plot([step for step, _ in evaluations], values, "-o", color=colour, label=f"{view} view")
+        left.fill_between([step for step, _ in evaluations], low, high, color=colour, alpha=0.15, linewidth=0)
     left.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title="the same questions, read and heard")
     left.legend(frameon=False, loc="lower right")
     for name, label, axis, colour in (("kl", "KL per token (nats)", right, BLUE), ("reward", "reward, mean of the groups", right.twinx(), RED)):
