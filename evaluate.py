@@ -20,6 +20,7 @@ Where this departs from the papers and from MMAU's own script:
     python evaluate.py --task gap --model DIR --data mmsu.jsonl obqa.jsonl gsm8k.jsonl          # paper B's Table 1, one table a file
     python evaluate.py --task both --model DIR --data test.jsonl --out runs/eval
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
+    torchrun --nproc_per_node 8 evaluate.py --task both --model DIR --data test.jsonl             # each GPU asks its share; aqa, ser and gap, too
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
     python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl     # which layers are alike? (inside.py)
     python evaluate.py --task report --run runs/source_layer                                      # how does a training run go? (report.py)
@@ -29,12 +30,14 @@ import argparse
 import json
 import random
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import common
 import data
 import judge
 import models
@@ -46,6 +49,7 @@ TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's 
 SER_TASK = "emotion"                    # the task name of emotion recognition in a manifest
 EMOTIONS = {"anger": "angry", "sadness": "sad", "happiness": "happy", "excited": "happy", "excitement": "happy"}     # IEMOCAP: excited is happy
 NO_ANSWER = "no answer"
+SHARED = ("aqa", "ser", "both", "gap")                                  # the tasks that several ranks may do together
 TAKEN = {"average", "ua", "intervals", "official", "groups", "counts", "correct"}             # names in the results, which no task may have
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,16 +475,24 @@ def main(argv=None):
     if args.greedy or args.temperature is None:
         args.temperature = 0.0 if args.greedy or args.task == "gap" else 0.6
     args.max_new_tokens = args.max_new_tokens or (200 if args.task == "kl" else 2048)
+    rank, world, device = common.start_distributed()
     try:
-        {"layers": look_inside, "features": look_inside, "gap": run_gap, "kl": run_kl, "report": run_report}.get(args.task, run)(args)
+        if args.task in SHARED:
+            (run_gap if args.task == "gap" else run)(args, rank, device)
+        elif world > 1:
+            raise data.DataError(f"--task {args.task} runs in one process, and torchrun started {world}; start it with python")
+        else:
+            {"mmau": score_file, "mcq": score_file, "kl": run_kl, "report": run_report}.get(args.task, look_inside)(args)
     except data.DataError as error:
+        if rank > 0:                    # rank 0 mostly meets the same error: then it says so and ends, and torchrun ends this process before it can
+            time.sleep(30)
         raise SystemExit(f"evaluate.py: {error}") from None
+    common.stop_distributed()
 
 
 def look_inside(args):
     """--task layers and features: what inside.py has to say, as JSON, a PNG and a few lines. A checkpoint's run tells the rest: its teacher,
     its map, and the student that it started from. Every second example fits W_i, the others are looked at."""
-    import common
     import inside
     import layer_map
 
@@ -534,21 +546,19 @@ def stems(files):
     return names
 
 
-def run_gap(args):
-    """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone."""
-    from common import write_json
+def run_gap(args, rank, device):
+    """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone. Each rank asks its share."""
+    say = print if rank == 0 else (lambda *a, **k: None)
     baseline = read_json(args.baseline, "the results.json of a gap evaluation or of a CORD run") if args.baseline else {}
     baseline = baseline.get("before", baseline) if isinstance(baseline, dict) else {}     # a training run holds "before" and "after"
     if args.baseline and "text_accuracy" not in baseline:
         raise data.DataError(f"{args.baseline}: holds no gap; give a results.json that --task gap or train_cord.py wrote")
-    gpu = torch.cuda.is_available()
     sets = [(name, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for name, file in zip(stems(args.data), args.data)]
     if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
         raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
-    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
-    models.check(model.to("cuda" if gpu else "cpu"), processor)
-    out = Path(args.out or "runs/evaluate")
-    out.mkdir(parents=True, exist_ok=True)
+    data.check_audio([e for _, examples in sets for e in examples])                       # by every rank, so that all stop for the same clip
+    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    models.check(model.to(device), processor)
     found, samples = {}, []
     for name, examples in sets:
         found[name] = evaluate_views(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
@@ -562,20 +572,22 @@ def run_gap(args):
         before = baseline if name == sets[0][0] else baseline.get("splits", {}).get(name)
         if before:
             found[name]["gap_reduction_percent"] = gap_reduction(before, found[name])
-        print(f"-- {name}\n{report_gap(found[name], before)}")
+        say(f"-- {name}\n{report_gap(found[name], before)}")
         for view, theirs in found[name].get("voicebench", {}).items():
             counts = theirs["counts"]
-            print(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
-                  "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
-    first = found.pop(sets[0][0])
+            say(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
+                "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
+    if rank > 0:
+        return
+    first, out = found.pop(sets[0][0]), Path(args.out or "runs/evaluate")
+    out.mkdir(parents=True, exist_ok=True)
     (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
+    common.write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
 
 
 def run_kl(args):
     """--task kl: the spread of D_t over rollouts, as JSON, a PNG and a few lines. A checkpoint's run names the student that it started from, which
     is the teacher before and after training."""
-    import common
     import inside
 
     model = Path(args.model)
@@ -615,43 +627,56 @@ def run_report(args):
     print(found["folder"] / "report.png")
 
 
-def run(args):
-    other = None
-    if args.compare:                                                      # before the work, not after it
-        other = read_json(args.compare, "the results.json of another run")
-        other = other.get("after", other) if isinstance(other, dict) else {}          # a training run holds "before" and "after"
-        if not any(isinstance(other.get(part), dict) and isinstance(other[part].get("correct"), dict) for part in ("aqa", "ser")):
-            raise data.DataError(f"{args.compare}: holds no results; give a results.json that evaluate.py or a training run wrote")
-    if args.task in ("mmau", "mcq"):
-        records, how = read_predictions(args.predictions, args.task), {}
-        if args.task == "mcq":
-            how = {"voicebench": True, "guess": args.seed if args.voicebench_guess else None}
-        results, out = {"aqa": score_mmau(records, **how)}, args.out and Path(args.out)
-    else:
-        wanted = {"aqa": (False,), "ser": (True,), "both": (False, True)}[args.task]          # is it about emotion?
-        sets = []
-        for name, file in zip(stems(args.data), args.data):
-            sets.append((name, [e for e in data.read_manifest(file, split=args.split) if (e.task == SER_TASK) in wanted][:args.limit]))
-            if not sets[-1][1]:
-                raise data.DataError(f"{file}: has no example for --task {args.task}; check --task and --split")
-        out = Path(args.out or "runs/evaluate") / "results.json"
-        gpu = torch.cuda.is_available()
-        model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
-        models.check(model.to("cuda" if gpu else "cpu"), processor)
-        results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
-                                 max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                 seed=args.seed)
+def other_results(path):
+    """--compare: another run's results, read before the work and not after it."""
+    if not path:
+        return None
+    other = read_json(path, "the results.json of another run")
+    other = other.get("after", other) if isinstance(other, dict) else {}                  # a training run holds "before" and "after"
+    if not any(isinstance(other.get(part), dict) and isinstance(other[part].get("correct"), dict) for part in ("aqa", "ser")):
+        raise data.DataError(f"{path}: holds no results; give a results.json that evaluate.py or a training run wrote")
+    return other
+
+
+def tell(results, other, args, out):
+    """Write results.json, if there is a name for it, and print the tables."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    if samples := results.pop("samples", None):
-        (out.parent / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-        mmau = [s for s in samples if s["task"] != SER_TASK]
-        (out.parent / "predictions.json").write_text(json.dumps(mmau, indent=1))          # MMAU's format, for its own script
-    if out:
         out.write_text(json.dumps({**results, "settings": vars(args)}, indent=1))
     print(report(results))
     if other is not None:
         print(f"against {args.compare}, paired, 95 % bootstrap interval:", *compare(results, other), sep="\n")
+
+
+def score_file(args):
+    """--task mmau and mcq: somebody's predictions."""
+    other, records, how = other_results(args.compare), read_predictions(args.predictions, args.task), {}
+    if args.task == "mcq":
+        how = {"voicebench": True, "guess": args.seed if args.voicebench_guess else None}
+    tell({"aqa": score_mmau(records, **how)}, other, args, args.out and Path(args.out))
+
+
+def run(args, rank, device):
+    """--task aqa, ser and both: a model is asked. Each rank asks its share (rollout.generate); rank 0 writes and prints."""
+    other, sets = other_results(args.compare), []
+    wanted = {"aqa": (False,), "ser": (True,), "both": (False, True)}[args.task]          # is it about emotion?
+    for name, file in zip(stems(args.data), args.data):
+        sets.append((name, [e for e in data.read_manifest(file, split=args.split) if (e.task == SER_TASK) in wanted][:args.limit]))
+        if not sets[-1][1]:
+            raise data.DataError(f"{file}: has no example for --task {args.task}; check --task and --split")
+    data.check_audio([e for _, examples in sets for e in examples])                       # by every rank, so that all stop for the same clip
+    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    models.check(model.to(device), processor)
+    results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
+                             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    if rank > 0:
+        return
+    out, samples = Path(args.out or "runs/evaluate"), results.pop("samples")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    mmau = [s for s in samples if s["task"] != SER_TASK]
+    (out / "predictions.json").write_text(json.dumps(mmau, indent=1))                     # MMAU's format, for its own script
+    tell(results, other, args, out / "results.json")
 
 
 if __name__ == "__main__":
