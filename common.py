@@ -177,17 +177,15 @@ def shard(module, blocks=(), compute=None):
     fully_shard(module, mp_policy=policy)
 
     def with_all(work):
-        parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        parts = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]      # module itself is gathered already
         for part in parts:
             part.unshard()
-            if part is not module:
-                part.set_reshard_after_forward(False, recurse=False)
+            part.set_reshard_after_forward(False, recurse=False)
         try:
             return work()
         finally:
             for part in parts:
-                if part is not module:
-                    part.set_reshard_after_forward(True, recurse=False)
+                part.set_reshard_after_forward(True, recurse=False)
                 part.reshard()
 
     module.with_all = with_all
@@ -206,7 +204,11 @@ def shard_reader(decoder, head):
 def whole(module, work):
     """work(), with all weights of a sharded module gathered once: a rollout runs through them once a token, and must not fetch them each time. Every
     rank must come here, even with nothing to do. A module that is not sharded: work()."""
-    return module.with_all(work) if isinstance(module, FSDPModule) else work()
+    if not isinstance(module, FSDPModule):
+        return work()
+    found = module.with_all(work)
+    module.reshard()
+    return found
 
 
 def full(tensor):
@@ -660,7 +662,7 @@ def costs(taken, waited, device):
 def left_out(step, loss, norm, spoilt, ids, say):
     """The line of a step whose loss or gradient was not finite, so that nothing was learnt from it. spoilt: ids whose loss shows it, of this rank; ids: all of this rank's.
     Every rank must come here."""
-    found = gather_lists(spoilt) or gather_lists(ids)
+    found = list(dict.fromkeys(gather_lists(spoilt) or gather_lists(ids)))
     reason = f"its loss is {loss}, its gradient's norm {norm}"
     say(f"step {step} is left out: {reason}; examples: {', '.join(found[:8])}{', ...' * (len(found) > 8)}")
     return {"step": step, "skipped": reason, "ids": found}

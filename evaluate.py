@@ -42,7 +42,7 @@ import data
 import judge
 import models
 from judge import extract_choice, voicebench_letter
-from report import plot_cord, plot_report, plot_run, read_run, summary
+from report import plot_report, read_run, summary
 from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's mixes, ...) gets a row of its own behind them

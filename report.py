@@ -89,7 +89,7 @@ def read_run(folder):
     finished = bool(log) and (config.get("dry_run", False) or steps is not None and done >= steps)
     files = [(0, "before")] + sorted((int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")) + [(done, "after")] * finished
     found = [(step, read_whole(folder / f"{name}.json")) for step, name in files if step <= done]
-    whole = [path for path in sorted(folder.glob("step-*")) if (path / "checkpoint.json").exists() or (path / "state.pt").exists()]
+    whole = [path for path in sorted(folder.glob("step-*")) if (path / "checkpoint.json").exists()]
     rated = [(int(path.name[5:]), (read_whole(path / "checkpoint.json") or {}).get("scores") or {}) for path in whole]
     unusable = {(line.get("step"), line.get("id")): line for line in read_lines(folder / "skipped.jsonl")}         # once, if a resumed run met it again
     return {"folder": folder, "config": config, "log": log, "done": done, "steps": steps, "finished": finished,

@@ -53,6 +53,7 @@ import judge
 import losses
 import mini_world
 import models
+import report
 import rollout
 from split_adamw import SplitAdamW
 
@@ -394,15 +395,15 @@ def main(argv=None):
     # 4.6 after
     if before:
         after = score("after")
-        report, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
+        table, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
-            card(out / f"step-{done:07d}", results=report)
-            say(report)
+            card(out / f"step-{done:07d}", results=table)
+            say(table)
             if args.data is None and not args.dry_run:
                 say("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            evaluate.plot_cord(out)
+            report.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()

@@ -51,6 +51,7 @@ import layer_map
 import losses
 import mini_world
 import models
+import report
 from split_adamw import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
@@ -380,16 +381,16 @@ def main(argv=None):
     # 4.6 after
     if before:
         after = score("after")
-        report, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
+        table, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
-            card(out / f"step-{done:07d}", results=report)
-            say(report)
+            card(out / f"step-{done:07d}", results=table)
+            say(table)
             if not args.dry_run:                        # eight questions a task show nothing
                 say("\n".join(evaluate.name_failures(before, after)))
                 if args.data is None:
                     say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            evaluate.plot_run(out)
+            report.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()

@@ -284,7 +284,7 @@ def test_a_worker_that_dies_is_named(worlds, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return right(some, *a, **k)
     monkeypatch.setattr(data, "collate", collate)
-    with pytest.raises(SystemExit, match="a data worker died .*while (sound|music)-.* were read; .*lower --workers"):
+    with pytest.raises(SystemExit, match="a data worker died .*while train-(sound|music)-.* were read; .*lower --workers"):
         train_source_layer.main(flags("source_layer", worlds["source_layer"], tmp_path, "--max-steps", 2))
 
 
