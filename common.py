@@ -216,15 +216,13 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(step_module, *, world, sharded, blocks, compute, methods=()):
-    """The step module as one process, DDP or FSDP2 runs it. methods: those that are called beside forward and need its weights."""
-    if sharded:
-        shard(step_module, blocks, compute)
-        for name in methods:
-            register_fsdp_forward_method(step_module, name)
-    elif world > 1:
-        return DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return step_module
+def wrap(step_module, student, args, *, world, compute):
+    """The step module as one process, DDP or, with --shard, FSDP2 runs it; with --checkpoint-activations too."""
+    if args.checkpoint_activations:
+        checkpoint_activations(student)
+    if args.shard:
+        return shard(step_module, models.blocks(student), compute)
+    return DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
 
 
 def accumulating(wrapped, last):
@@ -688,13 +686,14 @@ def append_jsonl(path, record):
         file.write(json.dumps(record) + "\n")
 
 
-def start_logs(out, args, done, unusable, *, ranks, steps, names=("log",)):
-    """config.json, the logs as a run that goes on behind `done` steps needs them, and what was left out at the start; for rank 0."""
-    write_json(out / "config.json", {**vars(args), **run_facts(), "ranks": ranks, "steps": steps})
-    for why in unusable if not done else ():
-        append_jsonl(out / "skipped.jsonl", {"step": 0, "fault": why})
-    for name in names:
-        open_log(out / f"{name}.jsonl", done)
+def start_logs(out, args, done, unusable, *, steps, rank, world, names=("log",)):
+    """config.json, the logs as a run that goes on behind `done` steps needs them, and what was left out at the start; by rank 0."""
+    if rank == 0:
+        write_json(out / "config.json", {**vars(args), **run_facts(), "ranks": world, "steps": steps})
+        for name in names:
+            open_log(out / f"{name}.jsonl", done)
+        for why in unusable if not done else ():
+            append_jsonl(out / "skipped.jsonl", {"step": 0, "fault": why})
 
 
 def open_log(path, done):

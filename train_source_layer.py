@@ -306,9 +306,7 @@ def main(argv=None):
         few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
         with autocast():
             step_module.calibrate([batch.to(device) for batch in micro_batches(few)])
-    if args.checkpoint_activations:
-        common.checkpoint_activations(student)
-    wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=half)
+    wrapped = common.wrap(step_module, student, args, world=world, compute=half)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
                (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
@@ -320,8 +318,7 @@ def main(argv=None):
     card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
-    if rank == 0:
-        common.start_logs(out, args, done, unusable, ranks=world, steps=steps)
+    common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world)
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
     first, begun, usual_top, spoiled = done, time.time(), None, 0
@@ -362,7 +359,7 @@ def main(argv=None):
                 usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
             line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                     "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, **common.costs(taken, waited, device)}
-            text = ("  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s")
+            text = "  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s"
             if not sound:
                 line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
             common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
