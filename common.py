@@ -656,8 +656,13 @@ def leave(why, saved, say):
 
 def write_json(path, value):
     """Indented JSON, complete or not at all."""
+    replace_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def replace_text(path, text):
+    """A file's new content, or, whenever we are killed, its old one."""
     partial = Path(f"{path}.part")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -678,7 +683,7 @@ def open_log(path, done):
     """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again. A last line that a
     kill cut off goes too."""
     whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if done and path.exists() else []
-    path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
+    replace_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
 
 
 def keep_evaluation(folder, when, results, asked, rank):
