@@ -275,36 +275,51 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
     try:
         if free < needed:
             raise OSError("the disk is full")
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "optimizer").mkdir(parents=True)
-        wait_for_all()
+        with failing_together():
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "optimizer").mkdir(parents=True)
         weights, states = on_rank_zero(model, rank), {name: on_rank_zero(part, rank) for name, part in beside.items()}
-        if rank == 0:
-            models.save(model, processor, partial, weights)
-            for name, state in states.items():
-                save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
-            (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
-        if moments:
-            with warnings.catch_warnings(action="ignore"):  # that one process is one process
+        with failing_together():
+            if rank == 0:
+                models.save(model, processor, partial, weights)
+                for name, state in states.items():
+                    save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
+                (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
+        with failing_together(), warnings.catch_warnings(action="ignore"):      # that one process is one process
+            if moments:
                 dcp.save(moments, storage_writer=HuggingFaceStorageWriter(str(partial / "optimizer"), save_distributed=True))
-        wait_for_all()
-        if rank == 0:
-            for path in [*partial.rglob("*"), partial]:
-                flush(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            flush(folder)
-    except (OSError, SafetensorError, CheckpointException) as error:
+        with failing_together():
+            if rank == 0:
+                for path in [*partial.rglob("*"), partial]:
+                    flush(path)
+                put_away(final)
+                os.replace(partial, final)
+                flush(folder)
+    except OSError as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.3g} GB, and {shutil.disk_usage(folder).free / 1e9:.3g} GB are free in "
+        raise SystemExit(f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.2f} GB, and {shutil.disk_usage(folder).free / 1e9:.2f} GB are free in "
                          f"{folder}; make room, and go on with --resume auto from the last one that is complete") from None
     if rank == 0:
         card(final)
         drop_old(folder, keep, best)
     return final
+
+
+@contextlib.contextmanager
+def failing_together():
+    """What one rank cannot write inside is an OSError on every rank at its end: none waits for a rank that has given up. Every rank must come here."""
+    fault = None
+    try:
+        yield
+    except CheckpointException as error:                    # the same on every rank, with a traceback for each that failed
+        fault = next(str(cause) for cause, _ in error.failures.values())
+    except (OSError, SafetensorError) as error:
+        fault = str(error)
+    if faults := [found for found in gather_lists([fault]) if found is not None]:
+        raise OSError(faults[0])
 
 
 def on_rank_zero(module, rank):
@@ -332,20 +347,27 @@ def complete(folder):
 
 
 def drop_old(folder, keep, best=None):
-    """Keep the `keep` newest checkpoints, and the one with the highest score named `best`. What goes is renamed first: half of a folder must not look whole."""
+    """Keep the `keep` newest checkpoints, and the one with the highest score named `best`."""
     found = complete(folder)
     scores = {path: json.loads((path / "checkpoint.json").read_text()).get("scores", {}) for path in found} if best else {}
-    scored = [path for path in scores if best in scores[path]]
+    scored = [path for path in scores if scores[path].get(best) is not None]        # nothing may have been asked that gives it
     for old in set(found[:-keep]) - {max(scored, key=lambda path: scores[path][best])} if scored else found[:-keep]:
-        gone = old.with_name(old.name.replace("step", "partial"))
-        os.replace(old, gone)
+        put_away(old)
+
+
+def put_away(checkpoint):
+    """A checkpoint that goes, if it is there, is renamed first: half of a folder must not look whole."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(checkpoint.name.replace("step", "partial-old"))
+        os.replace(checkpoint, gone)
         shutil.rmtree(gone)
 
 
-def note_scores(checkpoint, scores):
-    """What an evaluation said of a checkpoint, into its checkpoint.json."""
+def note_scores(checkpoint, scores, keep, best):
+    """What an evaluation said of a checkpoint, into its checkpoint.json; one that was the best until now may go."""
     path = Path(checkpoint) / "checkpoint.json"
     write_json(path, {**json.loads(path.read_text()), "scores": scores})
+    drop_old(path.parent.parent, keep, best)
 
 
 def same_on_all_ranks(module):

@@ -390,7 +390,7 @@ def main(argv=None):
             if evaluates:
                 now = score(f"eval-{done:07d}", elsewhere=False)
                 if args.keep_best and rank == 0:
-                    common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")})
+                    common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args.keep, args.keep_best)
                 say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
     if why:
         wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit

@@ -381,7 +381,7 @@ def main(argv=None):
             if evaluates:
                 now = score(f"eval-{done:07d}")
                 if args.keep_best and rank == 0:
-                    common.note_scores(saved, {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None})
+                    common.note_scores(saved, {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None}, args.keep, args.keep_best)
                 for sentence in evaluate.name_failures(before, now):
                     say(f"step {done}: {sentence}")
     if why:
