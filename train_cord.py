@@ -264,7 +264,7 @@ def main(argv=None):
         return data.encode_prompts(some, processor, tokenizer, words="transcript", max_seconds=args.max_seconds)
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
-    checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
+    checkpoint, done = common.find_checkpoint(args, out, device), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -282,6 +282,12 @@ def main(argv=None):
         with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
             results = common.whole(wrapped, lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering))
         return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
+
+    def score_in_the_middle(step, folder, now=None):
+        now = now or score(f"eval-{step:07d}", elsewhere=False)
+        if args.keep_best and rank == 0:
+            common.note_scores(folder, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args.keep, args.keep_best)
+        say(f"step {step}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
 
     before = None
     if scored and not args.no_eval:
@@ -310,6 +316,12 @@ def main(argv=None):
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
     if rank == 0:
         common.start_logs(out, args, done, ranks=world, steps=steps, names=("log", "samples"))
+
+    def evaluates(step):
+        return before and args.eval_every and step % args.eval_every == 0 and 0 < step < stop
+
+    if evaluates(done) and checkpoint.resolve().parent == out.resolve():                         # it was killed while it was evaluated
+        score_in_the_middle(done, checkpoint, common.read_known(out / f"eval-{done:07d}.json", data.fingerprint(scored)))
 
     # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
     first, begun, quiet, spoiled, why = done, time.time(), 0, 0, None                            # quiet: steps since a group last had any signal
@@ -381,17 +393,13 @@ def main(argv=None):
                 for record in rollout.samples([r for r in rollouts if r.kl or not apart][:3], prompts, references, verdicts, tokenizer):
                     common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
                     say("  {transcript} | {rollout} | {verdict}".format(**record))
-            evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+            if done % args.save_every == 0 or done == stop or why or evaluates(done) and args.keep_best:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
                 break
-            if evaluates:
-                now = score(f"eval-{done:07d}", elsewhere=False)
-                if args.keep_best and rank == 0:
-                    common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args.keep, args.keep_best)
-                say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
+            if evaluates(done):
+                score_in_the_middle(done, saved)
     if why:
         wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
         common.leave(why, saved, say)

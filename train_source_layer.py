@@ -274,7 +274,7 @@ def main(argv=None):
                              max_seconds=args.max_seconds) for i in range(0, len(chunk), args.micro_batch)]
 
     # 4.3 before: what the student can do as it comes
-    checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
+    checkpoint, done = common.find_checkpoint(args, out, device), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -292,6 +292,14 @@ def main(argv=None):
             results = common.whole(wrapped, lambda: evaluate.evaluate_model(student, processor, scored, **how))
         return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
 
+    def score_in_the_middle(step, folder, now=None):
+        now = now or score(f"eval-{step:07d}")
+        if args.keep_best and rank == 0:
+            scores = {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None}
+            common.note_scores(folder, scores, args.keep, args.keep_best)
+        for sentence in evaluate.name_failures(before, now):
+            say(f"step {step}: {sentence}")
+
     before = None
     if scored and not args.no_eval:
         before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
@@ -304,9 +312,7 @@ def main(argv=None):
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     if checkpoint:
-        done = common.load_model(checkpoint, student)
-        for name, module in beside.items():
-            layer_map.load(module, checkpoint / name)
+        done = common.load_model(checkpoint, student, *(functools.partial(layer_map.load, module, checkpoint / name) for name, module in beside.items()))
         say(f"going on from step {done}, {checkpoint}")
     else:
         few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
@@ -328,6 +334,12 @@ def main(argv=None):
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
     if rank == 0:
         common.start_logs(out, args, done, ranks=world, steps=steps)
+
+    def evaluates(step):
+        return before and args.eval_every and step % args.eval_every == 0 and 0 < step < stop
+
+    if evaluates(done) and checkpoint.resolve().parent == out.resolve():                         # it was killed while it was evaluated
+        score_in_the_middle(done, checkpoint, common.read_known(out / f"eval-{done:07d}.json", data.fingerprint(scored)))
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
     first, begun, usual_top, spoiled, why = done, time.time(), None, 0, None
@@ -372,18 +384,13 @@ def main(argv=None):
             if not sound:
                 line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
             common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
-            evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+            if done % args.save_every == 0 or done == stop or why or evaluates(done) and args.keep_best:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
                 break
-            if evaluates:
-                now = score(f"eval-{done:07d}")
-                if args.keep_best and rank == 0:
-                    common.note_scores(saved, {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None}, args.keep, args.keep_best)
-                for sentence in evaluate.name_failures(before, now):
-                    say(f"step {done}: {sentence}")
+            if evaluates(done):
+                score_in_the_middle(done, saved)
     if why:
         wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
         common.leave(why, saved, say)

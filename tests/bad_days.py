@@ -158,8 +158,8 @@ def until(condition, run=None, seconds=240):
     return value
 
 
-def none_survive(run, seconds=20):
-    """Workers notice their parent's death within five seconds, torchrun's ranks sooner."""
+def none_survive(run, seconds=10):
+    """Nothing that it has started lives on, data workers in the middle of a long clip included."""
     limit = time.monotonic() + seconds
     while left := family(run):
         assert time.monotonic() < limit, f"still alive {seconds} s after its end: {left}"
@@ -241,7 +241,7 @@ def fill(path, leave=0):
     with open(path, "wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12):
             try:
-                while shutil.disk_usage(Path(path).parent).free > leave + size:
+                while shutil.disk_usage(Path(path).parent).free >= leave + size:
                     file.write(b"x" * size)
             except OSError:
                 pass

@@ -93,7 +93,7 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
     """Killed 24 times, at moments of chance and at those that hurt most: losses, samples, evaluations and weights are those of a run that was left alone."""
     evaluate = ["--eval-every", "2", "--eval-batch", "4", *(["--keep-best", "aqa", "--max-new-tokens", "8"] if script == "source" else ["--keep-best", "audio"])]
     whole = undisturbed(script, LONG, *evaluate, evaluate=True)
-    out, numbers, fell = tmp_path / "run", random.Random(script), {}
+    out, numbers, fell, dead = tmp_path / "run", random.Random(script), {}, []
     argv = flags(script, out, "--max-steps", str(LONG), *evaluate, evaluate=True)
 
     def evaluates():
@@ -101,7 +101,7 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
         return not (out / "before.json").exists() if not done else done % 2 == 0 and not (out / f"eval-{done:07d}.json").exists()
 
     for name, more, seconds in moments(numbers, True):
-        done, began = len(lines(out)), time.monotonic()
+        done = len(lines(out))
         run = fork(script, argv + ["--resume", "auto"], out)
         if name == "while it starts":
             time.sleep(2.5 * seconds)
@@ -120,13 +120,14 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
         os.kill(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         fell.setdefault(name, []).append(len(lines(out)))
-        none_survive(run)
+        dead.append(run)                                    # its worker may still be about while the next start is
     run = fork(script, argv + ["--resume", "auto"], out)
     assert run.wait() == 0, run.text()
     print(f"{script}: {sum(map(len, fell.values()))} kills:", "; ".join(f"{len(where)} {name}, behind steps {sorted(where)}" for name, where in sorted(fell.items())))
     assert sum(map(len, fell.values())) >= 20 and len(fell["while a checkpoint is written"]) >= 5
     same_run(out, whole, LONG)
-    none_survive(run)
+    for run in dead:
+        none_survive(run)
 
 
 # -------------------------------------------------------- killed under torchrun -------------------------------------------------------
@@ -261,14 +262,14 @@ def test_a_second_signal_is_meant(ranks, flags, tmp_path):
     out = tmp_path / "run"
     run = fork("source", flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"), out, ranks)     # a minute a step
     until(lambda: (out / "log.jsonl").exists(), run)
-    time.sleep(1)
+    time.sleep(1.5)
     for process in run.processes:
         os.kill(process.pid, signal.SIGINT)
     time.sleep(4)
     assert run.codes() == [None] * ranks
     for process in run.processes:
         os.kill(process.pid, signal.SIGINT)
-    assert run.wait(30) == 1 and "KeyboardInterrupt" in run.text()
+    assert run.wait(10) == -signal.SIGINT, run.text()
     none_survive(run)
     assert steps(out) == []
 
@@ -369,15 +370,15 @@ def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path)
     """A disk that is full between two checkpoints shows in the log first."""
     if not disk:
         pytest.skip("no small disk can be mounted here")
-    out = disk / "run"
-    run = fork("source", flags("source", out, "--max-steps", "3", "--keep", "1"), out, ranks, habit=("eat_before", "append_jsonl", 2, str(disk / "other"), 0))
+    out, more = disk / "run", ["--keep", "1", "--save-every", "10"]
+    run = fork("source", flags("source", out, "--max-steps", "20", *more), out, ranks, habit=("eat_before", "append_jsonl", 11, str(disk / "other"), 0))     # some still fit in
     run.wait(90)
     assert all(run.codes()) and f"{out / 'log.jsonl'} cannot be written ([Errno 28] No space left on device)" in run.text(), run.text()
-    assert ranks == 2 or "Traceback" not in run.text() 
-    assert steps(out) == [1]
+    assert ranks == 2 or "Traceback" not in run.text()      # the other rank waits for one that has gone
+    assert steps(out) == [10]
     none_survive(run)
     (disk / "other").unlink()
-    goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
+    goes_on("source", flags, out, undisturbed("source", 20, ranks=ranks), 20, *more, ranks=ranks)
 
 
 # -------------------------------------------------------------- which ones stay -----------------------------------------------------------
