@@ -12,9 +12,11 @@ Plain functions, explicit arguments, explicit returns; no loop, no loss, no glob
 """
 import collections
 import contextlib
+import ctypes
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -280,36 +282,51 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
     try:
         if free < needed:
             raise OSError("the disk is full")
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "optimizer").mkdir(parents=True)
-        wait_for_all()
+        with failing_together():
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "optimizer").mkdir(parents=True)
         weights, states = on_rank_zero(model, rank), {name: on_rank_zero(part, rank) for name, part in beside.items()}
-        if rank == 0:
-            models.save(model, processor, partial, weights)
-            for name, state in states.items():
-                save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
-            (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
-        if moments:
-            with warnings.catch_warnings(action="ignore"):  # that one process is one process
+        with failing_together():
+            if rank == 0:
+                models.save(model, processor, partial, weights)
+                for name, state in states.items():
+                    save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
+                (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
+        with failing_together(), warnings.catch_warnings(action="ignore"):      # that one process is one process
+            if moments:
                 dcp.save(moments, storage_writer=HuggingFaceStorageWriter(str(partial / "optimizer"), save_distributed=True))
-        wait_for_all()
-        if rank == 0:
-            for path in [*partial.rglob("*"), partial]:
-                flush(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            flush(folder)
-    except (OSError, SafetensorError, CheckpointException) as error:
+        with failing_together():
+            if rank == 0:
+                for path in [*partial.rglob("*"), partial]:
+                    flush(path)
+                put_away(final)
+                os.replace(partial, final)
+                flush(folder)
+    except OSError as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.3g} GB, and {shutil.disk_usage(folder).free / 1e9:.3g} GB are free in "
+        raise SystemExit(f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.2f} GB, and {shutil.disk_usage(folder).free / 1e9:.2f} GB are free in "
                          f"{folder}; make room, and go on with --resume auto from the last one that is complete") from None
     if rank == 0:
         card(final)
         drop_old(folder, keep, best)
     return final
+
+
+@contextlib.contextmanager
+def failing_together():
+    """What one rank cannot write inside is an OSError on every rank at its end: none waits for a rank that has given up. Every rank must come here."""
+    fault = None
+    try:
+        yield
+    except CheckpointException as error:                    # the same on every rank, with a traceback for each that failed
+        fault = next(str(cause) for cause, _ in error.failures.values())
+    except (OSError, SafetensorError) as error:
+        fault = str(error)
+    if faults := [found for found in gather_lists([fault]) if found is not None]:
+        raise OSError(faults[0])
 
 
 def on_rank_zero(module, rank):
@@ -337,22 +354,28 @@ def complete(folder):
 
 
 def drop_old(folder, keep, best=None):
-    """Keep the `keep` newest checkpoints, and the one with the highest score named `best`. What goes is renamed first: half of a folder must not look whole."""
+    """Keep the `keep` newest checkpoints, and the one with the highest score named `best`."""
     found = complete(folder)
     scores = {path: json.loads((path / "checkpoint.json").read_text()).get("scores", {}) for path in found} if best else {}
-    scored = [path for path in scores if best in scores[path]]
+    scored = [path for path in scores if scores[path].get(best) is not None]        # nothing may have been asked that gives it
     for old in set(found[:-keep]) - {max(scored, key=lambda path: scores[path][best])} if scored else found[:-keep]:
-        gone = old.with_name(old.name.replace("step", "partial"))
-        os.replace(old, gone)
+        put_away(old)
+
+
+def put_away(checkpoint):
+    """A checkpoint that goes, if it is there, is renamed first: half of a folder must not look whole."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(checkpoint.name.replace("step", "partial-old"))
+        os.replace(checkpoint, gone)
         shutil.rmtree(gone)
 
 
 def note_scores(checkpoint, scores, args, rank):
-    """What an evaluation said of a checkpoint, into its checkpoint.json; then --keep-best may drop another."""
-    if rank == 0:
-        path = Path(checkpoint) / "checkpoint.json"
+    """What an evaluation said of a checkpoint of this run, into its checkpoint.json; with --keep-best, one that was the best until now may go."""
+    path = Path(checkpoint) / "checkpoint.json"
+    if rank == 0 and path.parent.parent.resolve() == Path(args.out).resolve():
         write_json(path, {**json.loads(path.read_text()), "scores": {name: score for name, score in scores.items() if score is not None}})
-        drop_old(checkpoint.parent, args.keep, args.keep_best)
+        drop_old(args.out, args.keep, args.keep_best)
 
 
 def same_on_all_ranks(module):
@@ -381,6 +404,7 @@ ABOUT = """What is in this folder
 config.json           every flag, versions, commit, ranks, steps
 log.jsonl             a line a step: loss terms, speed, seconds spent, memory; a step that was left out says why
 step-N/               a checkpoint: the model in the hub's layout, the optimizer, checkpoint.json (step, scores)
+aside-N/              a checkpoint that a run went back behind (--resume DIR of an earlier one); nothing reads it
 before, eval-N, after.json    evaluations, each question's verdict in them; samples-*.jsonl: what was said
 skipped.jsonl         training examples that could not be used, and why
 results.json, run.png         before and after
@@ -401,6 +425,13 @@ def start_folder(folder, checkpoint, rank, world):
                 shutil.rmtree(old)
             for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json", "skipped.jsonl") for path in folder.glob(name)):
                 old.unlink()
+        else:                                               # behind an earlier one the run takes another way: what came later is not its own, and not the newest
+            for later in (path for path in reversed(complete(folder)) if path.name > checkpoint.name):
+                aside = later.with_name(later.name.replace("step", "aside"))
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(later, aside)
+            for old in (path for path in folder.glob("eval-*.json") if path.stem[5:] > checkpoint.name[5:]):
+                old.unlink()
         for old in folder.glob("partial-*"):
             shutil.rmtree(old)
         folder.mkdir(parents=True, exist_ok=True)
@@ -408,27 +439,36 @@ def start_folder(folder, checkpoint, rank, world):
     wait_for_all()
 
 
-def find_checkpoint(resume, folder, dry_run):
-    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one. torchrun --max-restarts starts us again after a rank died:
-    then auto, whatever was asked. Raises SystemExit if DIR is none, and for a dry run: it would leave a real run's folder looking like its own, which the
-    next run clears."""
-    if not dry_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and complete(folder):
-        return complete(folder)[-1]
-    if resume is None:
-        return None
-    if dry_run:
+def find_checkpoint(args, folder, device):
+    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one; the same on every rank, which all must come here. torchrun
+    --max-restarts starts us again after a rank died: then auto, whatever was asked, if the folder is that of a run with the same flags. Raises SystemExit if DIR is none, and
+    for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    # each node's torchrun counts its own restarts; and it starts again after a refusal too, so that the count alone does not make a checkpoint ours
+    again = over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), dist.ReduceOp.MAX, device) > 0 and same_flags(args, folder)
+    found = next(reversed(complete(folder)), None) if not was_dry(folder) else None
+    if args.dry_run and args.resume:
         raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
-    if resume == "auto":
-        return next(reversed(complete(folder)), None) if not was_dry(folder) else None
-    if not (Path(resume) / "checkpoint.json").is_file():
-        raise SystemExit(f"{resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
-    return Path(resume)
+    if args.dry_run or args.resume in (None, "auto") or again and found:
+        return gather_lists([found if not args.dry_run and (again or args.resume) else None])[0]
+    if not (Path(args.resume) / "checkpoint.json").is_file():
+        raise SystemExit(f"{args.resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
+    return Path(args.resume)
 
 
-def load_model(path, model):
-    """Fill a model in place, before it is sharded -> the number of steps that were done. Raises SystemExit where it does not fit."""
+def same_flags(args, folder):
+    """Was the last run in this folder one of exactly these flags?"""
+    config = Path(folder) / "config.json"
+    known = json.loads(config.read_text()) if config.exists() else {}
+    return all(known.get(name, known) == value for name, value in json.loads(json.dumps(vars(args), default=str)).items())
+
+
+def load_model(path, model, *beside):
+    """Fill a model in place, before it is sharded -> the number of steps that were done. beside: functions that fill what lies beside it. Raises SystemExit where one of
+    them does not fit."""
     try:
         models.fill(model, path)
+        for fill in beside:
+            fill()
         return json.loads((Path(path) / "checkpoint.json").read_text())["step"]
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise SystemExit(another_model(path, error)) from None
@@ -467,13 +507,14 @@ def another_model(path, error):
 @contextlib.contextmanager
 def signals_noted():
     """Inside, SIGTERM (a preemption) and Ctrl-C do no more than put their name into the list that is given: the step ends, all ranks save, then they leave. A second
-    one, some seconds later, is meant: KeyboardInterrupt."""
+    one, some seconds later, is meant: it ends the process."""
     noted, since = [], time.monotonic()
 
     def note(number, _):
         nonlocal since
         if noted and time.monotonic() - since > 3:          # torchrun passes on what the terminal has sent us already
-            raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)           # no KeyboardInterrupt, which is lost where Python is just clearing up (__del__)
+            os.kill(os.getpid(), number)
         since = time.monotonic()
         noted.append(signal.Signals(number).name)
 
@@ -567,27 +608,33 @@ def feed(make, examples, args, *, done, stop, rank, world, device):
     def deaf(_):
         for number in (signal.SIGTERM, signal.SIGINT):      # these are for the main process, which needs its workers until it has saved
             signal.signal(number, signal.SIG_IGN)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG: it goes with its parent, however that ends, and with it what it has open of a GPU
 
-    prepared = Prepared(make)
+    prepared, others = Prepared(make), set(multiprocessing.active_children())
     if workers and sys.platform == "linux":                 # elsewhere a process cannot be forked safely
         source = iter(torch.utils.data.DataLoader(prepared, batch_size=None, sampler=work(), num_workers=workers, worker_init_fn=deaf, multiprocessing_context="fork"))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # a dead worker shows where its batch is waited for, not in the middle of writing a checkpoint
     else:
         source = map(prepared.__getitem__, work())
-    while True:
-        start = time.perf_counter()
-        try:
-            made = next(source)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise SystemExit(f"a data worker died ({' '.join(str(error).split())[:200]}) while {', '.join(awaited[0][:8])} or the next examples were read; see whether memory or /dev/shm is "
-                             "full, lower --workers, and go on with --resume auto") from None
-        awaited.popleft()
-        if over_ranks(isinstance(made, data.DataError), dist.ReduceOp.MAX, device):
-            raise made if isinstance(made, data.DataError) else data.DataError("another rank can use none of this step's examples")
-        yield *made, time.perf_counter() - start
+    try:
+        while True:
+            start = time.perf_counter()
+            try:
+                made = next(source)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise SystemExit(f"a data worker died ({' '.join(str(error).split())[:200]}) while {', '.join(awaited[0][:8])} or the next examples were read; see whether "
+                                 "memory or /dev/shm is full, lower --workers, and go on with --resume auto") from None
+            awaited.popleft()
+            if over_ranks(isinstance(made, data.DataError), dist.ReduceOp.MAX, device):
+                raise made if isinstance(made, data.DataError) else data.DataError("another rank can use none of this step's examples")
+            yield *made, time.perf_counter() - start
+    finally:
+        for worker in set(multiprocessing.active_children()) - others:      # deaf, and it may be busy with a clip for long
+            worker.kill()
 
 
 def without_bad(make, mine, batch):
@@ -675,15 +722,23 @@ def leave(why, saved, say):
 
 def write_json(path, value):
     """Indented JSON, complete or not at all."""
+    replace_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def replace_text(path, text):
+    """A file's new content, or, whenever we are killed, its old one."""
     partial = Path(f"{path}.part")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def append_jsonl(path, record):
-    """One line, flushed: what a killed run logged is on disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """One line, flushed: what a killed run logged is on disk. Raises SystemExit where the disk is full."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error}); make room, and go on with --resume auto") from None
 
 
 def start_logs(out, args, done, unusable, *, steps, rank, world, names=("log",)):
@@ -700,7 +755,7 @@ def open_log(path, done):
     """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again. A last line that a
     kill cut off goes too."""
     whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if done and path.exists() else []
-    path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
+    replace_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
 
 
 def evaluation(work, when, asked, *, module, out, args, rank):

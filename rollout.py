@@ -8,6 +8,7 @@ the model's own distribution would bias every gradient that is taken on it.
 """
 import contextlib
 import json
+import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,9 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         world = dist.get_world_size()
     first = world == 1 or dist.get_rank() == 0
     if first:                                                             # other questions' answers and a line that a kill cut off go
-        path.write_text("".join(json.dumps(line) + "\n" for line in known.values()), encoding="utf-8")
+        partial = path.with_name(f"{path.name}.part")                     # renamed, so that a kill here does not cost all answers
+        partial.write_text("".join(json.dumps(line) + "\n" for line in known.values()), encoding="utf-8")
+        os.replace(partial, path)
     todo, chunk = [e for e in examples if e.id not in known], 4 * batch_size * world
     for start in tqdm(range(0, len(todo), chunk), desc="the text view's answers", disable=not progress or not todo or not first):
         rows = todo[start:start + chunk]

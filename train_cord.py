@@ -260,7 +260,7 @@ def main(argv=None):
     encode = functools.partial(data.encode_prompts, processor=processor, tokenizer=tokenizer, words="transcript", max_seconds=args.max_seconds)
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
-    checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
+    checkpoint, done = common.find_checkpoint(args, out, device), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -305,12 +305,16 @@ def main(argv=None):
     common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world, names=("log", "samples"))
 
     # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
-    first, begun, quiet, spoiled = done, time.time(), 0, 0                            # quiet: steps since a group last had any signal
+    first, begun, saved, quiet, spoiled = done, time.time(), checkpoint, 0, 0                            # quiet: steps since a group last had any signal
     prepared = common.feed(encode, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"do": "lower --batch-size or --micro-batch, shorten --max-new-tokens, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
     with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (prompts, faults, waited) in zip(range(done, stop), prepared):
+            if before and args.eval_every and step and step % args.eval_every == 0:        # here, so that it is made up for by a run that was killed meanwhile
+                now = common.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}", elsewhere=False)
+                common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args, rank)
+                say(f"step {step}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
             clock, mine, spoilt = [time.time()], prompts.examples, []
             common.seed_step(args.seed, step, rank)
             where |= {"part": "the rollouts", "batch": f"{share * len(plan)} rollouts", "length": max(map(len, prompts.audio)) + args.max_new_tokens}
@@ -373,16 +377,11 @@ def main(argv=None):
                 for record in rollout.samples([r for r in rollouts if r.kl or not apart][:3], prompts, references, verdicts, tokenizer):
                     common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
                     say("  {transcript} | {rollout} | {verdict}".format(**record))
-            evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates:
+            if done == stop or why or done % args.save_every == 0 or before and args.eval_every and done % args.eval_every == 0:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
                 common.leave(why, saved, say)
-            if evaluates:
-                now = score(f"eval-{done:07d}", elsewhere=False)
-                common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args, rank)
-                say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
 
     # 4.6 after
     if before:

@@ -274,7 +274,7 @@ def main(argv=None):
                              max_seconds=args.max_seconds) for i in range(0, len(chunk), args.micro_batch)]
 
     # 4.3 before: what the student can do as it comes
-    checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
+    checkpoint, done = common.find_checkpoint(args, out, device), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -298,9 +298,7 @@ def main(argv=None):
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     if checkpoint:
-        done = common.load_model(checkpoint, student)
-        for name, module in beside.items():
-            layer_map.load(module, checkpoint / name)
+        done = common.load_model(checkpoint, student, *(functools.partial(layer_map.load, module, checkpoint / name) for name, module in beside.items()))
         say(f"going on from step {done}, {checkpoint}")
     else:
         few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
@@ -321,12 +319,17 @@ def main(argv=None):
     common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world)
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
-    first, begun, usual_top, spoiled = done, time.time(), None, 0
+    first, begun, saved, usual_top, spoiled = done, time.time(), checkpoint, None, 0
     prepared = common.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
     with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (batches, faults, waited) in zip(range(done, stop), prepared):
+            if before and args.eval_every and step and step % args.eval_every == 0:        # here, so that it is made up for by a run that was killed meanwhile
+                now = common.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}")
+                common.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
+                for sentence in evaluate.name_failures(before, now):
+                    say(f"step {step}: {sentence}")
             clock, batches = time.time() - waited, [batch.to(device) for batch in batches]
             tokens = data.denominators(batches)
             common.seed_step(args.seed, step, rank)
@@ -363,17 +366,11 @@ def main(argv=None):
             if not sound:
                 line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
             common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
-            evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates:
+            if done == stop or why or done % args.save_every == 0 or before and args.eval_every and done % args.eval_every == 0:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
                 common.leave(why, saved, say)
-            if evaluates:
-                now = score(f"eval-{done:07d}")
-                common.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
-                for sentence in evaluate.name_failures(before, now):
-                    say(f"step {done}: {sentence}")
 
     # 4.6 after
     if before:

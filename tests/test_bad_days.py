@@ -1,0 +1,486 @@
+"""Nothing is lost on bad days: runs that are killed, asked to stop, or find the disk full go on to the last bit of what an undisturbed run gives."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bad_days
+import common
+import train_cord
+from bad_days import ROOT, end, family, fork, lines, losses, near_run, none_survive, ranks_of, same_run, spawn, steps, until
+from test_train_cord import write_spoken
+from test_train_source_layer import write_world
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+SCRIPTS = ("source", "cord")
+FLAGS = {"source": ["--batch-size", "4", "--micro-batch", "2"],
+         "cord": ["--batch-size", "2", "--micro-batch", "4", "--group-size", "2", "--max-new-tokens", "8", "--show-every", "2"]}
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory):
+    made = {}
+    for script, write in (("source", write_world), ("cord", write_spoken)):
+        made[script] = write(tmp_path_factory.mktemp(script))
+    return made
+
+
+@pytest.fixture(scope="session")
+def flags(worlds):
+    """flags(script, out, *more): of a run that saves at every step."""
+    def of(script, out, *more, evaluate=False):
+        return ["--data", str(worlds[script]), "--out", str(out), "--save-every", "1", "--workers", "1", "--lr", "1e-3", *FLAGS[script],
+                *(["--eval-data", str(worlds[script])] if evaluate else ["--no-eval"]), *more]
+    return of
+
+
+@pytest.fixture(scope="session")
+def undisturbed(flags, tmp_path_factory):
+    """undisturbed(script, steps, *more, ranks=1, evaluate=False) -> the folder of a run that nothing happened to; made once. wait=False: only begun."""
+    made = {}
+
+    def of(script, steps, *more, ranks=1, evaluate=False, wait=True):
+        key = (script, steps, more, ranks, evaluate)
+        if key not in made:
+            out = tmp_path_factory.mktemp("undisturbed") / "run"
+            made[key] = fork(script, flags(script, out, "--max-steps", str(steps), *more, evaluate=evaluate), out, ranks)
+        assert not wait or made[key].wait() == 0, made[key].text()
+        return made[key].out
+    return of
+
+
+# ------------------------------------------------------------- killed ----------------------------------------------------------------
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_killed_script_goes_on_to_the_last_bit(script, flags, undisturbed, tmp_path):
+    """The script itself, killed after its second step, and started again."""
+    out = tmp_path / "run"
+    run = spawn(script, flags(script, out, "--max-steps", "4"), out)
+    undisturbed(script, 4, wait=False)                      # meanwhile
+    until(lambda: len(lines(out)) >= 2, run)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and steps(out)[-1] < 4
+    none_survive(run)
+    again = spawn(script, flags(script, out, "--max-steps", "4", "--resume", "auto"), out)
+    assert again.wait() == 0 and "going on from step" in again.text(), again.text()
+    same_run(out, undisturbed(script, 4), 4)
+
+
+KILLS = 24
+LONG = 40                           # steps; two kills in three cost at most two of them
+
+
+def moments(numbers, evaluate):
+    """What KILLS kills wait for, in an order of chance: (name, how many steps of its own, seconds more)."""
+    names = ["while it starts"] * 4 + ["while a checkpoint is written"] * 8
+    names += ["while it is evaluated"] * 4 * evaluate
+    names += ["somewhere"] * (KILLS - len(names))
+    numbers.shuffle(names)
+    return [(name, numbers.randrange(3), numbers.random()) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
+    """Killed 24 times, at moments of chance and at those that hurt most: losses, samples, evaluations and weights are those of a run that was left alone."""
+    evaluate = ["--eval-every", "2", "--eval-batch", "4", *(["--keep-best", "aqa", "--max-new-tokens", "8"] if script == "source" else ["--keep-best", "audio"])]
+    whole = undisturbed(script, LONG, *evaluate, evaluate=True)
+    out, numbers, fell, dead = tmp_path / "run", random.Random(script), {}, []
+    argv = flags(script, out, "--max-steps", str(LONG), *evaluate, evaluate=True)
+
+    def evaluates():
+        done = max((int(path.name[5:]) for path in common.complete(out)), default=0)
+        return not (out / "before.json").exists() if not done else done % 2 == 0 and not (out / f"eval-{done:07d}.json").exists()
+
+    for name, more, seconds in moments(numbers, True):
+        done = len(lines(out))
+        run = fork(script, argv + ["--resume", "auto"], out)
+        if name == "while it starts":
+            time.sleep(2.5 * seconds)
+        elif name == "while a checkpoint is written":
+            # of the first, the second or the third step; then at any moment of the tenth of a second that it takes
+            until(lambda: any(int(path.name[8:]) > more for path in out.glob("partial-0*")) and (len(lines(out)) > more), run)
+            time.sleep(0.1 * seconds)
+            name += "" if list(out.glob("partial-0*")) else ", just done"
+        elif name == "while it is evaluated":
+            until(lambda: (out / "config.json").exists() and evaluates(), run)
+            time.sleep(0.1 * seconds)
+        else:
+            until(lambda: len(lines(out)) > min(done, steps(out)[-1] if steps(out) else 0) + more, run)
+            time.sleep(0.3 * seconds)
+        assert None in run.codes(), f"it ended before it could be killed {name}:\n{run.text()[-3000:]}"
+        os.kill(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        fell.setdefault(name, []).append(len(lines(out)))
+        dead.append(run)                                    # its worker may still be about while the next start is
+    run = fork(script, argv + ["--resume", "auto"], out)
+    assert run.wait() == 0, run.text()
+    print(f"{script}: {sum(map(len, fell.values()))} kills:", "; ".join(f"{len(where)} {name}, behind steps {sorted(where)}" for name, where in sorted(fell.items())))
+    assert sum(map(len, fell.values())) >= 20 and len(fell["while a checkpoint is written"]) >= 5
+    same_run(out, whole, LONG)
+    for run in dead:
+        none_survive(run)
+
+
+# -------------------------------------------------------- killed under torchrun -------------------------------------------------------
+
+TWO = ("--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, more", [("source", []), ("cord", []), ("source", ["--shard"]), ("cord", ["--shard"])], ids=["source", "cord", "source-shard", "cord-shard"])
+def test_torchrun_starts_again_when_a_rank_is_killed(script, more, flags, undisturbed, tmp_path):
+    """Nobody is there to type --resume: the run finds its newest checkpoint by itself. The other rank, which waits for the dead one, does not hang."""
+    whole, out = undisturbed(script, 5, *more, ranks=2), tmp_path / "run"
+    run = spawn(script, flags(script, out, "--max-steps", "5", *more), out, [*TWO, "--max-restarts", "2"])
+    until(lambda: len(lines(out)) >= 2 and steps(out), run)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    assert run.wait(120) == 0, run.text()
+    assert "going on from step" in run.text()
+    same_run(out, whole, 5)
+    none_survive(run)
+
+
+@pytest.mark.slow
+def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed, tmp_path):
+    """Each node's torchrun counts its own restarts: the one whose rank did not die says 0, and must go on from the same checkpoint all the same."""
+    whole, out = undisturbed("source", 5, ranks=2), tmp_path / "run"
+    nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{bad_days.free_port()}", "--max-restarts", "2"]
+    one, other = (spawn("source", flags("source", out, "--max-steps", "5"), out, nodes) for _ in range(2))
+    until(lambda: len(lines(out)) >= 2 and steps(out), one)
+    ranks = {**ranks_of(one), **ranks_of(other)}
+    os.kill(ranks[1], signal.SIGKILL)
+    try:
+        assert (one.wait(150), other.wait(150)) == (0, 0), one.text() + other.text()
+    finally:
+        end(one), end(other)
+    assert "going on from step" in one.text() + other.text()
+    same_run(out, whole, 5)
+
+
+@pytest.mark.parametrize("changes, dry, resume, found", [
+    ([], False, None, 4), (["--lr", "1e-5"], False, None, None), ([], True, None, None), (["--resume", "2"], False, None, 2), (["--resume", "2"], False, "2", 4),
+    (["--resume", "auto"], False, None, 4)], ids=["ours", "anothers", "a-dry-runs", "asked-to-go-back", "went-back-already", "auto"])
+def test_what_a_restart_takes_for_its_own(tmp_path, monkeypatch, changes, dry, resume, found):
+    """torchrun starts again whatever the reason was, a refusal too: a folder of other flags or of a dry run is not this run's, and --resume DIR means DIR until this run
+    has saved something itself."""
+    folder = folder_of(tmp_path, [None] * 4)
+    at = lambda number: str(folder / f"step-{int(number):07d}")
+    changes = [at(2) if word == "2" else word for word in changes]
+    common.write_json(folder / "config.json", {**vars(train_cord.parse_flags(["--resume", at(resume)] if resume else changes[:2] if "auto" in changes else [])), "dry_run": dry})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    got = common.find_checkpoint(train_cord.parse_flags(changes), folder, torch.device("cpu"))
+    assert got == (found and Path(at(found)))
+
+
+def test_going_back_leaves_what_came_after_aside(tmp_path):
+    """--resume DIR of an earlier checkpoint: the later ones are another run's now; they must neither be taken for the newest nor cost the new ones their place."""
+    folder = folder_of(tmp_path, [None] * 4)
+    for number in (2, 4):
+        (folder / f"eval-{number:07d}.json").write_text("{}")
+    common.start_folder(folder, folder / "step-0000002", 0, 1)
+    assert steps(folder) == [1, 2] and sorted(path.name for path in folder.glob("aside-*")) == ["aside-0000003", "aside-0000004"]
+    assert [path.name for path in folder.glob("eval-*")] == ["eval-0000002.json"]
+    common.start_folder(folder, folder / "step-0000001", 0, 1)
+    assert steps(folder) == [1] and len(list(folder.glob("aside-*"))) == 3
+
+
+def test_an_evaluation_that_was_killed_is_made_up_for(flags, undisturbed, tmp_path):
+    """The checkpoint is there, what it scored is not: else the best of a run might never be known."""
+    more, out = ["--eval-every", "2", "--keep-best", "aqa", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"], tmp_path / "run"
+    undisturbed("source", 4, *more, evaluate=True, wait=False)
+    run = fork("source", flags("source", out, "--max-steps", "4", *more, evaluate=True), out)
+    until(lambda: 2 in steps(out), run)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and not (out / "eval-0000002.json").exists()
+    goes_on("source", flags, out, undisturbed("source", 4, *more, evaluate=True), 4, *more, evaluate=True)
+    assert "scores" in json.loads((out / "step-0000002" / "checkpoint.json").read_text())
+
+
+def test_a_log_is_cut_back_by_a_rename(tmp_path):
+    """Planted: writing it anew in its place would lose all of it to a kill in between."""
+    log = tmp_path / "log.jsonl"
+    for step in range(1, 5):
+        common.append_jsonl(log, {"step": step})
+    os.link(log, tmp_path / "before")
+    common.open_log(log, 2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2] and len((tmp_path / "before").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_data_worker_that_dies_is_named(script, flags, undisturbed, tmp_path):
+    """Killed for its memory, while the main process is at anything."""
+    out = tmp_path / "run"
+    run = fork(script, flags(script, out, "--max-steps", "1000", "--keep", "1000"), out)
+    until(lambda: len(lines(out)) >= 2, run)
+    worker, = family(run).keys() - {run.pid}
+    os.kill(worker, signal.SIGKILL)
+    assert run.wait(60) == 1 and "Traceback" not in run.text(), run.text()
+    assert "a data worker died (" in run.text() and "lower --workers, and go on with --resume auto" in run.text()
+    assert not list(out.glob("partial-*"))
+    none_survive(run)
+
+
+# ---------------------------------------------------------- asked to stop ---------------------------------------------------------------
+
+def goes_on(script, flags, out, whole, last, *more, ranks=1, evaluate=False):
+    """The rest of a run that stopped, by --resume auto, gives what the undisturbed one gave."""
+    again = fork(script, flags(script, out, "--max-steps", str(last), "--resume", "auto", *more, evaluate=evaluate), out, ranks)
+    assert again.wait() == 0, again.text()
+    assert "going on from step" in again.text()
+    same_run(out, whole, last)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["SIGTERM", "Ctrl-C-in-a-terminal"])
+def test_asked_to_stop_it_saves_and_says_where(script, number, to_all, flags, undisturbed, tmp_path):
+    """A preemption signals the process; a terminal everything that it runs, data workers included."""
+    out = tmp_path / "run"
+    run = fork(script, flags(script, out, "--max-steps", "6", "--save-every", "100"), out)
+    until(lambda: len(lines(out)) >= 2, run)
+    assert len(family(run)) == 2                            # it and its worker
+    seen = len(lines(out))
+    (os.killpg if to_all else os.kill)(run.pid, number)
+    assert run.wait(60) == 130, run.text()
+    done = len(lines(out))
+    assert seen <= done <= seen + 1 < 6 and steps(out) == [done]
+    assert f"asked to stop; saved {out / f'step-{done:07d}'}: go on with --resume auto" in run.text() and "Traceback" not in run.text()
+    none_survive(run)
+    goes_on(script, flags, out, undisturbed(script, 6), 6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_signal_is_meant(ranks, flags, tmp_path):
+    out = tmp_path / "run"
+    run = fork("source", flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"), out, ranks)     # a minute a step
+    until(lambda: (out / "log.jsonl").exists(), run)
+    time.sleep(1.5)
+    for process in run.processes:
+        os.kill(process.pid, signal.SIGINT)
+    time.sleep(4)
+    assert run.codes() == [None] * ranks
+    for process in run.processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert run.wait(10) == -signal.SIGINT, run.text()
+    none_survive(run)
+    assert steps(out) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_before_training_there_is_nothing_to_save(script, flags, tmp_path):
+    out = tmp_path / "run"
+    run = fork(script, flags(script, out, "--max-steps", "4", "--eval-batch", "1", evaluate=True), out)
+    until(lambda: (out / "README.txt").exists(), run)
+    time.sleep(0.3)
+    assert not (out / "before.json").exists()
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(20) == -signal.SIGTERM and steps(out) == [] and lines(out) == []
+    none_survive(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, number, to_all, more", [("source", signal.SIGTERM, False, []), ("cord", signal.SIGINT, True, []), ("source", signal.SIGINT, False, ["--shard"]),
+                                                          ("cord", signal.SIGTERM, False, ["--shard"])])
+def test_torchrun_passes_it_on(script, number, to_all, more, flags, undisturbed, tmp_path):
+    whole, out = undisturbed(script, 8, *more, ranks=2), tmp_path / "run"
+    run = spawn(script, flags(script, out, "--max-steps", "8", "--save-every", "100", *more), out, TWO)
+    until(lambda: len(lines(out)) >= 2, run)
+    (os.killpg if to_all else os.kill)(run.pid, number)
+    assert run.wait(60) != 0
+    none_survive(run)
+    done = len(lines(out))
+    assert done < 8 and steps(out) == [done] and f"saved {out / f'step-{done:07d}'}: go on with --resume auto" in run.text(), run.text()
+    goes_on(script, flags, out, whole, 8, *more, ranks=2)
+
+
+def test_one_rank_alone_is_asked(flags, undisturbed, tmp_path):
+    """A node that must go: all ranks save and leave."""
+    out = tmp_path / "run"
+    run = fork("source", flags("source", out, "--max-steps", "6", "--save-every", "100"), out, 2)
+    until(lambda: len(lines(out)) >= 2, run)
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    run.wait(60)
+    assert run.codes() == [130, 130], run.text()
+    assert steps(out) == [len(lines(out))]
+    none_survive(run)
+
+
+# --------------------------------------------------------------- the disk ----------------------------------------------------------------
+
+SIZE = 66 << 20                     # two of the source script's checkpoints of 30 MB
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own -> its folder; None where nobody may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], capture_output=True).returncode:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def refused(run, out, ranks):
+    """One sentence, and everything is as it was before the second checkpoint."""
+    run.wait(90)
+    assert run.codes() == [1] * ranks, run.text()
+    assert "Traceback" not in run.text() and "(RANK" not in run.text(), run.text()
+    said = [line for line in run.text().splitlines() if "cannot be written" in line]
+    assert len(said) == ranks and f"checkpoint {out / 'step-0000002'} cannot be written (" in said[0], run.text()
+    assert "it needs 0.03 GB, and 0." in said[0] and said[0].endswith("and go on with --resume auto from the last one that is complete")
+    assert steps(out) == [1] and not list(out.glob("partial-*"))
+    none_survive(run)
+    return said[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
+    out = (disk or tmp_path) / "run"
+    argv = flags("source", out, "--max-steps", "3", "--keep", "1")
+    run = fork("source", argv, out, ranks, habit=("eat_before", "same_on_all_ranks", 2, str(out.parent / "other") if disk else None, 0))
+    assert "(the disk is full)" in refused(run, out, ranks)
+    (out.parent / "other").unlink(missing_ok=True)
+    goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
+
+
+@pytest.mark.parametrize("ranks, moment, eater", [(1, "models.save", 0), (1, "dcp.save", 0), (2, "models.save", 0), (2, "dcp.save", 1)])
+def test_a_disk_that_fills_while_a_checkpoint_is_written(ranks, moment, eater, disk, flags, undisturbed, tmp_path):
+    """There was room when it began; then somebody else took it, before the model or before the optimizer was written."""
+    out = (disk or tmp_path) / "run"
+    argv = flags("source", out, "--max-steps", "3", "--keep", "1")
+    run = fork("source", argv, out, ranks, habit=("eat_before", moment, 2, str(out.parent / "other") if disk else None, eater))
+    said = refused(run, out, ranks)
+    assert ("No space left on device" if disk else "File too large") in said
+    (out.parent / "other").unlink(missing_ok=True)
+    goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path):
+    """A disk that is full between two checkpoints shows in the log first."""
+    if not disk:
+        pytest.skip("no small disk can be mounted here")
+    out, more = disk / "run", ["--keep", "1", "--save-every", "10"]
+    run = fork("source", flags("source", out, "--max-steps", "20", *more), out, ranks, habit=("eat_before", "append_jsonl", 11, str(disk / "other"), 0))     # some still fit in
+    run.wait(90)
+    assert all(run.codes()) and f"{out / 'log.jsonl'} cannot be written ([Errno 28] No space left on device)" in run.text(), run.text()
+    assert ranks == 2 or "Traceback" not in run.text()      # the other rank waits for one that has gone
+    assert steps(out) == [10]
+    none_survive(run)
+    (disk / "other").unlink()
+    if ranks == 1:
+        goes_on("source", flags, out, undisturbed("source", 20), 20, *more)
+
+
+# -------------------------------------------------------------- which ones stay -----------------------------------------------------------
+
+def folder_of(tmp_path, scores):
+    """Checkpoints 1, 2, ... with these scores."""
+    for number, score in enumerate(scores, 1):
+        (tmp_path / f"step-{number:07d}").mkdir()
+        common.write_json(tmp_path / f"step-{number:07d}" / "checkpoint.json", {"step": number, **({} if score is None else {"scores": score})})
+    return tmp_path
+
+
+@pytest.mark.parametrize("scores, keep, stay", [
+    ([None] * 5, 2, [4, 5]), ([None], 3, [1]), ([{"a": 1}, {"a": 9}, {"a": 3}, None], 1, [2, 4]), ([{"a": 1}, {"a": 3}, {"a": 9}], 1, [3]),
+    ([{"a": 5}, {"a": 5}, None], 1, [1, 3]),                                # of equals the earlier
+    ([{"a": None, "b": 1}, {"a": None, "b": 2}, None], 1, [3]),             # no question asked for it
+    ([{"b": 1}, {"a": 2}, {"b": 3}], 1, [2, 3])])
+def test_which_checkpoints_stay(tmp_path, scores, keep, stay):
+    folder = folder_of(tmp_path, scores)
+    common.drop_old(folder, keep, "a")
+    assert steps(folder) == stay and not list(folder.glob("partial-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, best", [("source", "aqa"), ("cord", "audio")])
+def test_the_best_stays(script, best, flags, tmp_path):
+    """With --keep 1, at the start of each step behind an evaluation: the newest and the best so far, and no other."""
+    out = tmp_path / "run"
+    more = ["--eval-every", "2", "--keep-best", best, "--keep", "1", *(["--max-new-tokens", "8"] if script == "source" else [])]
+    run, last, seen = fork(script, flags(script, out, "--max-steps", "12", "--save-every", "100", *more, evaluate=True), out), 0, {}
+    while None in run.codes():
+        done = len(lines(out))
+        if done > last and done % 2 == 1 and done > 2:
+            time.sleep(0.02)
+            found = {number: json.loads((out / f"step-{number:07d}" / "checkpoint.json").read_text())["scores"][best] for number in steps(out)}
+            if len(lines(out)) == done:                     # we were quick enough
+                seen[done - 1] = found[done - 1]
+                assert sorted(found) == sorted({done - 1, max(seen, key=lambda number: (seen[number], -number))}), (found, seen)
+                last = done
+        time.sleep(0.002)
+    assert run.wait() == 0 and len(seen) >= 3, run.text()
+    assert len(set(seen.values())) > 1, "all scored alike, so that nothing was tested"
+
+
+# ----------------------------------------------------- other ranks, other folders ---------------------------------------------------------
+
+def test_a_rank_with_other_weights_is_named(flags, tmp_path):
+    out = tmp_path / "run"
+    run = fork("source", flags("source", out, "--max-steps", "4"), out, 2, habit=("spoil_a_weight", 2, 1))
+    run.wait(60)
+    assert run.codes() == [1, 1] and "the weights of rank 1 are not those of rank 0, so that nothing is saved: go on with --resume auto" in run.text(), run.text()
+    assert "Traceback" not in run.text() and steps(out) == [1] and not list(out.glob("partial-*"))
+    none_survive(run)
+
+
+@pytest.mark.parametrize("script, ways, rel", [
+    ("source", [(1, []), (2, []), (1, [])], 1e-5), ("cord", [(1, []), (2, []), (1, [])], 1e-5),
+    pytest.param("source", [(2, ["--shard"]), (2, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow),
+    pytest.param("cord", [(2, ["--shard"]), (1, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow)], ids=["source", "cord", "source-shard", "cord-shard"])
+def test_another_number_of_ranks_goes_on(script, ways, rel, flags, undisturbed, tmp_path):
+    """Three starts of two steps each, however many ranks hold the weights and the optimizer, are one run of six."""
+    out = tmp_path / "run"
+    undisturbed(script, 6, "--workers", "0", wait=False)
+    for number, (ranks, more) in enumerate(ways, 1):
+        run = fork(script, flags(script, out, "--max-steps", "6", "--resume", "auto", *more), out, ranks, habit=("stop_at", 2 * number) if number < 3 else None)
+        run.wait()
+        assert set(run.codes()) == ({130} if number < 3 else {0}), run.text()
+        assert len(lines(out)) == 2 * number and json.loads((out / f"step-{2 * number:07d}" / "checkpoint.json").read_text())["ranks"] == ranks
+    near_run(out, undisturbed(script, 6, "--workers", "0"), rel)
+
+
+def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
+    """--resume DIR: no checkpoint, another script's, another model's, of other flags, one that lost a file: one sentence each, and no half of a run's folder."""
+    source, cord = (undisturbed(script, 4) / "step-0000004" for script in SCRIPTS)
+    (tmp_path / "nothing").mkdir()
+    for name in ("model.safetensors", "projections.safetensors", "optimizer", "cut"):
+        broken = tmp_path / f"without-{name}"
+        shutil.copytree(source, broken)
+        if name == "cut":
+            os.truncate(broken / "model.safetensors", 1 << 20)
+        elif name == "optimizer":
+            shutil.rmtree(broken / name)
+        else:
+            (broken / name).unlink()
+    tries = {
+        "nowhere": ("source", tmp_path / "nowhere", [], "nowhere is not a checkpoint"), "nothing": ("cord", tmp_path / "nothing", [], "nothing is not a checkpoint"),
+        "cord's": ("source", cord, [], "was saved by another model"), "source's": ("cord", source, [], "was saved by another model"),
+        "rows": ("source", source, ["--text-kd", "none"], "was saved by another model"), "layers": ("source", source, ["--text-kd", "skip:3"], "made for layers"),
+        "train": ("source", source, ["--train", "decoder"], "was saved by another model"), "lora": ("cord", cord, ["--lora", "4"], "was saved by another model"),
+        **{name: ("source", tmp_path / f"without-{name}", [], f"without-{name}") for name in ("model.safetensors", "projections.safetensors", "optimizer", "cut")}}
+    runs = {}
+    for name, (script, folder, more, _) in tries.items():
+        out = tmp_path / f"out-{name}" / "run"
+        out.parent.mkdir()
+        runs[name] = fork(script, flags(script, out, "--max-steps", "5", "--resume", str(folder), *more), out)
+        if len(runs) % 2 == 0:
+            runs[name].wait()
+    odd = {}
+    for name, run in runs.items():
+        code, said = run.wait(), run.text()
+        last = [line for line in said.splitlines() if line.strip() and "Loading weights" not in line][-1]
+        if code != 1 or "Traceback" in said or tries[name][3] not in last or lines(run.out):
+            odd[name] = (code, said[-1500:])
+    assert not odd, "\n\n".join(f"{name}: {code}\n{said}" for name, (code, said) in odd.items())
