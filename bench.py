@@ -5,6 +5,8 @@ Speed and memory, side by side with the peers, in one run: what is quoted in REA
     python bench.py step --script cord --shapes qwen2-audio-7b --layers 1 --prompts 1 --seconds 5 --response-tokens 50       # two cores
     python bench.py step --script cord --shapes qwen2-audio-7b                                                             # a 141 GB GPU
     python bench.py rollouts                    # the batched rollouts of a CORD step against generate(), prompt by prompt and one by one
+    python bench.py data                        # how long training waits for its data; clips that a worker prepares in a second
+    python bench.py long                        # 2,000 steps of both scripts: does memory stay what it is?
 
 How it measures. Times: all contenders live in one process and take turns, round by round, so that a machine whose speed drifts is unfair to none;
 quoted is the median of the ratios within a round, and of the seconds. Memory: each contender in a fresh process, the peak over what its inputs
@@ -12,6 +14,7 @@ take. The floor: the matrix products that no one can do without (logits of stude
 in the same rounds. Before anything is timed all contenders must agree on the gradients.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -21,6 +24,8 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -288,15 +293,15 @@ def of_use(student):
     return [p for name, p in student.named_parameters() if not name.startswith("visual.")]
 
 
-def write_examples(args, folder, count):
+def write_examples(args, folder, count, kind="wav", rate=16_000):
     """A manifest of noise, with texts of the asked lengths: question 30 words, description or transcript 100."""
     generator = torch.Generator().manual_seed(0)
     text = lambda n: " ".join(f"w{i}" for i in torch.randint(151_600, (n,), generator=generator).tolist())
     lines = []
     for i in range(count):
-        soundfile.write(folder / f"{i}.wav", (0.1 * torch.randn(round(16_000 * args.seconds), generator=generator)).numpy(), 16_000)
+        soundfile.write(folder / f"{i}.{kind}", (0.1 * torch.randn(round(rate * args.seconds), generator=generator)).numpy(), rate)
         stage = text(max(1, (args.response_tokens - 12) // 4))
-        lines.append(json.dumps({"id": str(i), "audio": f"{i}.wav", "question": text(30), "task": "speech", "answer": "w1", "description": text(100), "transcript": text(100),
+        lines.append(json.dumps({"id": str(i), "audio": f"{i}.{kind}", "question": text(30), "task": "speech", "answer": "w1", "description": text(100), "transcript": text(100),
                                  "reasoning": {name: stage for name in ("planning", "caption", "reasoning", "summary")}}))
     (folder / "noise.jsonl").write_text("\n".join(lines) + "\n")
     return data.read_manifest(folder / "noise.jsonl")
@@ -445,6 +450,103 @@ def bench_step(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# the data's share of a step, and whether memory stays what it is
+
+RUNS = {"source_layer": ["--batch-size", "16", "--micro-batch", "8"], "cord": ["--batch-size", "4"]}                                # on the mini world
+LONG = {"source_layer": ["--batch-size", "2", "--micro-batch", "2"], "cord": ["--batch-size", "1", "--group-size", "2", "--max-new-tokens", "8"]}      # many steps, soon
+
+
+def run_script(script, *flags):
+    """A training script as a user starts it, on the mini world, in a folder that is not kept -> its log.jsonl, a list of dicts; and [(step, MB that its data workers hold)],
+    looked at twice a second."""
+    held, here = [], Path(__file__).parent
+    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+") as said:
+        log = Path(out, "run", "log.jsonl")
+        process = subprocess.Popen([sys.executable, here / f"train_{script}.py", "--no-eval", "--out", log.parent, *flags], cwd=here, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                steps = log.read_text().count("\n") if log.exists() else 0
+                if steps and (workers := sum(map(resident_mb, children(process.pid)))):
+                    held.append((steps, workers))
+        finally:
+            process.kill()
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"train_{script}.py {' '.join(flags)} failed:\n{said.read()[-2000:]}")
+        return [json.loads(line) for line in log.read_text().splitlines()], held
+
+
+def children(pid):
+    """The processes that one has started, where the system tells (Linux)."""
+    known = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in known.read_text().split()] if known.exists() else []
+
+
+def resident_mb(pid):
+    with contextlib.suppress(OSError, IndexError):              # it has just ended
+        return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1e3
+    return 0.0
+
+
+def bench_data(args):
+    """How long training waits for its data; and how many long clips a worker prepares."""
+    first = min(5, args.steps // 2)                             # the workers start when the loop does
+    print(f"{machine()}; both scripts on the mini world, {args.steps} steps, of which the first {first} are left out\n\n"
+          "| script | --workers | seconds a step | waited for data, share of the time | longest wait, seconds |\n| --- | --- | --- | --- | --- |")
+    for script in RUNS:
+        for workers in args.workers:
+            log = run_script(script, *RUNS[script], "--max-steps", str(args.steps), "--workers", str(workers))[0][first:]
+            waits, whole = [line["seconds_waiting"] for line in log], sum(line["seconds"] for line in log)
+            print(f"| {script} | {workers} | {whole / len(log):.3f} | {100 * sum(waits) / whole:.2f} % | {max(waits):.3f} |", flush=True)
+
+    processor = random_models(args, torch.device("meta"), 1)[1]
+    print(f"\nclips of {args.seconds:g} s at 44.1 kHz for the processor of {args.shapes} ({data.extractor(processor).feature_size} mel bins), responses of "
+          f"{args.response_tokens} tokens; mean of {args.clips}\n\n| clips | decode, ms | to 16 kHz, ms | features, ms | the rest, ms | clips/s, one worker's work | "
+          + " | ".join(f"clips/s, --workers {n}" for n in args.workers) + " |\n" + "| --- " * (6 + len(args.workers)) + "|")
+    for kind in ("wav", "flac", "mp3"):
+        with tempfile.TemporaryDirectory() as folder:
+            examples = write_examples(args, Path(folder), args.clips, kind, 44_100)
+            collate = lambda some: data.collate(some, processor, processor.tokenizer)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)                            # as in a worker
+            collate(examples[:1])
+            each = lambda work, over: sum(seconds(lambda: work(x)) for x in over) / len(examples)
+            waves = [data.load_audio(example.audio, cut=data.longest(processor)).numpy() for example in examples]
+            spent = [each(lambda e: soundfile.read(e.audio, dtype="float32"), examples), each(lambda e: data.load_audio(e.audio), examples),
+                     each(lambda w: data.extractor(processor)(w, sampling_rate=data.SAMPLE_RATE, return_tensors="pt"), waves), each(lambda e: collate([e]), examples)]
+            torch.set_num_threads(threads)
+            rates = []
+            for workers in args.workers:                        # as training asks for them, but at once for the next
+                fed = common.feed(collate, examples, done=0, stop=len(examples), batch_size=1, seed=0, rank=0, world=1, workers=workers)
+                next(fed)
+                rates.append((len(examples) - 1) / seconds(lambda: list(fed)))
+        decode, load, features, whole = (1000 * x for x in spent)
+        print(f"| {kind} | {decode:.0f} | {load - decode:.0f} | {features:.0f} | {max(0.0, whole - load - features):.0f} | {1000 / whole:.1f} | "
+              + " | ".join(f"{rate:.1f}" for rate in rates) + " |", flush=True)
+
+
+def bench_long(args):
+    """What a run's processes hold of the main memory, from its beginning to its end."""
+    marks = [max(1, args.steps // 20), args.steps // 2, args.steps]
+    print(f"{machine()}; both scripts on the mini world, a checkpoint every 100 steps; resident MB\n\n| script, process | " + " | ".join(f"step {mark:,}" for mark in marks)
+          + " | more in 1,000 steps, second half |\n| --- | --- | --- | --- | --- |")
+    for script in args.script:
+        log, workers = run_script(script, *LONG[script], "--max-steps", str(args.steps), "--workers", "1")
+        of = {"training": [(line["step"], 1000 * line["host_gb"]) for line in log], "its data worker": workers}
+        for name, held in of.items():
+            at = [min(held, key=lambda x: abs(x[0] - mark))[1] for mark in marks]
+            print(f"| {script}, {name} | " + " | ".join(f"{mb:,.0f}" for mb in at) + f" | {slope([x for x in held if x[0] >= marks[1]]):+.1f} |", flush=True)
+
+
+def slope(points):
+    """[(step, MB)] -> MB in 1,000 steps, by the line of least squares."""
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in zip(*points))
+    x, y = x - x.mean(), y - y.mean()
+    return 1000 * ((x * y).sum() / x.square().sum().clamp(min=1e-9)).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -469,8 +571,17 @@ def main(argv=None):
     for name, kind, default, text in (("prompts", int, 2, "clips of a step, in one micro-batch"), ("seconds", float, 10.0, "length of a clip"),
                                       ("response-tokens", int, 200, "tokens of a response or rollout"), ("steps", int, 3, "steps that are timed")):
         step_part.add_argument(f"--{name}", type=kind, default=default, help=text)
+    data_part = part("data", help="how long training waits for its data, and how many clips a worker prepares")
+    data_part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers")
+    long_part = part("long", help="2,000 steps of both scripts on the mini world: does memory stay what it is?")
+    long_part.add_argument("--script", nargs="+", choices=list(LONG), default=list(LONG))
+    for where, name, kind, default, text in ((data_part, "steps", int, 30, "steps of a run"), (data_part, "clips", int, 32, "long clips"),
+                                             (data_part, "seconds", float, 30.0, "their length"), (data_part, "response-tokens", int, 700, "tokens of their responses"),
+                                             (long_part, "steps", int, 2000, "steps of a run")):
+        where.add_argument(f"--{name}", type=kind, default=default, help=text)
+    data_part.set_defaults(shapes="qwen2-audio-7b")
     args = parser.parse_args(argv)
-    {"losses": bench_losses, "rollouts": bench_rollouts, "step": bench_step}[args.command](args)
+    {"losses": bench_losses, "rollouts": bench_rollouts, "step": bench_step, "data": bench_data, "long": bench_long}[args.command](args)
 
 
 if __name__ == "__main__":
