@@ -280,12 +280,17 @@ ALL = 1_000                 # layers, more than any has
 
 
 def random_models(args, device, layers):
-    """-> (student, processor, teacher or None, its tokenizer), in bfloat16, with random weights and at most so many layers."""
+    """-> (student, processor, teacher or None, its tokenizer), with random weights and at most so many layers: the student in the type of --weights, what is frozen in bfloat16."""
     name, _, reader = args.shapes.partition("+")
     with device:
-        student, processor = shapes.random_student(SHAPES[name], layers, torch.bfloat16)
+        student, processor = shapes.random_student(SHAPES[name], layers, torch.float32 if wide(args) else torch.bfloat16)
         teacher, tokenizer = shapes.random_teacher(SHAPES[reader], layers, torch.bfloat16) if reader else (None, None)
     return student, processor, teacher and teacher.requires_grad_(False), tokenizer
+
+
+def wide(args):
+    """Are the weights that learn float32 themselves? Below LoRA's adapters they never are."""
+    return args.weights == "float32" and not args.lora
 
 
 def of_use(student):
@@ -311,19 +316,68 @@ def gigabytes(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 1e9
 
 
-def at_full_depth(args, flags):
-    """{part: GB} that a step of all layers holds all the time: split_adamw.py's 10 bytes for what learns, 2 for what does not, 16 for projections and
-    LoRA. With DDP the gradients live in its buckets, so that they are not there twice."""
-    student, _, teacher, _ = random_models(args, torch.device("meta"), ALL)
-    count = lambda parameters: sum(p.numel() for p in parameters) / 1e9
-    whole, decoder, head = count(student.parameters()), count(models.decoder(student).parameters()), count([models.head_weight(student)])
+def at_full_depth(args, flags, gpus=1, layers=ALL):
+    """{part: GB} that a step holds all the time on each of so many GPUs (--shard), or on one."""
+    student, _, teacher, _ = random_models(args, torch.device("meta"), layers)
     models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
-    learns = count(p for p in student.parameters() if p.requires_grad)
-    held = {"student": 2 * whole, **({"adapters": 16 * learns} if args.lora else {"optimizer": 6 * learns, "gradients": 2 * learns})}
+    return held_by(args, student, teacher, gpus)
+
+
+def held_by(args, student, teacher, gpus):
+    """The same of given models. 16 bytes for what learns in float32 (its gradient and two moments with it), split_adamw.py's 10 in bfloat16; 2 for what does not; 16 for projections
+    and LoRA (but FSDP gathers what learns in one type: then they are as the weights). With DDP the gradients live in its buckets, so that they are not there twice."""
+    mine = lambda parameters: sum(-(-p.shape[0] // gpus) * p[0].numel() for p in parameters) / 1e9       # FSDP cuts the first axis; the first rank's share is never the smallest
+    learns, head = [p for p in student.parameters() if p.requires_grad], models.head_weight(student)
+    base, each = [p for p in student.parameters() if not (args.lora and p.requires_grad)], 4 if wide(args) else 2
+    held = {"student": each * mine(base), **({"adapters": 16 * mine(learns)} if args.lora else {"optimizer": (8 if wide(args) else 6) * mine(learns), "gradients": each * mine(learns)})}
     if args.script == "cord":
-        return held if args.lora else {**held, "teacher (a copy of the decoder)": 2 * (decoder + head)}
-    width, wide, depth = (student.config.text_config.hidden_size, teacher.config.hidden_size, student.config.text_config.num_hidden_layers)
-    return {**held, "teacher": 2 * count(teacher.parameters()), **({} if args.lora else {"snapshot": 2 * (whole - head)}), "projections": 16 * depth * width * wide / 1e9}
+        return held if args.lora else {**held, "teacher (a copy of the decoder)": 2 * mine([*models.decoder(student).parameters(), head])}
+    depth, one = student.config.text_config.num_hidden_layers, torch.empty(teacher.config.hidden_size, student.config.text_config.hidden_size, device="meta")
+    return {**held, "teacher": 2 * mine(teacher.parameters()), **({} if args.lora else {"snapshot": 2 * mine(p for p in base if p is not head)}),
+            "projections": (16 if gpus == 1 or wide(args) or args.lora else 10) * depth * mine([one])}
+
+
+def build(args, device, flags, layers, sharded=False):
+    """A script's models, step module and optimizer as its main() makes them, of random weights. -> a namespace of them; frozen: {part: its parameters}"""
+    student, processor, teacher, tokenizer = random_models(args, device, layers)
+    if args.script == "source_layer" and teacher is None:
+        raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
+    snapshot, frozen, shared = student, {}, None
+    if args.script == "source_layer":
+        if not args.lora:
+            snapshot = models.cast(copy.deepcopy(student).requires_grad_(False), torch.bfloat16)
+            snapshot.set_output_embeddings(torch.nn.Identity())
+        frozen = {"teacher": list(teacher.parameters()), **({} if args.lora else {"snapshot": list(snapshot.parameters())})}
+        shared = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
+        pairs = layer_map.pairs(student.config.text_config.num_hidden_layers, teacher.config.num_hidden_layers)
+    models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
+    if args.script == "source_layer":
+        step = train_source_layer.SourceLayerStep(student, teacher, snapshot, pairs, [ids.to(device) for ids in shared], flags).to(device)
+        step.projections.float()
+    else:
+        step = train_cord.CordStep(student, torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device), flags)
+        if not args.lora:
+            models.cast(step.teacher[0], torch.bfloat16), step.teacher[1].bfloat16()
+            frozen = {"teacher (a copy of the decoder)": [p for part in step.teacher for p in part.parameters()]}
+    return argparse.Namespace(student=student, processor=processor, teacher=teacher, tokenizer=tokenizer, snapshot=snapshot, step=step, frozen=frozen, shared=shared)
+
+
+def batches_of(args, built, flags, examples, device, roll_out, read):
+    """-> [(arguments of the step module's forward)], tokens that learn, views run. CORD: roll_out, as rollout.roll_out; read: chunks -> what the teacher says to each."""
+    if args.script == "source_layer":
+        table = data.token_map(*built.shared, built.student.config.text_config.vocab_size)
+        batch = data.collate(examples, built.processor, built.tokenizer, student_to_teacher=table).to(device)
+        counted = data.denominators([batch])
+        return [(batch, counted)], counted["response"], (batch.audio, batch.text)
+    prompts = data.encode_prompts(examples, built.processor, built.processor.tokenizer, words="transcript")
+    plan = [(1.0, True, False)] + [(1.5, False, True)] * flags.group_size
+    rollouts = roll_out(built.student, built.processor, prompts, plan, key="0", max_new_tokens=args.response_tokens)
+    for i, r in enumerate(rollouts):        # a judge would call random words all wrong; here all rollouts of the group count
+        r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
+    chunks = train_cord.chunks_of(rollouts, prompts, built.processor, flags.micro_batch, device)
+    counts = {"token": len(examples), "group": len(examples) * flags.group_size}
+    return ([(chunk, taught, counts) for chunk, taught in zip(chunks, read(chunks))], sum(len(r.ids) for r in rollouts),
+            [v for chunk in chunks for v in (chunk.audio, chunk.text) if v])
 
 
 def bench_step(args):
@@ -350,48 +404,20 @@ def bench_step(args):
             return out
         return run
 
-    script = {"source_layer": train_source_layer, "cord": train_cord}[args.script]
-    flags = script.parse_flags(["--weights", "bfloat16", "--lora", str(args.lora)])
-    student, processor, teacher, tokenizer = random_models(args, device, args.layers or ALL)
-    snapshot = copy.deepcopy(student).requires_grad_(False) if args.script == "source_layer" and not args.lora else student
-    models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
+    flags = {"source_layer": train_source_layer, "cord": train_cord}[args.script].parse_flags(["--weights", args.weights, "--lora", str(args.lora)])
+    built = build(args, device, flags, args.layers or ALL)
+    student, step, frozen = built.student, built.step, built.frozen
+    parts = {"source_layer": {"teacher": "read", "snapshot": "remember", "losses on the response": "jsd_ce", "losses on hidden states": "hidden_divergence"},
+             "cord": {"teacher": "read", "losses on the response": "cord"}}[args.script]
     examples = write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
-    if args.script == "source_layer":
-        if teacher is None:
-            raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
-        if not args.lora:
-            snapshot.set_output_embeddings(torch.nn.Identity())
-        student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
-        pairs = layer_map.pairs(student.config.text_config.num_hidden_layers, teacher.config.num_hidden_layers)
-        step = train_source_layer.SourceLayerStep(student, teacher, snapshot, pairs, (student_ids.to(device), teacher_ids.to(device)), flags).to(device)
-        step.projections.float()
-        frozen = {"teacher": list(teacher.parameters()), **({} if args.lora else {"snapshot": list(snapshot.parameters())})}
-        parts = {"teacher": "read", "snapshot": "remember", "losses on the response": "jsd_ce", "losses on hidden states": "hidden_divergence"}
-    else:
-        step = train_cord.CordStep(student, torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device), flags)
-        frozen = {} if args.lora else {"teacher (a copy of the decoder)": [p for part in step.teacher for p in part.parameters()]}
-        parts = {"teacher": "read", "losses on the response": "cord"}
     learns = [p for p in step.parameters() if p.requires_grad]
     optimizer = (torch.optim.AdamW if args.lora else split_adamw.SplitAdamW)(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     wraps = {attribute: timed(name, getattr(step, attribute)) for name, attribute in parts.items()}
 
     def batches():
-        """-> [(arguments of the step module's forward)], tokens that learn, tokens run, of which padding"""
-        if args.script == "source_layer":
-            batch = data.collate(examples, processor, tokenizer, student_to_teacher=data.token_map(student_ids, teacher_ids, student.config.text_config.vocab_size)).to(device)
-            views, counted = (batch.audio, batch.text), data.denominators([batch])
-            return [(batch, counted)], counted["response"], views
-        prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
-        plan = [(1.0, True, False)] + [(1.5, False, True)] * flags.group_size
-        rollouts = timed("rollout", rollout.roll_out)(student, processor, prompts, plan, key="0", max_new_tokens=args.response_tokens)
-        for i, r in enumerate(rollouts):        # a judge would call random words all wrong; here all rollouts of the group count
-            r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
-        chunks = train_cord.chunks_of(rollouts, prompts, processor, flags.micro_batch, device)
         with autocast():
-            read = [wraps["read"](chunk) for chunk in chunks]
-        counts = {"token": len(examples), "group": len(examples) * flags.group_size}
-        return [(chunk, taught, counts) for chunk, taught in zip(chunks, read)], sum(len(r.ids) for r in rollouts), [v for chunk in chunks for v in (chunk.audio, chunk.text) if v]
+            return batches_of(args, built, flags, examples, device, timed("rollout", rollout.roll_out), lambda chunks: [wraps["read"](chunk) for chunk in chunks])
 
     def update(work):
         for arguments in work:
@@ -562,6 +588,7 @@ def main(argv=None):
                                 ("max-new-tokens", 200, "longest rollout"), ("rounds", 3, "rounds in which every way runs once")):
         rollouts_part.add_argument(f"--{name}", type=int, default=default, help=text)
     step_part = part("step", help="whole steps of a training script at a real model's shapes, with random weights")
+    step_part.set_defaults(weights="bfloat16")
     step_part.add_argument("--script", choices=["source_layer", "cord"], required=True)
     step_part.add_argument("--shapes", choices=["qwen2.5-omni-7b+qwen3-8b", "qwen2-audio-7b+qwen3-8b", "qwen2.5-omni-7b", "qwen2-audio-7b"], required=True,
                            help="student+teacher; CORD needs no other teacher")
@@ -579,7 +606,7 @@ def main(argv=None):
                                              (data_part, "seconds", float, 30.0, "their length"), (data_part, "response-tokens", int, 700, "tokens of their responses"),
                                              (long_part, "steps", int, 2000, "steps of a run")):
         where.add_argument(f"--{name}", type=kind, default=default, help=text)
-    data_part.set_defaults(shapes="qwen2-audio-7b")
+    data_part.set_defaults(shapes="qwen2-audio-7b", weights="bfloat16", lora=0)
     args = parser.parse_args(argv)
     {"losses": bench_losses, "rollouts": bench_rollouts, "step": bench_step, "data": bench_data, "long": bench_long}[args.command](args)
 
