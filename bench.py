@@ -349,7 +349,7 @@ def build(args, device, flags, layers, sharded=False):
     snapshot, frozen, shared = student, {}, None
     if args.script == "source_layer":
         if not args.lora:
-            snapshot = models.cast(copy.deepcopy(student).requires_grad_(False), torch.bfloat16)
+            snapshot = models.frozen_copy(student, torch.bfloat16)
             snapshot.set_output_embeddings(torch.nn.Identity())
         frozen = {"teacher": list(teacher.parameters()), **({} if args.lora else {"snapshot": list(snapshot.parameters())})}
         shared = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
@@ -576,12 +576,11 @@ def estimate(args, shape, gpus, clips):
     """-> {part: GB held all the time on one GPU}, {moment: {part: GB}}, what is held among them. On one GPU nothing is gathered; on more --shard shares everything out.
 
     FSDP gathers in bfloat16: `root` for as long as a step runs, a layer when it runs, with the next one on its way; a layer's gradient is whole in bfloat16, then in float32 for the sum over
-    ranks. Of a frozen model the root, once gathered by a forward pass of its own, stays (FSDP would drop it in the backward pass, which never comes)."""
+    ranks. Of frozen models nothing stays gathered when they have run."""
     s, held, source, copied, shared = shape, held_by(args, shape.student, shape.teacher, gpus), args.script == "source_layer", not args.lora, gpus > 1
     lengths, kept, each, rows = s.lengths, s.kept[wide(args) and not shared], 4 if wide(args) else 2, args.prompts * (1 + args.group_size)
-    frozen = 2 * (s.reader_root + s.snapshot_root * copied) if source else 0.0
-    gathered = {"gathered: what is in no layer": 2 * s.root, "gathered: the same of frozen models": frozen, "gathered: two layers": 4 * max(s.block, s.reader_block)} if shared else {}
-    everything = {"gathered: the whole student": 2 * (s.whole + s.projections), "gathered: the same of frozen models": frozen} if shared else {}
+    gathered = {"gathered: what is in no layer": 2 * s.root, "gathered: two layers": 4 * max(s.block, s.reader_block)} if shared else {}
+    everything = {"gathered: the whole student": 2 * (s.whole + s.projections)} if shared else {}
     copies = {"bfloat16 copies of weights, by autocast": 2 * s.linear * (wide(args) and not shared)}
     clip = (kept["inputs"] + kept["layers"] / s.depth if args.checkpoint_activations else kept["layers"]) + kept["tower"]
     if source:      # for every pair of layers, 2 bytes each: tapped states, the teacher's, the snapshot's, the projected ones, and the fused losses' gradients
@@ -597,15 +596,15 @@ def estimate(args, shape, gpus, clips):
         "backward pass, its begin": {"held": sum(held.values()), **gathered, **copies, "activations": clips * clip, "the head's gradient, kept and multiplied": 2 * head * s.head_learns,
                                      "a layer's gradient, whole, and two float32 sums": 10 * s.block_learns * shared},
         "backward pass, its end": {"held": sum(held.values()), **gathered, **copies, "gradient of what is in no layer, whole, and its float32 sum": (6 + 4 / gpus) * s.root_learns * shared},
-        "optimizer": {"held": sum(held.values()), "gathered: the same of frozen models": frozen * shared, "AdamW's square roots": 4 * s.learns / gpus * (wide(args) or args.lora > 0)}}
+        "optimizer": {"held": sum(held.values()), "AdamW's square roots": 4 * s.learns / gpus * (wide(args) or args.lora > 0)}}
     if not source:
         reader = {"gathered: the whole reader": 2 * (s.decoder if copied else s.whole) * shared}
         moments |= {"rollouts": {"held": sum(held.values()), **everything, **copies, **answers(rows)},
                     "text view": {"held": sum(held.values()), **reader, "a layer": clips * kept["layers"] / s.depth}}
     moments["evaluation"] = {"held": sum(held.values()), **everything, **copies, **answers(args.eval_batch)}
-    moments["checkpoint"] = {"held": sum(held.values()), "gathered: the same of frozen models": frozen * shared, "one tensor, whole": each * s.largest * shared}
-    # Before it is shared out, the student is whole on every GPU; its copy is made in its own type and then cast.
-    moments["loading, the copy"] = {"the student": each * s.whole, "its copy": each * (s.whole if source else s.decoder + s.head) * copied}
+    moments["checkpoint"] = {"held": sum(held.values()), "one tensor, whole": each * s.largest * shared}
+    # Before it is shared out, the student is whole on every GPU
+    moments["loading, the copy"] = {"the student": each * s.whole, "its copy": 2 * (s.whole if source else s.decoder + s.head) * copied}
     if source:
         moments["loading, the teacher"] = {"the student": each * s.whole, "snapshot": 2 * (s.whole - s.head) / gpus * copied, "the teacher": 2 * (s.reader + s.reader_head)}
     return held, moments
@@ -676,11 +675,10 @@ def measure_memory(args):
     shape = shape_of(args, flags, args.layers or ALL)
     held, moments = estimate(args, shape, world, args.micro_batch)
     moments = {name: sum(moments[name].values()) for name in ("forward pass, at the losses", "backward pass, its begin", "backward pass, its end", "optimizer", "rollouts", "text view") if name in moments}
-    frozen = 2 * (shape.reader_root + shape.snapshot_root * (not args.lora)) if args.script == "source_layer" else 0.0
     lines = [f"| {rank} | {name} | {held[name]:.3f} | {measured[name]:.3f} | {measured[name] / held[name]:.3f} |" for name in held if held[name]]
     lines.append(f"| {rank} | **together** | {sum(held.values()):.3f} | {sum(measured.values()):.3f} | {sum(measured.values()) / sum(held.values()):.3f} |")
-    there = sum(held.values()) + frozen
-    lines.append(f"| {rank} | {'allocated' if gpu else 'resident'}, after - before (with what stays gathered of frozen models) | {there:.3f} | {resident:.3f} | {resident / there:.3f} |")
+    there = sum(held.values())
+    lines.append(f"| {rank} | {'allocated' if gpu else 'resident'}, after - before | {there:.3f} | {resident:.3f} | {resident / there:.3f} |")
     lines.append(f"| {rank} | the most in a step | {max(moments.values()):.3f} | {most:.3f} | {most / max(moments.values()):.3f} |")
     lines = common.gather_lists(lines)
     if rank == 0:
@@ -707,13 +705,11 @@ def steps_of_ranks(args, flags, device, examples):
         common.shard(built.snapshot, models.blocks(built.snapshot))
     if source:
         common.shard_reader(models.decoder(built.teacher), built.teacher.get_output_embeddings())
-        if args.weights == "bfloat16" and not args.lora:
-            step.projections.weights.bfloat16()
     elif not args.lora:
         common.shard_reader(*step.teacher)
-    if args.checkpoint_activations:
-        common.checkpoint_activations(student)
-    wrapped = common.wrap(step, world=torch.distributed.get_world_size(), sharded=True, blocks=models.blocks(student), compute=half)
+    sharing = argparse.Namespace(shard=True, checkpoint_activations=args.checkpoint_activations)
+    wrapped = common.wrap(step, student, sharing, world=torch.distributed.get_world_size(), compute=half)
+    reader = None if source else step if args.lora else step.teacher[0]
     learns = [p for p in step.parameters() if p.requires_grad]
     optimizer = (torch.optim.AdamW if wide(args) or args.lora else split_adamw.SplitAdamW)(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     autocast = functools.partial(torch.autocast, device.type, half)
@@ -723,7 +719,7 @@ def steps_of_ranks(args, flags, device, examples):
         common.forget_peak_memory(device)
         with autocast():
             work, *_ = batches_of(args, built, flags, examples, device, lambda *a, **k: common.whole(wrapped, lambda: rollout.roll_out(*a, **k)),
-                                  lambda chunks: common.whole(step.reader(), lambda: [step.read(chunk) for chunk in chunks]))
+                                  lambda chunks: common.whole(reader, lambda: [step.read(chunk) for chunk in chunks]))
         for arguments in work:
             with autocast():
                 loss = wrapped(*arguments)
@@ -817,7 +813,8 @@ def bench_data(args):
             torch.set_num_threads(threads)
             rates = []
             for workers in args.workers:                        # as training asks for them, but at once for the next
-                fed = common.feed(collate, examples, done=0, stop=len(examples), batch_size=1, seed=0, rank=0, world=1, workers=workers)
+                how = argparse.Namespace(batch_size=1, seed=0, workers=workers)
+                fed = common.feed(collate, examples, how, done=0, stop=len(examples), rank=0, world=1, device=torch.device("cpu"))
                 next(fed)
                 rates.append((len(examples) - 1) / seconds(lambda: list(fed)))
         decode, load, features, whole = (1000 * x for x in spent)

@@ -176,7 +176,8 @@ def shard(module, blocks=(), compute=None):
             p.data = p.data.bfloat16()
     for block in blocks:
         fully_shard(block, mp_policy=policy)
-    fully_shard(module, mp_policy=policy)
+    learns = any(p.requires_grad for p in module.parameters())
+    fully_shard(module, mp_policy=policy, reshard_after_forward=None if learns else True)       # of a frozen model nothing waits for a backward pass
 
     def with_all(work):
         parts = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]      # module itself is gathered already

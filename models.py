@@ -21,6 +21,7 @@ Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their think
 """
 import argparse
 import contextlib
+import copy
 import json
 from pathlib import Path
 
@@ -125,6 +126,12 @@ def cast(model, dtype):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def frozen_copy(model, dtype):
+    """A copy in another type that learns nothing, without one in the old type in between: 8 billion float32 weights twice would not fit into 80 GB."""
+    made = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()}
+    return cast(copy.deepcopy(model, made), dtype)
 
 
 # ------------------------------------------------------------ 2. its parts ------------------------------------------------------------

@@ -34,7 +34,6 @@ Where the paper is silent, and what we do:
 """
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -184,8 +183,8 @@ class CordStep(nn.Module):
         self.cord = losses.fused_cord if args.loss == "fused" else losses.cord
         self.teacher = (models.decoder(student), student.get_output_embeddings())                # reading needs no audio tower
         if args.teacher == "initial" and args.token_loss in ("reverse-kl", "forward-kl") and not args.lora:
-            decoder, head = (copy.deepcopy(part).requires_grad_(False) for part in self.teacher)
-            self.teacher = models.cast(decoder, torch.bfloat16 if student.device.type == "cuda" else student.dtype), head    # no master weights needed
+            kind = torch.bfloat16 if student.device.type == "cuda" else student.dtype            # no master weights needed
+            self.teacher = tuple(models.frozen_copy(part, kind) for part in self.teacher)
 
     @torch.no_grad()
     def read(self, chunk):

@@ -35,7 +35,6 @@ Where the paper is silent, and what we do:
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
 """
 import argparse
-import copy
 import functools
 import math
 import time
@@ -249,7 +248,7 @@ def main(argv=None):
     if args.acoustic_kd and args.lora and args.acoustic_teacher == "snapshot":
         snapshot = student                              # without its adapter it is what it was
     elif args.acoustic_kd:
-        snapshot = copy.deepcopy(student) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
+        snapshot = models.frozen_copy(student, half) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
         snapshot = common.shard(snapshot, models.blocks(snapshot)) if args.shard else snapshot
     if args.text_kd != "none":
