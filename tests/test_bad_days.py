@@ -163,7 +163,7 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
     finally:
         end(one), end(other)
     assert "going on from step" in one.text() + other.text()
-    same_run(out, whole, 5)
+    near_run(out, whole, 1e-4)          # each has all cores of its node, so that sums round in another order
 
 
 @pytest.mark.parametrize("changes, dry, resume, found", [
