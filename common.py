@@ -442,8 +442,8 @@ def start_folder(folder, checkpoint, rank, world):
 
 def find_checkpoint(args, folder, device):
     """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one; the same on every rank, which all must come here. torchrun
-    --max-restarts starts us again after a rank died: then auto, whatever was asked, if the folder is that of a run with the same flags. Raises SystemExit if DIR is none, and
-    for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    --max-restarts starts us again after a rank died: then auto, whatever was asked, if the folder is that of a run with the same flags. Raises SystemExit if
+    DIR is none, and for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
     # each node's torchrun counts its own restarts; and it starts again after a refusal too, so that the count alone does not make a checkpoint ours
     again = over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), dist.ReduceOp.MAX, device) > 0 and same_flags(args, folder)
     found = next(reversed(complete(folder)), None) if not was_dry(folder) else None
@@ -464,8 +464,8 @@ def same_flags(args, folder):
 
 
 def load_model(path, model, *beside):
-    """Fill a model in place, before it is sharded -> the number of steps that were done. beside: functions that fill what lies beside it. Raises SystemExit where one of
-    them does not fit."""
+    """Fill a model in place, before it is sharded -> the number of steps that were done. beside: functions that fill what lies beside it. Raises SystemExit
+    where one of them does not fit."""
     try:
         models.fill(model, path)
         for fill in beside:

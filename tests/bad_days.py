@@ -16,12 +16,14 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent.parent
 MAIN = {"source": "train_source_layer", "cord": "train_cord"}
-TIMES = {"seconds", "seconds_waiting", "seconds_rollout", "seconds_scoring", "seconds_update", "rollout_tokens_per_second", "tokens_per_second", "memory_gb", "host_gb"}
+TIMES = {"seconds", "seconds_waiting", "seconds_rollout", "seconds_scoring", "seconds_update", "rollout_tokens_per_second", "tokens_per_second",
+         "memory_gb", "host_gb"}
 MARK = "BAD_DAYS_RUN"               # an environment variable of its own for every subprocess: what it starts carries it too
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")      # before the fork server starts, which hands them on
@@ -87,13 +89,13 @@ def fork(script, argv, out, ranks=1, habit=None):
     return run
 
 
-def spawn(script, argv, out, torchrun=(), env=None):
+def spawn(script, argv, out, torchrun=()):
     """The script itself as a user starts it; torchrun: its flags."""
     before = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else ())]
     run = Run(out, said_of(out), mark=uuid.uuid4().hex)
     with open(run.said, "w") as file:
-        run.processes.append(subprocess.Popen([*before, str(ROOT / f"{MAIN[script]}.py"), *argv], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-                                              env={**os.environ, MARK: run.mark, **(env or {})}))
+        run.processes.append(subprocess.Popen([*before, str(ROOT / f"{MAIN[script]}.py"), *argv], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
+                                              start_new_session=True, env={**os.environ, MARK: run.mark}))
     return run
 
 
@@ -181,8 +183,8 @@ def steps(out):
 
 
 def content(out, step):
-    """{name: bytes} of everything that a checkpoint holds: files, and the optimizer's tensors one by one (their order in the file is that in which they came to be). Not the
-    card, which names flags, and the scores."""
+    """{name: bytes} of everything that a checkpoint holds: files, and the optimizer's tensors one by one (their order in the file is that in which they came
+    to be). Not the card, which names flags, and the scores."""
     folder, found = Path(out) / f"step-{step:07d}", {}
     for path in sorted(folder.rglob("*")):
         if path.parent.name == "optimizer":
@@ -215,8 +217,8 @@ def near_run(out, other, rel):
 # -------------------------------------------------------- habits of a fork ------------------------------------------------------------
 
 def eat_before(name, step, path, rank):
-    """At step `step`, before common's or one of its modules' functions `name` ("models.save") does its work on that rank, somebody else fills the disk with a file at `path`.
-    None: no small disk could be mounted; then the disk says that it has no room if it is asked, or else files cannot grow beyond a megabyte."""
+    """Before common's or one of its modules' functions `name` ("models.save") does its work for the step-th time on that rank, somebody else fills the disk with
+    a file at `path`. None: no small disk could be mounted; then it says that it has no room, or, where it is not asked again, files cannot grow beyond a megabyte."""
     import common
     holder, last = (common, name) if "." not in name else (getattr(common, name.split(".")[0]), name.split(".")[1])
     work = getattr(holder, last)
@@ -227,7 +229,7 @@ def eat_before(name, step, path, rank):
             if path:
                 fill(path)
             elif name == "same_on_all_ranks":
-                common.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20)
+                common.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 20)
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         return work(*args, **named)
@@ -277,3 +279,16 @@ def stop_at(step):
             os.kill(os.getpid(), signal.SIGTERM)
 
     common.log_step = until_then
+
+
+def scored_as(best, scores):
+    """The n-th evaluation gives the n-th score, and seen.jsonl says which checkpoints stay then."""
+    import common
+    note, left = common.note_scores, list(scores)
+
+    def noted(checkpoint, found, *more):
+        assert best in found
+        note(checkpoint, {**found, best: left.pop(0)}, *more)
+        common.append_jsonl(checkpoint.parent / "seen.jsonl", {"stay": steps(checkpoint.parent)})
+
+    common.note_scores = noted

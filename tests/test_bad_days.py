@@ -123,7 +123,8 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
         dead.append(run)                                    # its worker may still be about while the next start is
     run = fork(script, argv + ["--resume", "auto"], out)
     assert run.wait() == 0, run.text()
-    print(f"{script}: {sum(map(len, fell.values()))} kills:", "; ".join(f"{len(where)} {name}, behind steps {sorted(where)}" for name, where in sorted(fell.items())))
+    print(f"{script}: {sum(map(len, fell.values()))} kills:",
+          "; ".join(f"{len(where)} {name}, behind steps {sorted(where)}" for name, where in sorted(fell.items())))
     assert sum(map(len, fell.values())) >= 20 and len(fell["while a checkpoint is written"]) >= 5
     same_run(out, whole, LONG)
     for run in dead:
@@ -136,7 +137,8 @@ TWO = ("--standalone", "--nproc_per_node", "2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, more", [("source", []), ("cord", []), ("source", ["--shard"]), ("cord", ["--shard"])], ids=["source", "cord", "source-shard", "cord-shard"])
+@pytest.mark.parametrize("script, more", [("source", []), ("cord", []), ("source", ["--shard"]), ("cord", ["--shard"])],
+                         ids=["source", "cord", "source-shard", "cord-shard"])
 def test_torchrun_starts_again_when_a_rank_is_killed(script, more, flags, undisturbed, tmp_path):
     """Nobody is there to type --resume: the run finds its newest checkpoint by itself. The other rank, which waits for the dead one, does not hang."""
     whole, out = undisturbed(script, 5, *more, ranks=2), tmp_path / "run"
@@ -163,19 +165,20 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
     finally:
         end(one), end(other)
     assert "going on from step" in one.text() + other.text()
-    same_run(out, whole, 5)
+    near_run(out, whole, 1e-4)          # each has all cores of its node, so that sums round in another order
 
 
 @pytest.mark.parametrize("changes, dry, resume, found", [
     ([], False, None, 4), (["--lr", "1e-5"], False, None, None), ([], True, None, None), (["--resume", "2"], False, None, 2), (["--resume", "2"], False, "2", 4),
     (["--resume", "auto"], False, None, 4)], ids=["ours", "anothers", "a-dry-runs", "asked-to-go-back", "went-back-already", "auto"])
 def test_what_a_restart_takes_for_its_own(tmp_path, monkeypatch, changes, dry, resume, found):
-    """torchrun starts again whatever the reason was, a refusal too: a folder of other flags or of a dry run is not this run's, and --resume DIR means DIR until this run
-    has saved something itself."""
+    """torchrun starts again whatever the reason was, a refusal too: a folder of other flags or of a dry run is not this run's, and --resume DIR means DIR
+    until this run has begun its own log there."""
     folder = folder_of(tmp_path, [None] * 4)
     at = lambda number: str(folder / f"step-{int(number):07d}")
     changes = [at(2) if word == "2" else word for word in changes]
-    common.write_json(folder / "config.json", {**vars(train_cord.parse_flags(["--resume", at(resume)] if resume else changes[:2] if "auto" in changes else [])), "dry_run": dry})
+    were = ["--resume", at(resume)] if resume else changes if "auto" in changes else []
+    common.write_json(folder / "config.json", {**vars(train_cord.parse_flags(were)), "dry_run": dry})
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     got = common.find_checkpoint(train_cord.parse_flags(changes), folder, torch.device("cpu"))
     assert got == (found and Path(at(found)))
@@ -193,6 +196,7 @@ def test_going_back_leaves_what_came_after_aside(tmp_path):
     assert steps(folder) == [1] and len(list(folder.glob("aside-*"))) == 3
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_is_made_up_for(flags, undisturbed, tmp_path):
     """The checkpoint is there, what it scored is not: else the best of a run might never be known."""
     more, out = ["--eval-every", "2", "--keep-best", "aqa", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"], tmp_path / "run"
@@ -239,8 +243,9 @@ def goes_on(script, flags, out, whole, last, *more, ranks=1, evaluate=False):
     same_run(out, whole, last)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["SIGTERM", "Ctrl-C-in-a-terminal"])
+@pytest.mark.parametrize("script, number, to_all", [
+    ("source", signal.SIGTERM, False), ("cord", signal.SIGINT, True), pytest.param("cord", signal.SIGTERM, True, marks=pytest.mark.slow),
+    pytest.param("source", signal.SIGINT, False, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl-C", "SIGTERM-to-all", "SIGINT"])
 def test_asked_to_stop_it_saves_and_says_where(script, number, to_all, flags, undisturbed, tmp_path):
     """A preemption signals the process; a terminal everything that it runs, data workers included."""
     out = tmp_path / "run"
@@ -257,15 +262,15 @@ def test_asked_to_stop_it_saves_and_says_where(script, number, to_all, flags, un
     goes_on(script, flags, out, undisturbed(script, 6), 6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_signal_is_meant(ranks, flags, tmp_path):
     out = tmp_path / "run"
     run = fork("source", flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"), out, ranks)     # a minute a step
     until(lambda: (out / "log.jsonl").exists(), run)
     time.sleep(1.5)
     for process in run.processes:
-        os.kill(process.pid, signal.SIGINT)
-    time.sleep(4)
+        os.killpg(process.pid, signal.SIGINT)
+    time.sleep(6.5)                                         # in five a dead worker would have been noticed: it must have stayed deaf, and at work
     assert run.codes() == [None] * ranks
     for process in run.processes:
         os.kill(process.pid, signal.SIGINT)
@@ -301,6 +306,7 @@ def test_torchrun_passes_it_on(script, number, to_all, more, flags, undisturbed,
     goes_on(script, flags, out, whole, 8, *more, ranks=2)
 
 
+@pytest.mark.slow
 def test_one_rank_alone_is_asked(flags, undisturbed, tmp_path):
     """A node that must go: all ranks save and leave."""
     out = tmp_path / "run"
@@ -343,7 +349,7 @@ def refused(run, out, ranks):
     return said[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
     out = (disk or tmp_path) / "run"
     argv = flags("source", out, "--max-steps", "3", "--keep", "1")
@@ -353,7 +359,8 @@ def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
     goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
 
 
-@pytest.mark.parametrize("ranks, moment, eater", [(1, "models.save", 0), (1, "dcp.save", 0), (2, "models.save", 0), (2, "dcp.save", 1)])
+@pytest.mark.parametrize("ranks, moment, eater", [(1, "models.save", 0), pytest.param(1, "dcp.save", 0, marks=pytest.mark.slow), (2, "models.save", 0),
+                                                  pytest.param(2, "dcp.save", 1, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_while_a_checkpoint_is_written(ranks, moment, eater, disk, flags, undisturbed, tmp_path):
     """There was room when it began; then somebody else took it, before the model or before the optimizer was written."""
     out = (disk or tmp_path) / "run"
@@ -365,6 +372,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(ranks, moment, eater, d
     goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path):
     """A disk that is full between two checkpoints shows in the log first."""
@@ -403,25 +411,14 @@ def test_which_checkpoints_stay(tmp_path, scores, keep, stay):
     assert steps(folder) == stay and not list(folder.glob("partial-*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script, best", [("source", "aqa"), ("cord", "audio")])
+@pytest.mark.parametrize("script, best", [("source", "aqa"), pytest.param("cord", "audio", marks=pytest.mark.slow)])
 def test_the_best_stays(script, best, flags, tmp_path):
-    """With --keep 1, at the start of each step behind an evaluation: the newest and the best so far, and no other."""
-    out = tmp_path / "run"
-    more = ["--eval-every", "2", "--keep-best", best, "--keep", "1", *(["--max-new-tokens", "8"] if script == "source" else [])]
-    run, last, seen = fork(script, flags(script, out, "--max-steps", "12", "--save-every", "100", *more, evaluate=True), out), 0, {}
-    while None in run.codes():
-        done = len(lines(out))
-        if done > last and done % 2 == 1 and done > 2:
-            time.sleep(0.02)
-            found = {number: json.loads((out / f"step-{number:07d}" / "checkpoint.json").read_text())["scores"][best] for number in steps(out)}
-            if len(lines(out)) == done:                     # we were quick enough
-                seen[done - 1] = found[done - 1]
-                assert sorted(found) == sorted({done - 1, max(seen, key=lambda number: (seen[number], -number))}), (found, seen)
-                last = done
-        time.sleep(0.002)
-    assert run.wait() == 0 and len(seen) >= 3, run.text()
-    assert len(set(seen.values())) > 1, "all scored alike, so that nothing was tested"
+    """With --keep 1, behind each evaluation in the middle: the newest and the best so far, and no other."""
+    out, wins = tmp_path / "run", [3, 9, 1, 4, 12, 12]
+    more = ["--eval-every", "1", "--keep-best", best, "--keep", "1", "--max-new-tokens", "4"]
+    run = fork(script, flags(script, out, "--max-steps", "7", "--save-every", "100", *more, evaluate=True), out, habit=("scored_as", best, wins))
+    assert run.wait() == 0, run.text()
+    assert [found["stay"] for found in lines(out, "seen")] == [[1], [2], [2, 3], [2, 4], [5], [5, 6]] and steps(out) == [5, 7]
 
 
 # ----------------------------------------------------- other ranks, other folders ---------------------------------------------------------
@@ -436,7 +433,7 @@ def test_a_rank_with_other_weights_is_named(flags, tmp_path):
 
 
 @pytest.mark.parametrize("script, ways, rel", [
-    ("source", [(1, []), (2, []), (1, [])], 1e-5), ("cord", [(1, []), (2, []), (1, [])], 1e-5),
+    ("source", [(1, []), (2, []), (1, [])], 1e-5), pytest.param("cord", [(1, []), (2, []), (1, [])], 1e-5, marks=pytest.mark.slow),
     pytest.param("source", [(2, ["--shard"]), (2, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow),
     pytest.param("cord", [(2, ["--shard"]), (1, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow)], ids=["source", "cord", "source-shard", "cord-shard"])
 def test_another_number_of_ranks_goes_on(script, ways, rel, flags, undisturbed, tmp_path):
