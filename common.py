@@ -167,22 +167,25 @@ def shard(module, blocks=(), compute=None):
 
     compute: the type that weights are gathered in (bfloat16), while each rank's share, its gradient and their sum over ranks are float32; None: their own."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = [p for p in module.parameters() if p.requires_grad and id(p) not in inside]
+    if len({p.dtype for p in outside}) > 1:                 # FSDP takes what learns together in one type; split_adamw.py keeps the bits that this cuts off
+        for p in outside:
+            p.data = p.data.bfloat16()
     for block in blocks:
         fully_shard(block, mp_policy=policy)
     fully_shard(module, mp_policy=policy)
 
     def with_all(work):
-        parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        parts = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]      # module itself is gathered already
         for part in parts:
             part.unshard()
-            if part is not module:
-                part.set_reshard_after_forward(False, recurse=False)
+            part.set_reshard_after_forward(False, recurse=False)
         try:
             return work()
         finally:
             for part in parts:
-                if part is not module:
-                    part.set_reshard_after_forward(True, recurse=False)
+                part.set_reshard_after_forward(True, recurse=False)
                 part.reshard()
 
     module.with_all = with_all
@@ -201,7 +204,11 @@ def shard_reader(decoder, head):
 def whole(module, work):
     """work(), with all weights of a sharded module gathered once: a rollout runs through them once a token, and must not fetch them each time. Every
     rank must come here, even with nothing to do. A module that is not sharded: work()."""
-    return module.with_all(work) if isinstance(module, FSDPModule) else work()
+    if not isinstance(module, FSDPModule):
+        return work()
+    found = module.with_all(work)
+    module.reshard()
+    return found
 
 
 def full(tensor):
@@ -209,15 +216,13 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(step_module, *, world, sharded, blocks, compute, methods=()):
-    """The step module as one process, DDP or FSDP2 runs it. methods: those that are called beside forward and need its weights."""
-    if sharded:
-        shard(step_module, blocks, compute)
-        for name in methods:
-            register_fsdp_forward_method(step_module, name)
-    elif world > 1:
-        return DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return step_module
+def wrap(step_module, student, args, *, world, compute):
+    """The step module as one process, DDP or, with --shard, FSDP2 runs it; with --checkpoint-activations too."""
+    if args.checkpoint_activations:
+        checkpoint_activations(student)
+    if args.shard:
+        return shard(step_module, models.blocks(student), compute)
+    return DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
 
 
 def accumulating(wrapped, last):
@@ -342,10 +347,12 @@ def drop_old(folder, keep, best=None):
         shutil.rmtree(gone)
 
 
-def note_scores(checkpoint, scores):
-    """What an evaluation said of a checkpoint, into its checkpoint.json."""
-    path = Path(checkpoint) / "checkpoint.json"
-    write_json(path, {**json.loads(path.read_text()), "scores": scores})
+def note_scores(checkpoint, scores, args, rank):
+    """What an evaluation said of a checkpoint, into its checkpoint.json; then --keep-best may drop another."""
+    if rank == 0:
+        path = Path(checkpoint) / "checkpoint.json"
+        write_json(path, {**json.loads(path.read_text()), "scores": {name: score for name, score in scores.items() if score is not None}})
+        drop_old(checkpoint.parent, args.keep, args.keep_best)
 
 
 def same_on_all_ranks(module):
@@ -486,7 +493,18 @@ def out_of_memory_named(where):
     except (RuntimeError, MemoryError) as error:            # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        raise SystemExit("out of memory in {part}, with {batch} of at most {length} tokens; {do}".format(**where)) from None
+        raise SystemExit("out of memory in {part}, with {batch} of up to {length} tokens each; {do}".format(**where)) from None
+
+
+@contextlib.contextmanager
+def bad_days(where, prepared, save, say):
+    """What may come over the loop inside: a signal is noted in the list that is given, memory that runs out is named (where), data that are gone end the run with a
+    checkpoint (save), and the workers of `prepared` (feed) end with it in any case."""
+    with contextlib.closing(prepared), signals_noted() as signals, out_of_memory_named(where):
+        try:
+            yield signals
+        except data.DataError as error:
+            leave(str(error), save(), say)
 
 
 ASKED = "asked to stop"
@@ -513,7 +531,7 @@ def read_data(train_file, eval_files, args, require, say):
     scored, more = data.check_clips(data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None), args.max_seconds)
     for fault in faults or ():
         say(f"left out: {fault}")
-    data.allow(faults or [], args.skip_bad)
+    data.tolerate(faults or [], args.skip_bad)
     return examples, scored, seconds + more, {fault: fault for fault in faults or ()}
 
 
@@ -530,17 +548,18 @@ class Prepared(torch.utils.data.Dataset):
             return error
 
 
-def feed(make, examples, *, done, stop, batch_size, seed, rank, world, workers):
-    """For each step from `done` on: yields (make(this rank's share of its examples), {id: why} of those that were unusable, seconds that were waited for it). `workers` processes
-    are ahead of the training by two steps each; close() ends them. They get their examples from here and never touch the list of all: counting references to its parts would copy it, page by page.
+def feed(make, examples, args, *, done, stop, rank, world, device):
+    """For each step from `done` on: yields (make(this rank's share of its examples), {id: why} of those that were unusable, seconds that were waited for it). --workers processes
+    are ahead of the training by two steps each; close() ends them. They get their examples from here and never touch the list of all: counting references to its parts would copy
+    it, page by page.
 
-    Raises SystemExit where a worker dies (killed for its memory, most likely), data.DataError where no example of a step can be used."""
+    Raises SystemExit where a worker dies (killed for its memory, most likely), data.DataError, on every rank, where no example of a step can be used."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # threads do not survive a fork
-    awaited, share = collections.deque(), batch_size // world       # ids on their way
+    awaited, share, workers = collections.deque(), args.batch_size // world, args.workers      # awaited: ids on their way
 
     def work():
         for step in range(done, stop):
-            batch = examples_of_step(examples, step, batch_size, seed)
+            batch = examples_of_step(examples, step, args.batch_size, args.seed)
             mine = batch[rank * share:(rank + 1) * share]
             awaited.append([example.id for example in mine])
             yield mine, batch
@@ -566,8 +585,8 @@ def feed(make, examples, *, done, stop, batch_size, seed, rank, world, workers):
             raise SystemExit(f"a data worker died ({' '.join(str(error).split())[:200]}) while {', '.join(awaited[0][:8])} or the next examples were read; see whether memory or /dev/shm is "
                              "full, lower --workers, and go on with --resume auto") from None
         awaited.popleft()
-        if isinstance(made, data.DataError):
-            raise made
+        if over_ranks(isinstance(made, data.DataError), dist.ReduceOp.MAX, device):
+            raise made if isinstance(made, data.DataError) else data.DataError("another rank can use none of this step's examples")
         yield *made, time.perf_counter() - start
 
 
@@ -641,16 +660,16 @@ def costs(taken, waited, device):
 def left_out(step, loss, norm, spoilt, ids, say):
     """The line of a step whose loss or gradient was not finite, so that nothing was learnt from it. spoilt: ids whose loss shows it, of this rank; ids: all of this rank's.
     Every rank must come here."""
-    found = gather_lists(spoilt) or gather_lists(ids)
+    found = list(dict.fromkeys(gather_lists(spoilt) or gather_lists(ids)))
     reason = f"its loss is {loss}, its gradient's norm {norm}"
     say(f"step {step} is left out: {reason}; examples: {', '.join(found[:8])}{', ...' * (len(found) > 8)}")
     return {"step": step, "skipped": reason, "ids": found}
 
 
 def leave(why, saved, say):
-    """The end of a run that stops before its end: SystemExit. Nothing may hold a DDP module any more."""
+    """The end of a run that stops before its end: SystemExit."""
     say(f"\n{why}; saved {saved}: go on with --resume auto")
-    stop_distributed()
+    wait_for_all()                                          # torchrun kills the others when the first has left
     raise SystemExit(130 if why == ASKED else 1)
 
 
@@ -667,11 +686,14 @@ def append_jsonl(path, record):
         file.write(json.dumps(record) + "\n")
 
 
-def start_logs(out, args, done, *, ranks, steps, names=("log",)):
-    """config.json, and the logs as a run that goes on behind `done` steps needs them; for rank 0."""
-    write_json(out / "config.json", {**vars(args), **run_facts(), "ranks": ranks, "steps": steps})
-    for name in names:
-        open_log(out / f"{name}.jsonl", done)
+def start_logs(out, args, done, unusable, *, steps, rank, world, names=("log",)):
+    """config.json, the logs as a run that goes on behind `done` steps needs them, and what was left out at the start; by rank 0."""
+    if rank == 0:
+        write_json(out / "config.json", {**vars(args), **run_facts(), "ranks": world, "steps": steps})
+        for name in names:
+            open_log(out / f"{name}.jsonl", done)
+        for why in unusable if not done else ():
+            append_jsonl(out / "skipped.jsonl", {"step": 0, "fault": why})
 
 
 def open_log(path, done):
@@ -681,12 +703,16 @@ def open_log(path, done):
     path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
 
 
-def keep_evaluation(folder, when, results, asked, rank):
-    """Rank 0 writes when.json and, apart, what was said to samples-when.jsonl -> the results without the samples, with the questions' fingerprint."""
+def evaluation(work, when, asked, *, module, out, args, rank):
+    """work() -> results, with all weights of a sharded module whole; rank 0 writes them to when.json and, apart, what was said to samples-when.jsonl. -> the results without
+    the samples, with the questions' fingerprint `asked`."""
+    where = {"part": f"the evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}
+    with out_of_memory_named(where):
+        results = whole(module, work)
     samples, results["asked"] = results.pop("samples"), asked
     if rank == 0:
-        (folder / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-        write_json(folder / f"{when}.json", results)
+        (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        write_json(out / f"{when}.json", results)
     return results
 
 

@@ -20,7 +20,7 @@ Examples come from a manifest: JSONL, one object per line,
      "reasoning": {"planning": "..", "caption": "..", "reasoning": "..", "summary": ".."},                               # optional
      "description": "words for the audio (paper A)", "transcript": "its words (CORD)", "speaker": "..", "split": "train"}   # optional
 
-Validate one and see its durations and token lengths:
+Find every fault of one and of its clips, which are decoded from end to end, and see its durations and token lengths:
 
     python data.py check runs/world/train.jsonl --student mini/student --max-seconds 30
 """
@@ -30,22 +30,30 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import string
+import struct
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import soundfile
 import torch
 import torchaudio
+from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 321                       # fewer give zero audio tokens in Qwen2-Audio and Qwen2.5-Omni, silently
+SILENT = 1e-4                           # of full scale: what stays within +-SILENT of some level, three steps of 16 bits, nobody hears
+BLOCK = 2**18                           # samples decoded at a time, all channels together: no clip is too long for the memory
+TEXT_LIMIT, LINE_LIMIT = 100_000, 4_000_000     # characters in any text, bytes in a manifest's line: beyond is no question, but a file in a field
 STAGES = ("planning", "caption", "reasoning", "summary")       # CoTA's four stages of a reasoning trace
 TAG = r"</?(?:THINK|PLANNING|CAPTION|REASONING|SUMMARY|RESPONSE)>"
 
@@ -78,42 +86,87 @@ def read_manifest(path, *, require=(), split=None, limit=None, root=None, faults
 
     require: optional fields that every returned example must have, e.g. ("reasoning", "description"). split, limit: which and how many.
     Audio paths are relative to the manifest's folder and must stay inside it, links resolved, or inside `root` where one is given.
-    Raises DataError at the first bad line, and where no example is left."""
+    Raises DataError at the first bad line, or, with a list of `faults`, leaves bad lines out and adds a sentence for each; and where no example is left."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such manifest; check the path")
     folders = [Path(folder).resolve() for folder in (path.parent, root) if folder is not None]
-    examples, seen = [], {}
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    examples, kept, seen, before = [], [], {}, len(faults or ())
+    for number, line in _lines(path):
+        try:
             example = parse_line(line, f"{path}:{number}", folders)
-            if example.id in seen:
-                raise DataError(f"{example.where}: id {example.id!r} was already used at {seen[example.id]}; give every example its own id")
-            seen[example.id] = example.where
+            _claim_id(example, seen)
             examples.append(example)
-    if not examples:
-        raise DataError(f"{path}: the manifest is empty; write one JSON object per line")
-    kept = [example for example in examples if split is None or example.split == split][:limit]
-    if not kept:
+        except DataError as error:
+            _refuse(error, faults)
+    chosen = [example for example in examples if split is None or example.split == split][:limit]
+    for example in chosen:
+        if lacks := [name for name in require if not str(getattr(example, name) or "").strip()]:
+            _refuse(f"{example.where}: {lacks[0]!r} is missing or empty and is needed here; add it to the line", faults)
+        else:
+            kept.append(example)
+    if examples and not chosen:
         found = sorted({str(example.split) for example in examples})
         raise DataError(f"{path}: no example is left for split {split!r} and limit {limit}; the file has the splits {', '.join(found)}")
-    for example in kept:
-        for name in require:
-            if not str(getattr(example, name) or "").strip():
-                raise DataError(f"{example.where}: {name!r} is missing or empty and is needed here; add it to the line")
+    if not kept and len(faults or ()) > before:
+        raise DataError(f"{path}: no example is left beside {len(faults) - before:,} with faults, the first being {_brief(faults[before])}; correct them")
+    if not kept:
+        raise DataError(f"{path}: the manifest is empty; write one JSON object per line")
     return kept
 
 
 def read_manifests(paths, **how) -> list[Example]:
-    """Several manifests behind each other; `how` as in read_manifest. Raises DataError where two of them use one id."""
-    examples, seen = [example for path in paths for example in read_manifest(path, **how)], {}
-    for example in examples:
-        if example.id in seen:
-            raise DataError(f"{example.where}: id {example.id!r} was already used at {seen[example.id]}; give every example its own id")
-        seen[example.id] = example.where
+    """Several manifests behind each other; `how` as in read_manifest. An id that two of them use is a fault of the later."""
+    examples, seen = [], {}
+    for example in (example for path in paths for example in read_manifest(path, **how)):
+        try:
+            _claim_id(example, seen)
+            examples.append(example)
+        except DataError as error:
+            _refuse(error, how.get("faults"))
     return examples
+
+
+def _lines(path):
+    # (number, bytes) of each line that is not blank; of a huge one the first LINE_LIMIT bytes and one more, so that a file without line ends is not held
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = rest = file.readline(LINE_LIMIT + 1)
+            while len(rest) > LINE_LIMIT and not rest.endswith(b"\n"):
+                rest = file.readline(LINE_LIMIT + 1)
+            if not line:
+                return
+            if line.strip():
+                yield number, line
+
+
+def _claim_id(example, seen):
+    if example.id in seen:
+        raise DataError(f"{example.where}: id {_short(example.id)} was already used at {seen[example.id]}; give every example its own id")
+    seen[example.id] = example.where
+
+
+def _refuse(sentence, faults):
+    # a fault stops everything, unless somebody collects them
+    if faults is None:
+        raise DataError(sentence) from None
+    faults.append(str(sentence))
+
+
+def _brief(fault):
+    return fault.rpartition("; ")[0] or fault                       # without what to do about it
+
+
+def _short(value):
+    return value if len(value := repr(value)) < 200 else f"{value[:150]} ... ({len(value):,} characters)"
+
+
+def tolerate(faults, most):
+    """Raises DataError where there are more than `most` of the faults that were collected; what has them was left out."""
+    if len(faults) > most:
+        few = " | ".join(map(_brief, faults[:3])) + " | ..." * (len(faults) > 3)
+        raise DataError(f"{len(faults):,} {'examples have' if len(faults) > 1 else 'example has'} faults, and {most:,} may be left out: {few}; see them all by "
+                        f"python data.py check FILE and correct them, or leave them out by --skip-bad {len(faults)}")
 
 
 def fingerprint(examples) -> str:
@@ -124,6 +177,8 @@ def fingerprint(examples) -> str:
 def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
     """One line of a manifest -> Example. where: "manifest.jsonl:12", for messages. folders: the manifest's own, resolved, and further ones that audio may
     lie in. Raises DataError."""
+    if len(line) > LINE_LIMIT:
+        raise DataError(f"{where}: the line is longer than {LINE_LIMIT:,} bytes; write one JSON object per line, with the audio in a file of its own")
     try:
         record = json.loads(line.decode("utf-8-sig"))
         json.dumps(record, ensure_ascii=False).encode()             # half a surrogate pair parses, but no tokenizer takes it
@@ -138,18 +193,28 @@ def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
             return None
         if name not in holder:
             raise DataError(f"{where}: the field {name!r} is missing; add it to the line")
+        if value is None:
+            raise DataError(f"{where}: the field {name!r} is null; fill it in or remove the line")
         if not isinstance(value, str):
             raise DataError(f"{where}: the field {name!r} must be a string, not {type(value).__name__}; put it in quotes")
         if not blank and not value.strip():
             raise DataError(f"{where}: the field {name!r} is empty; fill it in or remove the line")
+        return sound(value, f"the field {name!r}")
+
+    def sound(value, what):
+        if "\0" in value:
+            raise DataError(f"{where}: {what} holds a NUL character; remove it, and look where the text was read from")
+        if len(value) > TEXT_LIMIT:
+            raise DataError(f"{where}: {what} has {len(value):,} characters, over the limit of {TEXT_LIMIT:,} for a text; shorten it or remove the line")
         return value
 
     choices, reasoning = record.get("choices"), record.get("reasoning")
     choices = [] if choices is None else choices
     if not isinstance(choices, list) or len(choices) > 26 or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise DataError(f"{where}: 'choices' must be a list of at most 26 non-empty strings; write [] for an open question")
+    choices = [sound(choice, "a choice") for choice in choices]
     if choices and text("answer") not in choices:
-        raise DataError(f"{where}: the answer {text('answer')!r} is not among the choices {choices}; write the text of one choice")
+        raise DataError(f"{where}: the answer {_short(text('answer'))} is not among the choices {_short(choices)}; write the text of one choice")
     if reasoning is not None:
         if not isinstance(reasoning, dict):
             raise DataError(f"{where}: 'reasoning' must be an object with the keys {', '.join(STAGES)}; split the trace into its stages")
@@ -167,59 +232,152 @@ def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
 def _inside(name: str, folders: list[Path], where: str) -> Path:
     # resolve() follows links first, so that neither "..", nor an absolute path, nor a link can read a file from elsewhere
     try:
+        if len(name) > 1_000:
+            raise OSError("no file has so long a name")
         path = (folders[0] / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:            # a circle of links, a zero byte
-        raise DataError(f"{where}: the audio path {name!r} cannot be used ({error}); correct it") from None
+    except (OSError, RuntimeError, ValueError) as error:            # RuntimeError: a circle of links
+        raise DataError(f"{where}: the audio path {_short(name)} cannot be used ({_short(str(error))}); correct it") from None
     if not any(path.is_relative_to(folder) for folder in folders):
-        raise DataError(f"{where}: the audio path {name!r} leaves the folder {folders[-1]}; move it there, or name its folder as root")
+        raise DataError(f"{where}: the audio path {_short(name)} leaves the folder {folders[-1]}; move it there, or name its folder as root")
     return path
 
 
 # -------------------------------------------------------------- 2. audio --------------------------------------------------------------
 
-def audio_seconds(path, *, where=None, max_seconds=None) -> float:
-    """A clip's duration in seconds, from its header alone. Raises DataError where load_audio would have no chance."""
+@dataclass
+class Clip:
+    """What a clip turned out to be when it was decoded."""
+    seconds: float
+    rate: int
+    channels: int
+    odd: list[str]                      # what is no fault and worth a look, in sentences
+
+
+def _open(path, where, max_seconds):
+    # soundfile's open file, once its header makes sense, and how its messages begin
     path, clip = Path(path), f"{where}: the audio file {path}" if where else f"the audio file {path}"
-    if not path.is_file():
-        raise DataError(f"{clip} does not exist; put it there or correct the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")
     try:
-        info = soundfile.info(path)
+        size = path.stat().st_size if path.is_file() else None
+        file = soundfile.SoundFile(path) if size else None
+        absent = missing_bytes(path) if size and file.format in ("WAV", "WAVEX", "RF64", "OGG") else 0
     except (RuntimeError, OSError, TypeError, ValueError) as error:     # TypeError: headerless formats, such as .raw
         raise DataError(f"{clip} cannot be decoded ({str(error).rstrip('.')}); convert it to WAV, FLAC, OGG or MP3") from None
-    if not 1_000 <= info.samplerate <= 1_000_000 or info.frames > 2**40:        # a streamed FLAC does not know its length
-        raise DataError(f"{clip} claims {info.frames} samples at {info.samplerate} Hz; convert it to a new file")
-    if math.ceil(info.frames * SAMPLE_RATE / info.samplerate) < MIN_SAMPLES:
-        raise DataError(f"{clip} lasts {info.duration:.3f} s, too short for a single audio token; use at least 0.021 s")
-    if max_seconds is not None and info.duration > max_seconds:
-        raise DataError(f"{clip} lasts {info.duration:.2f} s, over the limit of {max_seconds:g} s; cut it, or raise the limit")
-    return info.duration
+    if size is None:
+        raise DataError(f"{clip} does not exist; put it there or correct the path")
+    if size == 0:
+        raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")
+    frames, rate = file.frames, file.samplerate
+    if absent > 0:
+        raise DataError(f"{clip} is cut off ({absent:,} bytes that its header promises are not there); make or fetch it again")
+    if not 1_000 <= rate <= 1_000_000 or frames > 2**40:                # a streamed FLAC does not know its length
+        raise DataError(f"{clip} claims {frames} samples at {rate} Hz; convert it to a new file")
+    if frames == 0:                                                     # of a WAV whose writer was killed, libsndfile reads nothing
+        raise DataError(f"{clip} is empty (it holds no samples, or its header does not know how many); make it again, or have ffmpeg copy it to a new file")
+    if math.ceil(frames * _ratio(rate)) < MIN_SAMPLES:
+        raise DataError(f"{clip} lasts {frames / rate:.3f} s, too short for a single audio token; use at least 0.021 s")
+    if max_seconds is not None and frames / rate > max_seconds:
+        raise DataError(f"{clip} lasts {frames / rate:.2f} s, over the limit of {max_seconds:g} s; cut it, or raise the limit")
+    return file, clip
+
+
+def _ratio(rate):
+    # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes. A denominator up to 1,000 is exact
+    # for every usual rate, and off by about one part in 100,000 at most for odd ones up to 192 kHz.
+    return Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
+
+
+def missing_bytes(path) -> int:
+    """How many bytes a WAV's or an OGG's headers promise beyond the file's end: libsndfile shortens such a clip without a word.
+
+    A WAV written to a pipe promises 2 or 4 GiB, more or less, because its writer could not know better: that is none."""
+    with open(path, "rb") as file:
+        size, kind, wide = os.fstat(file.fileno()).st_size, file.read(12)[:4], None
+        if kind == b"OggS":
+            file.seek(max(0, size - 2**17))                             # a page has 27 bytes, the lengths of its parts, and these: 65,307 at most
+            tail = file.read()
+            page = tail[max(0, tail.rfind(b"OggS")):]
+            return 27 - len(page) if len(page) < 27 else 27 + page[26] + sum(page[27:27 + page[26]]) - len(page)
+        while len(head := file.read(8)) == 8:
+            name, promised = struct.unpack(">4sI" if kind == b"RIFX" else "<4sI", head)
+            if name == b"data":
+                promised = wide if wide and promised == 2**32 - 1 else promised
+                absent = promised - (size - file.tell())
+                stream = min(abs(promised - 2**31), abs(promised - 2**32)) < 2**13 or promised > 2**40
+                return absent if absent > 128 and not stream else 0     # some writers count their own header in
+            if name == b"ds64":                                         # RF64: the true size, for more than 4 GiB
+                wide = int.from_bytes(file.read(16)[8:], "little")
+                promised -= 16
+            file.seek(promised + promised % 2, 1)
+    return 0
+
+
+def _knows_length(path):
+    # an MP3 without such a tag in its first frame does not say how long it is: libsndfile guesses by the bit rate there, and reads no further
+    with open(path, "rb") as file:
+        head = file.read(10)
+        size = sum(byte << 7 * (3 - i) for i, byte in enumerate(head[6:])) if head[:3] == b"ID3" else -10       # its ID3 tag's, 7 bits a byte
+        file.seek(10 + size)
+        frame = file.read(4096)
+    return any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
+
+
+def audio_seconds(path, *, where=None, max_seconds=None) -> float:
+    """A clip's duration in seconds, from its header alone. Raises DataError where load_audio would have no chance."""
+    with _open(path, where, max_seconds)[0] as file:
+        return file.frames / file.samplerate
+
+
+def decode(path, *, where=None, max_seconds=None, keep=0) -> tuple[np.ndarray, Clip]:
+    """A clip's first `keep` seconds [samples], mono (mean of the channels), at its own rate, and what there is to say about it.
+
+    With keep=0 it is decoded from end to end, block by block; otherwise no further than is kept, and than it takes to hear anything.
+    Raises DataError for a file that is missing, empty, undecodable, too short for an audio token, over max_seconds, cut off, not finite, or silent."""
+    file, clip = _open(path, where, max_seconds)
+    rate, frames, channels, form = file.samplerate, file.frames, file.channels, (file.format, file.subtype)
+    kept, there, clipped, low, high, loud = [np.zeros(0, np.float32)], 0, 0, [], [], 0.0
+    with file:
+        while there < frames and not (0 < keep * rate <= there and max(high) - min(low) >= 2 * SILENT):
+            try:
+                block = file.read(max(1, BLOCK // channels), dtype="float32", always_2d=True)                   # [samples, channels]
+            except (RuntimeError, OSError, MemoryError, ValueError) as error:
+                raise DataError(f"{clip} breaks off while decoding ({str(error).rstrip('.')}); make or fetch it again") from None
+            if not len(block):
+                break
+            mono = block[:, 0] if channels == 1 else sum(block.T) / channels
+            low.append(float(mono.min()))
+            high.append(float(mono.max()))                              # of NaN and a number NaN
+            if not math.isfinite(high[-1] - low[-1]):
+                raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
+            top, bottom = (high[-1], low[-1]) if channels == 1 else (float(block.max()), float(block.min()))
+            loud = max(loud, top - bottom)
+            if max(top, -bottom) >= 0.9999:                             # three in a row at full scale: a wave just touches it
+                full = np.abs(block) >= 0.9999
+                clipped += int((full[2:] & full[1:-1] & full[:-2]).sum()) / channels
+            if there < keep * rate:
+                kept.append(mono)
+            there += len(block)
+    slack = 2 * 1152 if form[0] == "MP3" else 0                          # some encoders count their own tag as a frame of 1,152
+    whole = there >= frames - slack or 0 < keep * rate <= there
+    guessed = form[0] == "MP3" and not _knows_length(path)
+    if not there or not whole and not guessed:
+        raise DataError(f"{clip} is cut off ({there / rate:.2f} s of the {frames / rate:.2f} s that its header promises are there); make or fetch it again")
+    if max(high) - min(low) < 2 * SILENT:
+        reason = "its channels cancel each other when they are mixed" if loud >= 2 * SILENT else f"its {there / rate:.2f} s are all zeros or next to it"
+        raise DataError(f"{clip} is silent ({reason}); make it again, or leave the line out")
+    odd = [f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full scale); record it at a lower level"] * (clipped > 0.01 * there)
+    odd += [f"{clip} has samples of 8 bits ({form[1]}), whose noise is heard; use its original if there is one"] * (form[1] in ("PCM_U8", "PCM_S8"))
+    odd += [f"{clip} is an MP3 that does not say how long it is ({frames / rate:.2f} s is a guess, what lies beyond is not read); convert it to FLAC"] * guessed
+    wave = np.concatenate(kept)
+    return wave[:math.ceil(keep * rate)] if keep < math.inf else wave, Clip(there / rate, rate, channels, odd)
 
 
 def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Tensor:
     """Any WAV, FLAC, OGG or MP3 file as a float32 tensor [samples]: 16 kHz, mono (mean of the channels), 1.0 is full scale; its first `cut` seconds.
 
-    Raises DataError for a file that is missing, empty, undecodable, too short for an audio token, over max_seconds, or not finite."""
-    duration = audio_seconds(path, where=where, max_seconds=max_seconds)
-    clip = f"{where}: the audio file {path}" if where else f"the audio file {path}"
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            wave = file.read(-1 if cut == math.inf else math.ceil(cut * rate), dtype="float32", always_2d=True)      # [samples, channels]
-    except (RuntimeError, OSError, MemoryError, ValueError) as error:
-        raise DataError(f"{clip} breaks off while decoding ({str(error).rstrip('.')}); make or fetch it again") from None
-    wave = torch.from_numpy(wave).mean(1)
-    if not wave.isfinite().all():
-        raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
-    if rate != SAMPLE_RATE and len(wave):
-        # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes. A denominator up to 1,000 is exact
-        # for every usual rate, and off by about one part in 100,000 at most for odd ones up to 192 kHz.
-        ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
-        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
-    if len(wave) < MIN_SAMPLES:
-        raise DataError(f"{clip} holds {len(wave)} samples where its header promises {duration:.2f} s; make it again")
-    return wave
+    Raises DataError for what decode refuses; what comes after `cut` it does not look at."""
+    wave, clip = decode(path, where=where, max_seconds=max_seconds, keep=cut)
+    wave, ratio = torch.from_numpy(wave), _ratio(clip.rate)
+    return wave if clip.rate == SAMPLE_RATE else torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
 def extractor(processor):
@@ -233,16 +391,52 @@ def longest(processor) -> float:
 
 
 def check_audio(examples, max_seconds=None) -> list[float]:
-    """The durations in seconds, from the headers; raises DataError at the first clip that training could not use."""
+    """The durations in seconds, from the headers; raises DataError at the first clip whose header shows that training could not use it."""
     return [audio_seconds(example.audio, where=example.where, max_seconds=max_seconds) for example in examples]
 
 
-def check_clips(examples, max_seconds=None, faults=None):
-    return examples, check_audio(examples, max_seconds)
+def check_clips(examples, max_seconds=None, faults=None) -> tuple[list[Example], list[float]]:
+    """Decodes every clip from end to end -> (the examples whose clips are good, their durations in seconds); in every rank the same.
+
+    Raises DataError for the first bad clip, or, with a list of `faults`, leaves bad ones out and adds a sentence for each; and where none is left."""
+    kept, before = [], len(faults or ())
+    for example, found in zip(examples, decode_all(examples, max_seconds)):
+        if isinstance(found, str):
+            _refuse(f"{example.where}: {found}", faults)
+        else:
+            kept.append((example, found.seconds))
+    if examples and not kept:
+        raise DataError(f"no clip of {len(examples):,} is good, the first fault being {_brief(faults[before])}; correct them")
+    return [example for example, _ in kept], [seconds for _, seconds in kept]
 
 
-def allow(faults, most):
-    pass
+def decode_all(examples, max_seconds=None) -> list[Clip | str]:
+    """What decode says about each example's clip, or why it refuses it. Each file is decoded once, in threads (libsndfile lets go of Python's lock),
+    and under torch.distributed by one rank, which tells the others."""
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    paths = list(dict.fromkeys(example.audio for example in examples))
+    mine, few = paths[rank::world], 8                                   # a task is a few clips: one alone would cost more to hand over than to decode
+
+    def some(start):
+        said = []
+        for path in mine[start:start + few]:
+            try:
+                said.append(decode(path, max_seconds=max_seconds)[1])
+            except DataError as error:
+                said.append(str(error))
+        return said
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
+        tasks = range(0, len(mine), few)
+        found = list(itertools.chain(*tqdm(pool.map(some, tasks), "decoding clips", len(tasks), leave=False, disable=rank > 0 or None)))
+    if world > 1:
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, found)
+        found = [shares[i % world][i // world] for i in range(len(paths))]
+    found = dict(zip(paths, found))
+    return [found[example.audio] for example in examples]
 
 
 def about_clips(seconds, processor) -> str:
@@ -605,7 +799,7 @@ def denominators(batches: list[Batch]) -> dict[str, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check"], help="validate a manifest and every clip's header, then print a table by task")
+    parser.add_argument("command", choices=["check"], help="find every fault of a manifest and its clips, then print a table by task; 1 if there is any")
     parser.add_argument("file", help="the manifest, JSONL")
     parser.add_argument("--student", default="mini/student", help="folder or hub name of the student, for its tokenizer")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip allowed, in seconds (Qwen2-Audio's window: 30)")
@@ -614,20 +808,41 @@ def main():
     from transformers import AutoTokenizer                                 # slow to import, and only needed here
 
     try:
-        examples = read_manifest(args.file)
-        durations = check_audio(examples, args.max_seconds)
         tokenizer = AutoTokenizer.from_pretrained(args.student)
-    except DataError as error:
-        sys.exit(f"error: {error}")
     except (OSError, ValueError) as error:
         sys.exit(f"error: there is no tokenizer in {args.student} ({str(error).splitlines()[0]}); name the student's folder with --student")
+    faults, error = [], None
+    try:
+        examples = read_manifest(args.file, faults=faults)
+    except DataError as none_left:
+        examples, error = [], none_left
+    found = decode_all(examples, args.max_seconds)
+    faults += [f"{example.where}: {clip}" for example, clip in zip(examples, found) if isinstance(clip, str)]
+    good = [(example, clip) for example, clip in zip(examples, found) if not isinstance(clip, str)]
+    faults.sort(key=lambda fault: int(fault.removeprefix(f"{Path(args.file)}:").partition(":")[0]))        # as the lines come
+    odd = [f"{example.where}: {sentence}" for example, clip in good for sentence in clip.odd]
+    print(*(f"fault: {fault}" for fault in faults), *(f"odd: {sentence}" for sentence in odd), sep="\n", end="\n" * bool(faults or odd))
+    if error and not faults:
+        sys.exit(f"error: {error}")                                        # no manifest, or nothing in it
+    print(f"{args.file}: {len(good)} examples are valid" + f", {len(faults)} have faults" * bool(faults) + f", {len(odd)} odd things" * bool(odd))
+    if good:
+        print_table(good, tokenizer)
+    if faults:
+        sys.exit(1)
 
+
+def print_table(good, tokenizer):
+    """[(Example, Clip)] -> how many, how long and how many tokens, by task, and what is converted when it is read."""
+    other = Counter(clip.rate for _, clip in good if clip.rate != SAMPLE_RATE)
+    converted = [f"{count:,} from {rate:,} Hz" for rate, count in sorted(other.items())]
+    converted += [f"{count:,} from several channels" for count in [sum(clip.channels > 1 for _, clip in good)] if count]
+    if converted:
+        print(f"converted to {SAMPLE_RATE:,} Hz, mono, as they are read: {', '.join(converted)}")
     rows = defaultdict(list)                                               # task -> [(seconds, question tokens, response tokens)]
-    for example, seconds in zip(examples, durations):
+    for example, clip in good:
         question = tokenizer(question_text(example), add_special_tokens=False)["input_ids"]
-        rows[example.task].append((seconds, len(question), len(encode_response(tokenizer, response_text(example)))))
-    print(f"{args.file}: {len(examples)} examples are valid\n")
-    print(f"{'':12}{'':>8}{'seconds':>16}{'question tokens':>18}{'response tokens':>18}")
+        rows[example.task].append((clip.seconds, len(question), len(encode_response(tokenizer, response_text(example)))))
+    print(f"\n{'':12}{'':>8}{'seconds':>16}{'question tokens':>18}{'response tokens':>18}")
     print(f"{'task':12}{'count':>8}{'mean':>10}{'max':>6}" + f"{'mean':>12}{'max':>6}" * 2)
     for task, values in [*sorted(rows.items()), ("together", sum(rows.values(), []))]:
         line = f"{task:12}{len(values):8}"

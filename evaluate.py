@@ -20,30 +20,36 @@ Where this departs from the papers and from MMAU's own script:
     python evaluate.py --task gap --model DIR --data mmsu.jsonl obqa.jsonl gsm8k.jsonl          # paper B's Table 1, one table a file
     python evaluate.py --task both --model DIR --data test.jsonl --out runs/eval
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
+    torchrun --nproc_per_node 8 evaluate.py --task both --model DIR --data test.jsonl             # each GPU asks its share; aqa, ser and gap, too
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
     python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl     # which layers are alike? (inside.py)
+    python evaluate.py --task report --run runs/source_layer                                      # how does a training run go? (report.py)
 """
 
 import argparse
 import json
 import random
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import common
 import data
 import judge
 import models
 from judge import extract_choice, voicebench_letter
+from report import plot_report, read_run, summary
 from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's mixes, ...) gets a row of its own behind them
 SER_TASK = "emotion"                    # the task name of emotion recognition in a manifest
 EMOTIONS = {"anger": "angry", "sadness": "sad", "happiness": "happy", "excited": "happy", "excitement": "happy"}     # IEMOCAP: excited is happy
 NO_ANSWER = "no answer"
+SHARED = ("aqa", "ser", "both", "gap")                                  # the tasks that several ranks may do together
 TAKEN = {"average", "ua", "intervals", "official", "groups", "counts", "correct"}             # names in the results, which no task may have
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,78 +388,6 @@ def name_failures(before, after):
     return said
 
 
-def plot_run(folder):
-    """A training run's folder (log.jsonl, results.json) -> run.png: the loss terms over the steps, accuracies before and after."""
-    import matplotlib
-    matplotlib.use("Agg")                                                 # no screen needed
-    import matplotlib.pyplot as plt
-
-    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    results = json.loads((Path(folder) / "results.json").read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for name in ("sft", "top", "layer", "acoustic"):
-        values = [line[name] for line in log if name in line]
-        if values:
-            left.plot([line["step"] for line in log if name in line], np.maximum(values, 1e-6), label=name, linewidth=1.5)
-    left.set(xlabel="step", ylabel="loss term, unweighted", yscale="log", title="what the student learns from")
-    left.legend(frameon=False)
-    bars = [(name, *((r["aqa"][name], r["aqa"]["intervals"][name]) for r in (results["before"], results["after"])))
-            for name in (*results["before"].get("aqa", {}).get("correct", ()), "average") if "aqa" in results["before"]
-            and results["before"]["aqa"][name] is not None]
-    if "ser" in results["before"]:
-        bars.append(("SER\n(never trained)", *((r["ser"]["ua"], r["ser"]["interval"]) for r in (results["before"], results["after"]))))
-    for side, (when, colour) in enumerate((("before", "#b8c4d6"), ("after", "#2f5d9b"))):
-        at = np.arange(len(bars)) + 0.4 * side - 0.2
-        height = np.array([bar[1 + side][0] for bar in bars])
-        low, high = np.array([bar[1 + side][1] for bar in bars]).reshape(-1, 2).T
-        error = [np.maximum(0, height - low), np.maximum(0, high - height)]
-        right.bar(at, height, 0.38, color=colour, label=when, yerr=error, ecolor="#555555", capsize=2)
-        for x, y in zip(at, height):
-            right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color="black" if side == 0 else "white")
-    right.set(ylabel="accuracy (%)", ylim=(0, 100), title="hearing questions, before and after")
-    right.set_xticks(range(len(bars)), [bar[0] for bar in bars])
-    right.legend(frameon=False, loc="upper center", ncols=2)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(folder) / "run.png", dpi=130)
-    plt.close(figure)
-
-
-def plot_cord(folder):
-    """A CORD run's folder (log.jsonl, before, step-N and after.json) -> run.png: both views' accuracy over the steps, and what drove them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder = Path(folder)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    points = [(0, "before")] + [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")] + [(log[-1]["step"], "after")]
-    scores = [(step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for view, colour in (("text", "#d98c3f"), ("audio", "#2f5d9b")):
-        values = [found[f"{view}_accuracy"] for _, found in scores]
-        low, high = zip(*(found["intervals"][view] for _, found in scores))
-        left.plot([step for step, _ in scores], values, "-o", color=colour, label=f"{view} view")
-        left.fill_between([step for step, _ in scores], low, high, color=colour, alpha=0.15, linewidth=0)
-    left.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title="the same questions, read and heard")
-    left.legend(frameon=False, loc="lower right")
-    lines = []
-    for name, label, axis, colour in (("kl", "KL per token (nats)", right, "#2f5d9b"), ("reward", "reward, mean of the groups", right.twinx(), "#b04a5a")):
-        if values := [(line["step"], line[name]) for line in log if name in line]:
-            steps, raw = zip(*values)
-            width = max(1, len(raw) // 20)
-            smooth = np.convolve(np.pad(raw, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
-            axis.plot(steps, raw, color=colour, alpha=0.25, linewidth=0.8)
-            lines += axis.plot(steps, smooth, color=colour, label=label)
-        axis.set_ylabel(label, color=colour)
-        axis.set_ylim(bottom=0)
-    right.set(xlabel="step", title="what the student learns from")
-    left.spines[["top", "right"]].set_visible(False)
-    right.spines["top"].set_visible(False)
-    figure.savefig(folder / "run.png", dpi=130)
-    plt.close(figure)
-
-
 def read_json(path, kind):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -507,10 +441,11 @@ def read_predictions(path, task="mmau"):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap", "layers", "features", "kl"],
+    parser.add_argument("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap", "layers", "features", "kl", "report"],
                         help="mmau: score a file of predictions, MMAU's or MMAR's; mcq: VoiceBench's (OpenBookQA, MMSU); aqa, ser, both: run a "
                              "model, on multiple choice, emotions or both; gap: the same questions heard and read; layers, features, kl: look inside "
-                             "a student and its teacher (inside.py)")
+                             "a student and its teacher (inside.py); report: what a training run's folder says, at any time (report.py)")
+    parser.add_argument("--run", metavar="DIR", help="report: the folder that the training script's --out named; the picture goes there, too")
     parser.add_argument("--out", help="mmau, mcq: the file for results.json; otherwise a folder (default runs/evaluate)")
     parser.add_argument("--compare", metavar="RESULTS", help="another run's results.json: print how far this run is from it, paired")
     parser.add_argument("--baseline", metavar="RESULTS", help="gap: the results.json of the model before training: print the gap's reduction")
@@ -534,22 +469,30 @@ def main(argv=None):
                         help="tokens an answer may have, trace included; default: 2048, room for a trace like CoTA's; kl: 200 (paper B)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered at once")
     args = parser.parse_args(argv)
-    for flag in ["predictions"] if args.task in ("mmau", "mcq") else ["model", "data"]:
+    for flag in {"mmau": ["predictions"], "mcq": ["predictions"], "report": ["run"]}.get(args.task, ["model", "data"]):
         if not getattr(args, flag):
             parser.error(f"--task {args.task} needs --{flag}")
     if args.greedy or args.temperature is None:
         args.temperature = 0.0 if args.greedy or args.task == "gap" else 0.6
     args.max_new_tokens = args.max_new_tokens or (200 if args.task == "kl" else 2048)
+    rank, world, device = common.start_distributed()
     try:
-        {"layers": look_inside, "features": look_inside, "gap": run_gap, "kl": run_kl}.get(args.task, run)(args)
+        if args.task in SHARED:
+            (run_gap if args.task == "gap" else run)(args, rank, device)
+        elif world > 1:
+            raise data.DataError(f"--task {args.task} runs in one process, and torchrun started {world}; start it with python")
+        else:
+            {"mmau": score_file, "mcq": score_file, "kl": run_kl, "report": run_report}.get(args.task, look_inside)(args)
     except data.DataError as error:
+        if rank > 0:                    # rank 0 mostly meets the same error: then it says so and ends, and torchrun ends this process before it can
+            time.sleep(30)
         raise SystemExit(f"evaluate.py: {error}") from None
+    common.stop_distributed()
 
 
 def look_inside(args):
     """--task layers and features: what inside.py has to say, as JSON, a PNG and a few lines. A checkpoint's run tells the rest: its teacher,
     its map, and the student that it started from. Every second example fits W_i, the others are looked at."""
-    import common
     import inside
     import layer_map
 
@@ -603,21 +546,19 @@ def stems(files):
     return names
 
 
-def run_gap(args):
-    """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone."""
-    from common import write_json
+def run_gap(args, rank, device):
+    """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone. Each rank asks its share."""
+    say = print if rank == 0 else (lambda *a, **k: None)
     baseline = read_json(args.baseline, "the results.json of a gap evaluation or of a CORD run") if args.baseline else {}
     baseline = baseline.get("before", baseline) if isinstance(baseline, dict) else {}     # a training run holds "before" and "after"
     if args.baseline and "text_accuracy" not in baseline:
         raise data.DataError(f"{args.baseline}: holds no gap; give a results.json that --task gap or train_cord.py wrote")
-    gpu = torch.cuda.is_available()
     sets = [(name, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for name, file in zip(stems(args.data), args.data)]
     if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
         raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
-    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
-    models.check(model.to("cuda" if gpu else "cpu"), processor)
-    out = Path(args.out or "runs/evaluate")
-    out.mkdir(parents=True, exist_ok=True)
+    data.check_audio([e for _, examples in sets for e in examples])                       # by every rank, so that all stop for the same clip
+    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    models.check(model.to(device), processor)
     found, samples = {}, []
     for name, examples in sets:
         found[name] = evaluate_views(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
@@ -631,20 +572,22 @@ def run_gap(args):
         before = baseline if name == sets[0][0] else baseline.get("splits", {}).get(name)
         if before:
             found[name]["gap_reduction_percent"] = gap_reduction(before, found[name])
-        print(f"-- {name}\n{report_gap(found[name], before)}")
+        say(f"-- {name}\n{report_gap(found[name], before)}")
         for view, theirs in found[name].get("voicebench", {}).items():
             counts = theirs["counts"]
-            print(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
-                  "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
-    first = found.pop(sets[0][0])
+            say(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
+                "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
+    if rank > 0:
+        return
+    first, out = found.pop(sets[0][0]), Path(args.out or "runs/evaluate")
+    out.mkdir(parents=True, exist_ok=True)
     (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
+    common.write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
 
 
 def run_kl(args):
     """--task kl: the spread of D_t over rollouts, as JSON, a PNG and a few lines. A checkpoint's run names the student that it started from, which
     is the teacher before and after training."""
-    import common
     import inside
 
     model = Path(args.model)
@@ -673,43 +616,67 @@ def run_kl(args):
     print(f"{out}: kl.json, kl.png")
 
 
-def run(args):
-    other = None
-    if args.compare:                                                      # before the work, not after it
-        other = read_json(args.compare, "the results.json of another run")
-        other = other.get("after", other) if isinstance(other, dict) else {}          # a training run holds "before" and "after"
-        if not any(isinstance(other.get(part), dict) and isinstance(other[part].get("correct"), dict) for part in ("aqa", "ser")):
-            raise data.DataError(f"{args.compare}: holds no results; give a results.json that evaluate.py or a training run wrote")
-    if args.task in ("mmau", "mcq"):
-        records, how = read_predictions(args.predictions, args.task), {}
-        if args.task == "mcq":
-            how = {"voicebench": True, "guess": args.seed if args.voicebench_guess else None}
-        results, out = {"aqa": score_mmau(records, **how)}, args.out and Path(args.out)
-    else:
-        wanted = {"aqa": (False,), "ser": (True,), "both": (False, True)}[args.task]          # is it about emotion?
-        sets = []
-        for name, file in zip(stems(args.data), args.data):
-            sets.append((name, [e for e in data.read_manifest(file, split=args.split) if (e.task == SER_TASK) in wanted][:args.limit]))
-            if not sets[-1][1]:
-                raise data.DataError(f"{file}: has no example for --task {args.task}; check --task and --split")
-        out = Path(args.out or "runs/evaluate") / "results.json"
-        gpu = torch.cuda.is_available()
-        model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
-        models.check(model.to("cuda" if gpu else "cpu"), processor)
-        results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
-                                 max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                 seed=args.seed)
+def run_report(args):
+    """--task report: report.py's summary and picture and, of a run that is finished, what it says at its end."""
+    found = read_run(args.run)
+    plot_report(found)
+    print(*summary(found), sep="\n")
+    if found["results"]:
+        before, after = found["results"]["before"], found["results"]["after"]
+        print(report_gap(after, before) if "text_accuracy" in before else report_change(before, after))
+    print(found["folder"] / "report.png")
+
+
+def other_results(path):
+    """--compare: another run's results, read before the work and not after it."""
+    if not path:
+        return None
+    other = read_json(path, "the results.json of another run")
+    other = other.get("after", other) if isinstance(other, dict) else {}                  # a training run holds "before" and "after"
+    if not any(isinstance(other.get(part), dict) and isinstance(other[part].get("correct"), dict) for part in ("aqa", "ser")):
+        raise data.DataError(f"{path}: holds no results; give a results.json that evaluate.py or a training run wrote")
+    return other
+
+
+def tell(results, other, args, out):
+    """Write results.json, if there is a name for it, and print the tables."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    if samples := results.pop("samples", None):
-        (out.parent / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-        mmau = [s for s in samples if s["task"] != SER_TASK]
-        (out.parent / "predictions.json").write_text(json.dumps(mmau, indent=1))          # MMAU's format, for its own script
-    if out:
         out.write_text(json.dumps({**results, "settings": vars(args)}, indent=1))
     print(report(results))
     if other is not None:
         print(f"against {args.compare}, paired, 95 % bootstrap interval:", *compare(results, other), sep="\n")
+
+
+def score_file(args):
+    """--task mmau and mcq: somebody's predictions."""
+    other, records, how = other_results(args.compare), read_predictions(args.predictions, args.task), {}
+    if args.task == "mcq":
+        how = {"voicebench": True, "guess": args.seed if args.voicebench_guess else None}
+    tell({"aqa": score_mmau(records, **how)}, other, args, args.out and Path(args.out))
+
+
+def run(args, rank, device):
+    """--task aqa, ser and both: a model is asked. Each rank asks its share (rollout.generate); rank 0 writes and prints."""
+    other, sets = other_results(args.compare), []
+    wanted = {"aqa": (False,), "ser": (True,), "both": (False, True)}[args.task]          # is it about emotion?
+    for name, file in zip(stems(args.data), args.data):
+        sets.append((name, [e for e in data.read_manifest(file, split=args.split) if (e.task == SER_TASK) in wanted][:args.limit]))
+        if not sets[-1][1]:
+            raise data.DataError(f"{file}: has no example for --task {args.task}; check --task and --split")
+    data.check_audio([e for _, examples in sets for e in examples])                       # by every rank, so that all stop for the same clip
+    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    models.check(model.to(device), processor)
+    results = evaluate_model(model, processor, sets[0][1], splits=sets[1:], batch_size=args.batch_size,
+                             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    if rank > 0:
+        return
+    out, samples = Path(args.out or "runs/evaluate"), results.pop("samples")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    mmau = [s for s in samples if s["task"] != SER_TASK]
+    (out / "predictions.json").write_text(json.dumps(mmau, indent=1))                     # MMAU's format, for its own script
+    tell(results, other, args, out / "results.json")
 
 
 if __name__ == "__main__":

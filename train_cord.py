@@ -53,6 +53,7 @@ import judge
 import losses
 import mini_world
 import models
+import report
 import rollout
 from split_adamw import SplitAdamW
 
@@ -186,10 +187,6 @@ class CordStep(nn.Module):
             decoder, head = (copy.deepcopy(part).requires_grad_(False) for part in self.teacher)
             self.teacher = models.cast(decoder, torch.bfloat16 if student.device.type == "cuda" else student.dtype), head    # no master weights needed
 
-    def reader(self):
-        """The module whose weights reading needs: the frozen copy, or, where the student reads, all of this."""
-        return self if self.teacher[0] is models.decoder(self.student) else self.teacher[0]
-
     @torch.no_grad()
     def read(self, chunk):
         """The teacher on the text view: last hidden states that predict the rollouts' tokens -> [kl tokens, hidden]."""
@@ -200,14 +197,14 @@ class CordStep(nn.Module):
         return last.flatten(0, 1)[chunk.text.predict_positions]
 
     def forward(self, chunk, read, counts):
-        args, view, reader, parts, each = self.args, chunk.audio, common.full(self.teacher[1].weight), {}, {}    # gathered by all ranks, or by none
+        args, view, parts, each, teacher_head = self.args, chunk.audio, {}, {}, common.full(self.teacher[1].weight)      # gathered by all ranks, or by none
         last = models.hear(self.student, **view.inputs)                                          # [prompts, seq, hidden]
         heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
         advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
         how = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share) if on_policy else dict(alpha=1.0, beta=1.0, top_share=0.0)
         # L = sum_t w_t D_t / rollouts with a KL - sum_t A_i log p_t / rewarded rollouts. SFT: log p of the text view's tokens in the place of the KL
         loss, kl, log_p, entropy = self.cord(
-            heard, models.head_weight(self.student), read, None if read is None else reader, chunk.labels,
+            heard, models.head_weight(self.student), read, None if read is None else teacher_head, chunk.labels,
             lengths=[] if sft else lengths, carries_kl=chunk.kl & (not sft), advantage=advantage + (chunk.kl & sft) / max(counts["token"], 1),
             temperature=chunk.temperature, banned=self.banned, divergence_beta=1.0 if on_policy else 0.0, denominator=counts["token"], **how)
         if lengths and sft:
@@ -260,8 +257,7 @@ def main(argv=None):
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
 
-    def encode(some):
-        return data.encode_prompts(some, processor, tokenizer, words="transcript", max_seconds=args.max_seconds)
+    encode = functools.partial(data.encode_prompts, processor=processor, tokenizer=tokenizer, words="transcript", max_seconds=args.max_seconds)
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
     checkpoint, done = common.find_checkpoint(args.resume, out, args.dry_run), 0
@@ -279,9 +275,8 @@ def main(argv=None):
     answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
 
     def score(when, elsewhere=True):
-        with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
-            results = common.whole(wrapped, lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering))
-        return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
+        return common.evaluation(lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering), when, data.fingerprint(scored),
+                                 module=wrapped, out=out, args=args, rank=rank)
 
     before = None
     if scored and not args.no_eval:
@@ -292,14 +287,13 @@ def main(argv=None):
     say(f"judge ({args.judge}): the text view gives the gold answer to {100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
 
     # 4.4 checkpoint; DDP or FSDP; optimizer
-    if args.shard and step_module.reader() is not step_module:
+    reader = step_module if step_module.teacher[0] is models.decoder(student) else step_module.teacher[0]        # the module whose weights reading needs
+    if args.shard and reader is not step_module:
         common.shard_reader(*step_module.teacher)
     if checkpoint:
         done = common.load_model(checkpoint, student)
         say(f"going on from step {done}, {checkpoint}")
-    if args.checkpoint_activations:
-        common.checkpoint_activations(student)
-    wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=kind if device.type == "cpu" else torch.bfloat16)
+    wrapped = common.wrap(step_module, student, args, world=world, compute=kind if device.type == "cpu" else torch.bfloat16)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
@@ -308,24 +302,23 @@ def main(argv=None):
     card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
-    if rank == 0:
-        common.start_logs(out, args, done, ranks=world, steps=steps, names=("log", "samples"))
+    common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world, names=("log", "samples"))
 
     # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
-    first, begun, quiet, spoiled, why = done, time.time(), 0, 0, None                            # quiet: steps since a group last had any signal
-    prepared = common.feed(encode, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
+    first, begun, quiet, spoiled = done, time.time(), 0, 0                            # quiet: steps since a group last had any signal
+    prepared = common.feed(encode, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"do": "lower --batch-size or --micro-batch, shorten --max-new-tokens, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar, contextlib.closing(prepared):
+    with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (prompts, faults, waited) in zip(range(done, stop), prepared):
-            clock, mine = [time.time()], prompts.examples
+            clock, mine, spoilt = [time.time()], prompts.examples, []
             common.seed_step(args.seed, step, rank)
             where |= {"part": "the rollouts", "batch": f"{share * len(plan)} rollouts", "length": max(map(len, prompts.audio)) + args.max_new_tokens}
             rollouts = common.whole(wrapped, lambda: rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens))
             clock.append(time.time())
             sums = {**dict.fromkeys(("loss", "token", "group", *sum(MEANS.values(), ())), 0.0), "rollouts": len(rollouts),
                     "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(len(r.ids) == args.max_new_tokens for r in rollouts),
-                    **reward(rollouts, prompts, references, verdicts)}
+                    **reward(rollouts, prompts, references, verdicts), "faults": len(faults)}
             if args.token_loss in ("sft", "forward-kl"):            # off-policy: along the text view's own answer
                 rollouts += [rollout.Rollout(row, 1.0, True, False, references[e.id]["ids"]) for row, e in enumerate(mine)]
             chunks = chunks_of(rollouts, prompts, processor, args.micro_batch, device)
@@ -334,12 +327,11 @@ def main(argv=None):
                 chunks += idle * (int(common.over_ranks(len(chunks), torch.distributed.ReduceOp.MAX, device)) - len(chunks))
             where |= {"part": "the text view", "batch": f"{args.micro_batch} rollouts"}
             with autocast():
-                taught = common.whole(step_module.reader(), lambda: [step_module.read(chunk) for chunk in chunks])
+                taught = common.whole(reader, lambda: [step_module.read(chunk) for chunk in chunks])
             clock.append(time.time())
             counts = common.sum_over_ranks({"token": sum(r.kl for r in rollouts), "group": sum(r.group for r in rollouts)}, device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
-            sums, spoilt = {**sums, "faults": len(faults)}, []
             for i, (chunk, read) in enumerate(zip(chunks, taught)):
                 where |= {"part": "the forward pass", "length": chunk.audio.inputs["input_ids"].shape[1]}
                 with common.accumulating(wrapped, last=i + 1 == len(chunks)):
@@ -367,7 +359,7 @@ def main(argv=None):
                     "lr": optimizer.param_groups[0]["lr"], **{name: sums[x] / sums[y] for name, (x, y) in MEANS.items() if sums[y]},
                     **{f"seconds_{what}": end - start for what, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])},
                     "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), **common.costs(clock[-1] - clock[0] + waited, waited, device)}
-            text = ("  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line) + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s")
+            text = "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line) + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s"
             quiet = quiet + 1 if args.group_size and not sums["signal"] else 0
             if quiet == QUIET:
                 say(f"step {done}: for {QUIET} steps all rollouts of every group were judged alike, so the group reward teaches nothing: read "
@@ -382,34 +374,30 @@ def main(argv=None):
                     common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
                     say("  {transcript} | {rollout} | {verdict}".format(**record))
             evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+            if done % args.save_every == 0 or done == stop or why or evaluates:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
-                break
+                common.leave(why, saved, say)
             if evaluates:
                 now = score(f"eval-{done:07d}", elsewhere=False)
-                if args.keep_best and rank == 0:
-                    common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")})
+                common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args, rank)
                 say(f"step {done}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
-    if why:
-        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
-        common.leave(why, saved, say)
 
     # 4.6 after
     if before:
         after = score("after")
-        report, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
+        table, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
-            card(out / f"step-{done:07d}", results=report)
-            say(report)
+            card(out / f"step-{done:07d}", results=table)
+            say(table)
             if args.data is None and not args.dry_run:
                 say("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            evaluate.plot_cord(out)
+            report.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None
+    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 
 

@@ -35,7 +35,6 @@ Where the paper is silent, and what we do:
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
 """
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -52,6 +51,7 @@ import layer_map
 import losses
 import mini_world
 import models
+import report
 from split_adamw import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
@@ -237,8 +237,7 @@ def main(argv=None):
         with common.rank_zero_first(rank, world):
             train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
         eval_files = eval_files or made
-    needs = ("reasoning", "description")[:1 if args.text_kd == "none" else 2]
-    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, needs, say)
+    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, ("reasoning", "description")[:1 + (args.text_kd != "none")], say)
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
@@ -289,9 +288,7 @@ def main(argv=None):
 
     def score(when):
         how = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
-        with common.out_of_memory_named({"part": f"evaluation {when}", "batch": f"{args.eval_batch} questions", "length": args.max_new_tokens, "do": "lower --eval-batch"}):
-            results = common.whole(wrapped, lambda: evaluate.evaluate_model(student, processor, scored, **how))
-        return common.keep_evaluation(out, when, results, data.fingerprint(scored), rank)
+        return common.evaluation(lambda: evaluate.evaluate_model(student, processor, scored, **how), when, data.fingerprint(scored), module=wrapped, out=out, args=args, rank=rank)
 
     before = None
     if scored and not args.no_eval:
@@ -309,11 +306,7 @@ def main(argv=None):
         few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
         with autocast():
             step_module.calibrate([batch.to(device) for batch in micro_batches(few)])
-    if args.checkpoint_activations:
-        common.checkpoint_activations(student)
-    if args.shard and args.weights == "bfloat16" and not args.lora and pairs:       # FSDP gathers what learns in one type; split_adamw.py keeps the bits that this cuts
-        step_module.projections.weights.bfloat16()
-    wrapped = common.wrap(step_module, world=world, sharded=args.shard, blocks=models.blocks(student), compute=half)
+    wrapped = common.wrap(step_module, student, args, world=world, compute=half)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
                (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
@@ -325,15 +318,14 @@ def main(argv=None):
     card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
     save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
-    if rank == 0:
-        common.start_logs(out, args, done, ranks=world, steps=steps)
+    common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world)
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
-    first, begun, usual_top, spoiled, why = done, time.time(), None, 0, None
-    prepared = common.feed(micro_batches, examples, done=done, stop=stop, batch_size=args.batch_size, seed=args.seed, rank=rank, world=world, workers=args.workers)
+    first, begun, usual_top, spoiled = done, time.time(), None, 0
+    prepared = common.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
-    with common.signals_noted() as signals, common.out_of_memory_named(where), common.progress(done, stop, rank) as bar, contextlib.closing(prepared):
+    with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (batches, faults, waited) in zip(range(done, stop), prepared):
             clock, batches = time.time() - waited, [batch.to(device) for batch in batches]
             tokens = data.denominators(batches)
@@ -367,41 +359,37 @@ def main(argv=None):
                 usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
             line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                     "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, **common.costs(taken, waited, device)}
-            text = ("  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s")
+            text = "  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s"
             if not sound:
                 line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
             common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
             evaluates = before and args.eval_every and done % args.eval_every == 0 and done < stop
-            if done % args.save_every == 0 or done == stop or why or evaluates and args.keep_best:
+            if done % args.save_every == 0 or done == stop or why or evaluates:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
-                break
+                common.leave(why, saved, say)
             if evaluates:
                 now = score(f"eval-{done:07d}")
-                if args.keep_best and rank == 0:
-                    common.note_scores(saved, {"aqa": now["aqa"]["average"] if "aqa" in now else None, "ser": now["ser"]["ua"] if "ser" in now else None})
+                common.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
                 for sentence in evaluate.name_failures(before, now):
                     say(f"step {done}: {sentence}")
-    if why:
-        wrapped = None                  # DDP's reducer must go before its process group does, or gloo waits forever at exit
-        common.leave(why, saved, say)
 
     # 4.6 after
     if before:
         after = score("after")
-        report, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
+        table, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
         if rank == 0:
             common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
-            card(out / f"step-{done:07d}", results=report)
-            say(report)
+            card(out / f"step-{done:07d}", results=table)
+            say(table)
             if not args.dry_run:                        # eight questions a task show nothing
                 say("\n".join(evaluate.name_failures(before, after)))
                 if args.data is None:
                     say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            evaluate.plot_run(out)
+            report.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None
+    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
     common.stop_distributed()
 
 

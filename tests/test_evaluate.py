@@ -19,6 +19,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import data
 import evaluate
 import judge
+import report
 import rollout
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice, voicebench_letter
@@ -536,7 +537,7 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
     assert re.search(r"^mix +50.00 +100.00 +[+]50.00", evaluate.report_change(before, after), re.M)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "sft": 1.0}\n')
     (tmp_path / "results.json").write_text(json.dumps({"before": before, "after": after}))
-    evaluate.plot_run(tmp_path)
+    report.plot_run(tmp_path)
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
@@ -604,6 +605,49 @@ def test_command_line_runs_a_model(tmp_path, monkeypatch, capsys, tiny_student_m
     assert results["splits"]["again"]["aqa"] == results["aqa"]
     with pytest.raises(SystemExit, match="splits test"):
         run_main(monkeypatch, "--task", "aqa", *tiny, "--split", "train")
+
+
+def by_ranks(ranks, folder, *arguments):
+    """evaluate.py in a folder of its own, by one process or several."""
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return subprocess.run([sys.executable, *launcher, str(ROOT / "evaluate.py"), *map(str, arguments), "--out", "out"], cwd=folder, capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory, tiny_student_model, tiny_processor):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_student_model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task, files", [("both", {"results.json", "samples.jsonl", "predictions.json"}), ("gap", {"results.json", "samples.jsonl"})])
+def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path, task, files):
+    """An odd number of questions, so that the shares differ."""
+    arguments = ["--task", task, "--model", tiny_folder, "--data", examples[0].audio.parent / "manifest.jsonl", "--max-new-tokens", 6, "--batch-size", 2]
+    one, two = (by_ranks(ranks, tmp_path / str(ranks), *arguments) for ranks in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert one.stdout == two.stdout and len(one.stdout.splitlines()) > 3
+    for folder in "12":
+        assert {path.name for path in (tmp_path / folder / "out").iterdir()} == files
+    for name in files:
+        assert (tmp_path / "1/out" / name).read_bytes() == (tmp_path / "2/out" / name).read_bytes()
+
+
+def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
+    """A clip that only rank 1 would ask about; a task for one process."""
+    rows = [json.loads(line) for line in (examples[0].audio.parent / "manifest.jsonl").read_text().splitlines()]
+    rows[1]["audio"] = "broken.wav"
+    bad = examples[0].audio.parent / "bad.jsonl"
+    bad.write_text("\n".join(map(json.dumps, rows)))
+    (bad.parent / "broken.wav").write_bytes(b"RIFF")
+    for task, words in ("both", "broken.wav"), ("kl", "--task kl runs in one process, and torchrun started 2; start it with python"):
+        done = by_ranks(2, tmp_path / task, "--task", task, "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2)
+        sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
+        assert done.returncode and len(sentences) == 1 and words in sentences[0], done.stderr
+        assert done.stdout == "" and not (tmp_path / task / "out").exists() and 'evaluate.py", line' not in done.stderr
 
 
 GOOD = {"id": "q", "question": "?", "choices": ["gold", "silver"], "answer": "gold", "task": "sound", "model_output": "gold"}

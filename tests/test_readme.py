@@ -82,10 +82,10 @@ def test_quoted_numbers_of_cord_are_the_measured_ones():
 
 ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": {"data", "models"}, "models": {"data", "shapes"}, "shapes": set(), "import_datasets": {"data"}, "verbalise": set(), "speak": {"data", "common", "verbalise"}, "mini_world": {"data", "models", "shapes", "common", "speak"},
            "rollout": {"data", "models"}, "judge": {"data", "models"}, "inside": {"data", "models", "losses", "layer_map", "rollout"},
-           "evaluate": {"data", "models", "common", "layer_map", "inside", "judge", "rollout"},
+           "evaluate": {"data", "models", "common", "layer_map", "inside", "judge", "report", "rollout"}, "report": {"data"},
            "textualize": {"data", "models", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer", "train_cord"},
-           "train_source_layer": {"data", "models", "common", "losses", "layer_map", "mini_world", "evaluate", "split_adamw"},
-           "train_cord": {"data", "models", "common", "losses", "mini_world", "evaluate", "judge", "rollout", "split_adamw"}, "split_adamw": set(),
+           "train_source_layer": {"data", "models", "common", "losses", "layer_map", "mini_world", "evaluate", "report", "split_adamw"},
+           "train_cord": {"data", "models", "common", "losses", "mini_world", "evaluate", "judge", "report", "rollout", "split_adamw"}, "split_adamw": set(),
            "bench": {"data", "models", "shapes", "common", "losses", "layer_map", "mini_world", "rollout", "split_adamw", "train_source_layer", "train_cord"}}
 
 

@@ -366,16 +366,6 @@ def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
         assert [line[name] for line in log_of(tmp_path)] == [line[name] for line in log_of(one_process)], name
 
 
-def test_two_processes_equal_one(world, one_process, tmp_path):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_cord.py"),
-                    *small_run(world, tmp_path)], check=True, cwd=ROOT, capture_output=True, timeout=240)
-    one, two = log_of(one_process), log_of(tmp_path)
-    assert len(two) == 4
-    for a, b in zip(one, two):
-        for name in TERMS[:-1]:
-            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-5), (a["step"], name)
-
-
 @pytest.mark.parametrize("row, terms, absent", [
     (["--token-loss", "sft", "--group-size", "0"], {"token"}, {"kl", "reward", "length"}),
     (["--token-loss", "forward-kl", "--group-size", "0"], {"token", "kl"}, {"reward", "length"}),
