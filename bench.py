@@ -5,6 +5,7 @@ Speed and memory, side by side with the peers, in one run: what is quoted in REA
     python bench.py step --script cord --shapes qwen2-audio-7b --layers 1 --prompts 1 --seconds 5 --response-tokens 50       # two cores
     python bench.py step --script cord --shapes qwen2-audio-7b                                                             # a 141 GB GPU
     python bench.py rollouts                    # the batched rollouts of a CORD step against generate(), prompt by prompt and one by one
+    python bench.py memory --script source_layer --shapes qwen2-audio-7b+qwen3-8b     # GB on 1 to 64 GPUs, by arithmetic; --measure: beside real processes
     python bench.py data                        # how long training waits for its data; clips that a worker prepares in a second
     python bench.py long                        # 2,000 steps of both scripts: does memory stay what it is?
 
@@ -38,6 +39,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import soundfile
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -629,13 +631,14 @@ def vocabulary_of(words):
 
 def bench_memory(args):
     """What one GPU of so many holds, moment by moment."""
+    args.response_tokens = args.response_tokens or {"source_layer": 700, "cord": 200}[args.script]
+    if args.script == "source_layer" and "+" not in args.shapes:
+        raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
     with vocabulary_of(args.words):
         (measure_memory if args.measure else estimate_memory)(args)
 
 
 def estimate_memory(args):
-    if args.script == "source_layer" and "+" not in args.shapes:
-        raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")
     flags = {"source_layer": train_source_layer, "cord": train_cord}[args.script].parse_flags([])
     args.group_size = flags.group_size if args.script == "cord" else 0
     shape = shape_of(args, flags, args.layers or ALL)
@@ -665,21 +668,22 @@ def measure_memory(args):
     if len(args.gpus) > 1 or args.gpus[0] < 2:
         raise SystemExit("--measure takes one number of GPUs, at least 2: --gpus 2")
     if "RANK" not in os.environ:
-        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus[0]), *sys.argv], check=True)
+        raise SystemExit(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus[0]), *sys.argv]).returncode)
     rank, world, device = common.start_distributed()
     gpu, script = device.type == "cuda", {"source_layer": train_source_layer, "cord": train_cord}[args.script]
-    flags = script.parse_flags(["--weights", args.weights, "--lora", str(args.lora), "--micro-batch", str(1000)])
+    flags = script.parse_flags(["--weights", args.weights, "--lora", str(args.lora), "--shard", "--micro-batch", "1000", *["--checkpoint-activations"] * args.checkpoint_activations])
     args.group_size = flags.group_size if args.script == "cord" else 0
     with tempfile.TemporaryDirectory() as folder:
         measured, resident, most = steps_of_ranks(args, flags, device, write_examples(args, Path(folder), args.micro_batch))
     shape = shape_of(args, flags, args.layers or ALL)
     held, moments = estimate(args, shape, world, args.micro_batch)
-    moments = {name: sum(moments[name].values()) for name in ("forward pass, at the losses", "backward pass, its begin", "backward pass, its end", "optimizer", "rollouts", "text view") if name in moments}
     lines = [f"| {rank} | {name} | {held[name]:.3f} | {measured[name]:.3f} | {measured[name] / held[name]:.3f} |" for name in held if held[name]]
     lines.append(f"| {rank} | **together** | {sum(held.values()):.3f} | {sum(measured.values()):.3f} | {sum(measured.values()) / sum(held.values()):.3f} |")
     there = sum(held.values())
     lines.append(f"| {rank} | {'allocated' if gpu else 'resident'}, after - before | {there:.3f} | {resident:.3f} | {resident / there:.3f} |")
-    lines.append(f"| {rank} | the most in a step | {max(moments.values()):.3f} | {most:.3f} | {most / max(moments.values()):.3f} |")
+    if gpu:                 # on a CPU products and losses need other things beside them
+        most_expected = max(sum(parts.values()) for name, parts in moments.items() if name.split(",")[0] in ("forward pass", "backward pass", "optimizer", "rollouts", "text view"))
+        lines.append(f"| {rank} | the most in a step | {most_expected:.3f} | {most:.3f} | {most / most_expected:.3f} |")
     lines = common.gather_lists(lines)
     if rank == 0:
         print(f"{machine()}; train_{args.script}.py on {world} ranks with --shard, at the shapes of {args.shapes}{f', {args.layers} layer(s) of each' * bool(args.layers)}"
@@ -700,20 +704,19 @@ def steps_of_ranks(args, flags, device, examples):
 
     before = now()
     built = build(args, device, flags, args.layers or ALL)
-    student, step, source, half = built.student, built.step, args.script == "source_layer", torch.bfloat16
-    if source and not args.lora:
-        common.shard(built.snapshot, models.blocks(built.snapshot))
+    student, step, source, half, frozen = built.student, built.step, args.script == "source_layer", torch.bfloat16, {}
+    built.frozen.clear()                                        # it holds the whole of them
     if source:
         common.shard_reader(models.decoder(built.teacher), built.teacher.get_output_embeddings())
+        frozen = {"teacher": [built.teacher], **({} if args.lora else {"snapshot": [common.shard(built.snapshot, models.blocks(built.snapshot))]})}
     elif not args.lora:
         common.shard_reader(*step.teacher)
-    sharing = argparse.Namespace(shard=True, checkpoint_activations=args.checkpoint_activations)
-    wrapped = common.wrap(step, student, sharing, world=torch.distributed.get_world_size(), compute=half)
-    reader = None if source else step if args.lora else step.teacher[0]
+        frozen = {"teacher (a copy of the decoder)": step.teacher}
+    reader = step.teacher[0] if not source and not args.lora else step
+    wrapped = common.wrap(step, student, flags, world=torch.distributed.get_world_size(), compute=half)
     learns = [p for p in step.parameters() if p.requires_grad]
     optimizer = (torch.optim.AdamW if wide(args) or args.lora else split_adamw.SplitAdamW)(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     autocast = functools.partial(torch.autocast, device.type, half)
-    parts = {"teacher": built.teacher, "snapshot": None if args.lora else built.snapshot} if source else {}
 
     for _ in range(2):
         common.forget_peak_memory(device)
@@ -736,10 +739,11 @@ def steps_of_ranks(args, flags, device, examples):
         weights = [p for p in learns if id(p) not in theirs]
         measured = {"student": ours(base), **({"adapters": ours(of(weights))} if args.lora else {
             "optimizer": ours(x for p in weights for x in optimizer.state[p].values()), "gradients": ours(p.grad for p in weights)})}
-        if source:
-            measured |= {name: ours(module.parameters()) for name, module in parts.items() if module is not None} | {"projections": ours(of(list(step.projections.parameters())))}
-        elif not args.lora:
-            measured["teacher (a copy of the decoder)"] = ours(p for part in step.teacher for p in part.parameters())
+        for name, modules in frozen.items():
+            for part in (part for module in modules for part in module.modules() if isinstance(part, FSDPModule)):
+                part.reshard()                                  # what stayed gathered is counted in `after`
+            measured[name] = ours(p for module in modules for p in module.parameters())
+        measured |= {"projections": ours(of(list(step.projections.parameters())))} if source else {}
         optimizer.zero_grad(set_to_none=True)
     return measured, after - before, most - before
 
@@ -813,8 +817,7 @@ def bench_data(args):
             torch.set_num_threads(threads)
             rates = []
             for workers in args.workers:                        # as training asks for them, but at once for the next
-                how = argparse.Namespace(batch_size=1, seed=0, workers=workers)
-                fed = common.feed(collate, examples, how, done=0, stop=len(examples), rank=0, world=1, device=torch.device("cpu"))
+                fed = common.feed(collate, examples, argparse.Namespace(batch_size=1, seed=0, workers=workers), done=0, stop=len(examples), rank=0, world=1, device=the_device())
                 next(fed)
                 rates.append((len(examples) - 1) / seconds(lambda: list(fed)))
         decode, load, features, whole = (1000 * x for x in spent)
@@ -880,7 +883,7 @@ def main(argv=None):
     memory_part.add_argument("--words", type=int, help="of each vocabulary, at most so many, for --measure on a small machine")
     for name, kind, default, text in (("lora", int, 0, "rank of adapters; 0: the weights learn"), ("micro-batch", int, 1, "clips in one forward pass; CORD: with all their rollouts"),
                                       ("prompts", int, 8, "CORD: prompts of a step on one GPU, whose rollouts are sampled at once"), ("eval-batch", int, 8, "answers at once in an evaluation"),
-                                      ("seconds", float, 30.0, "length of a clip"), ("response-tokens", int, 200, "tokens of a response or rollout"), ("memory", float, 80.0, "GB of one GPU")):
+                                      ("seconds", float, 30.0, "length of a clip"), ("response-tokens", int, None, "tokens of a response or rollout; default: source_layer 700, cord 200"), ("memory", float, 80.0, "GB of one GPU")):
         memory_part.add_argument(f"--{name}", type=kind, default=default, help=text)
     data_part = part("data", help="how long training waits for its data, and how many clips a worker prepares")
     data_part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers")

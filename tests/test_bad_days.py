@@ -219,6 +219,7 @@ def test_a_log_is_cut_back_by_a_rename(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2] and len((tmp_path / "before").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_data_worker_that_dies_is_named(script, flags, undisturbed, tmp_path):
     """Killed for its memory, while the main process is at anything."""
@@ -243,6 +244,7 @@ def goes_on(script, flags, out, whole, last, *more, ranks=1, evaluate=False):
     same_run(out, whole, last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, number, to_all", [
     ("source", signal.SIGTERM, False), ("cord", signal.SIGINT, True), pytest.param("cord", signal.SIGTERM, True, marks=pytest.mark.slow),
     pytest.param("source", signal.SIGINT, False, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl-C", "SIGTERM-to-all", "SIGINT"])
@@ -279,6 +281,7 @@ def test_a_second_signal_is_meant(ranks, flags, tmp_path):
     assert steps(out) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_before_training_there_is_nothing_to_save(script, flags, tmp_path):
     out = tmp_path / "run"
@@ -423,6 +426,7 @@ def test_the_best_stays(script, best, flags, tmp_path):
 
 # ----------------------------------------------------- other ranks, other folders ---------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_rank_with_other_weights_is_named(flags, tmp_path):
     out = tmp_path / "run"
     run = fork("source", flags("source", out, "--max-steps", "4"), out, 2, habit=("spoil_a_weight", 2, 1))
@@ -432,6 +436,7 @@ def test_a_rank_with_other_weights_is_named(flags, tmp_path):
     none_survive(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, ways, rel", [
     ("source", [(1, []), (2, []), (1, [])], 1e-5), pytest.param("cord", [(1, []), (2, []), (1, [])], 1e-5, marks=pytest.mark.slow),
     pytest.param("source", [(2, ["--shard"]), (2, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow),
@@ -448,6 +453,7 @@ def test_another_number_of_ranks_goes_on(script, ways, rel, flags, undisturbed, 
     near_run(out, undisturbed(script, 6, "--workers", "0"), rel)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
     """--resume DIR: no checkpoint, another script's, another model's, of other flags, one that lost a file: one sentence each, and no half of a run's folder."""
     source, cord = (undisturbed(script, 4) / "step-0000004" for script in SCRIPTS)

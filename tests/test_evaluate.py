@@ -466,6 +466,7 @@ def test_bad_audio_is_named_before_the_model_runs(tiny_student_model, tiny_proce
         rollout.generate(tiny_student_model, tiny_processor, [*examples, missing], batch_size=2, progress=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_and_say_what_one_says(tiny_student_model, tiny_processor, examples, monkeypatch):
     """Two ranks played one after the other; tests/test_train_source_layer.py runs real ones."""
     how = dict(max_new_tokens=8, temperature=1.0, top_k=0, top_p=1.0, batch_size=2, progress=False)
@@ -623,6 +624,7 @@ def tiny_folder(tmp_path_factory, tiny_student_model, tiny_processor):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, files", [("both", {"results.json", "samples.jsonl", "predictions.json"}), ("gap", {"results.json", "samples.jsonl"})])
 def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path, task, files):
     """An odd number of questions, so that the shares differ."""
@@ -636,6 +638,7 @@ def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path
         assert (tmp_path / "1/out" / name).read_bytes() == (tmp_path / "2/out" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
     """A clip that only rank 1 would ask about; a task for one process."""
     rows = [json.loads(line) for line in (examples[0].audio.parent / "manifest.jsonl").read_text().splitlines()]

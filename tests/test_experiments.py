@@ -36,6 +36,7 @@ def spoken(tmp_path_factory):
     return write_spoken(tmp_path_factory.mktemp("spoken"), n=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", sorted({flags for e in CORD.values() for flags in e["rows"].values()}))
 def test_every_row_of_cord_trains(spoken, flags, tmp_path):
     train_cord.main([*flags.split(), "--data", str(spoken), "--out", str(tmp_path), "--no-eval", "--batch-size", "2", "--max-steps", "1", "--max-new-tokens", "12"])
@@ -43,6 +44,7 @@ def test_every_row_of_cord_trains(spoken, flags, tmp_path):
     assert line["loss"] != 0 or line["signal"] == 0                                          # GRPO alone has no loss where all are judged alike
 
 
+@pytest.mark.slow
 def test_the_command_runs_cord(tmp_path, monkeypatch):
     """One row, through the real script, from synthesis to results."""
     monkeypatch.chdir(tmp_path)
@@ -58,6 +60,7 @@ def test_the_command_runs_cord(tmp_path, monkeypatch):
     assert experiments.verdicts(results["after"]).keys() == {"text", "audio", "aqa", "ser"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", sorted({flags for e in PAPER_A.values() for flags in e["rows"].values()}))
 def test_every_row_trains(world, flags, tmp_path):
     """Two steps and an evaluation of every row, in this process, on a world of eight clips."""
@@ -68,6 +71,7 @@ def test_every_row_trains(world, flags, tmp_path):
     assert [line["step"] for line in log] == [1, 2] and json.loads((tmp_path / "results.json").read_text())["after"]["aqa"]
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path):
     """The rows that need something prepared (another acoustic teacher, textualize.py's descriptions) or looked at, as a user runs them."""
     subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "experiments.py"), "divergence", "acoustic-teacher", "descriptions", "--seeds", "0",

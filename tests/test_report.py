@@ -240,6 +240,7 @@ def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
 
 # ------------------------------------------------------- real runs -------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_source_layer.py", "train_cord.py"])
 def test_a_real_run(tmp_path, capsys, script):
     """Dry, so two steps; then as a kill leaves it: the last line cut, nothing of the end."""
