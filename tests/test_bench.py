@@ -244,3 +244,13 @@ def test_long_runs(short_runs, capsys):
 def test_growth_is_told_from_noise():
     assert bench.slope([(step, 500 + step / 100 + step % 2) for step in range(1000, 2001)]) == pytest.approx(10, abs=0.1)
     assert bench.slope([(step, 500.0) for step in range(1000, 2001)]) == 0
+
+
+@pytest.mark.slow
+def test_readmes_table_of_many_gpus_is_what_the_command_prints(capsys):
+    text = (Path(bench.__file__).parent / "README.md").read_text()
+    for row, flags in {"source_layer, qwen2.5-omni-7b+qwen3-8b": ["--script", "source_layer", "--shapes", "qwen2.5-omni-7b+qwen3-8b", "--response-tokens", "700"],
+                       "cord, qwen2-audio-7b": ["--script", "cord", "--shapes", "qwen2-audio-7b"]}.items():
+        bench.main(["memory", *flags])
+        most = rows(capsys.readouterr().out)["**the most**"]
+        assert f"| {row} | {' | '.join(most)} |" in text
