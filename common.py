@@ -73,8 +73,6 @@ def check_run_flags(args, parser):
         parser.error("--save-every and --keep are at least 1, --workers and --skip-bad at least 0")
     if args.keep_best and not args.eval_every:
         parser.error("--keep-best goes by what evaluations in the middle say, so it needs --eval-every N")
-    if args.shard and "RANK" not in os.environ:
-        parser.error("--shard shares the weights among ranks; start with torchrun --nproc_per_node N")
 
 
 def start_distributed():
@@ -568,6 +566,8 @@ def reason_to_stop(asked, spoiled, unusable, allowed):
 def read_data(train_file, eval_files, args, require, say):
     """-> the training examples, those to evaluate on, the durations of their clips, {why: why} of the unusable ones. The whole of both is looked at, every clip decoded, before
     anything trains. Raises data.DataError at the first fault; with --skip-bad N, for training alone, where there are more than N."""
+    if args.shard and not dist.is_initialized():
+        raise SystemExit("--shard shares the weights among ranks, and this is one process; start it with torchrun --nproc_per_node N")
     faults = [] if args.skip_bad else None
     examples, seconds = data.check_clips(data.read_manifest(train_file, require=require, faults=faults), args.max_seconds, faults)
     scored, more = data.check_clips(data.read_manifests(eval_files, limit=16 if args.dry_run and args.data else None), args.max_seconds)

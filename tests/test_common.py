@@ -139,8 +139,8 @@ common.stop_distributed()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "share.py"], cwd=tmp_path, capture_output=True, text=True,
                           timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and (tmp_path / "0.txt").exists() and (tmp_path / "1.txt").exists(), done.stderr[-3000:]
-    with pytest.raises(SystemExit):
-        train_cord.parse_flags(["--shard"])
+    with pytest.raises(SystemExit, match="--shard shares .* torchrun --nproc_per_node N"):
+        train_cord.main(["--shard", "--data", "any.jsonl"])
 
 
 # ------------------------------------------------------- 2. numbers that go wrong --------------------------------------------------------
