@@ -88,6 +88,9 @@ def start_distributed():
         # torchrun sets one thread per process; on a machine with cores to spare that would waste them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torch 2.11 keeps one store over all restarts, with the addresses of the dead in it (pytorch issue 135712); this variable gives every start its own
+        print("--max-restarts: a new rank may wait for a dead one; put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, with --standalone or --rdzv_backend c10d")
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -536,6 +539,10 @@ def out_of_memory_named(where):
         raise SystemExit("out of memory in {part}, with {batch} of up to {length} tokens each; {do}".format(**where)) from None
 
 
+class NoneLeft(data.DataError):
+    """No example of a step can be used."""
+
+
 @contextlib.contextmanager
 def bad_days(where, prepared, save, say):
     """What may come over the loop inside: a signal is noted in the list that is given, memory that runs out is named (where), data that are gone end the run with a
@@ -543,7 +550,7 @@ def bad_days(where, prepared, save, say):
     with contextlib.closing(prepared), signals_noted() as signals, out_of_memory_named(where):
         try:
             yield signals
-        except data.DataError as error:
+        except NoneLeft as error:                           # on every rank, so that all can save; what one rank alone meets (in an evaluation) ends the run as it is
             leave(str(error), save(), say)
 
 
@@ -595,7 +602,7 @@ def feed(make, examples, args, *, done, stop, rank, world, device):
     are ahead of the training by two steps each; close() ends them. They get their examples from here and never touch the list of all: counting references to its parts would copy
     it, page by page.
 
-    Raises SystemExit where a worker dies (killed for its memory, most likely), data.DataError, on every rank, where no example of a step can be used."""
+    Raises SystemExit where a worker dies (killed for its memory, most likely), NoneLeft, on every rank, where no example of a step can be used."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # threads do not survive a fork
     awaited, share, workers = collections.deque(), args.batch_size // world, args.workers      # awaited: ids on their way
 
@@ -631,7 +638,7 @@ def feed(make, examples, args, *, done, stop, rank, world, device):
                                  "memory or /dev/shm is full, lower --workers, and go on with --resume auto") from None
             awaited.popleft()
             if over_ranks(isinstance(made, data.DataError), dist.ReduceOp.MAX, device):
-                raise made if isinstance(made, data.DataError) else data.DataError("another rank can use none of this step's examples")
+                raise NoneLeft(made if isinstance(made, data.DataError) else "another rank can use none of this step's examples")
             yield *made, time.perf_counter() - start
     finally:
         for worker in set(multiprocessing.active_children()) - others:      # deaf, and it may be busy with a clip for long

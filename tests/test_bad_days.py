@@ -134,13 +134,18 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
 # -------------------------------------------------------- killed under torchrun -------------------------------------------------------
 
 TWO = ("--standalone", "--nproc_per_node", "2")
+OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")         # as README says beside --max-restarts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, more", [("source", []), ("cord", []), ("source", ["--shard"]), ("cord", ["--shard"])],
+@pytest.mark.parametrize("script, more, late", [("source", [], 0), ("cord", [], 1), ("source", ["--shard"], 1), ("cord", ["--shard"], 0)],
                          ids=["source", "cord", "source-shard", "cord-shard"])
-def test_torchrun_starts_again_when_a_rank_is_killed(script, more, flags, undisturbed, tmp_path):
-    """Nobody is there to type --resume: the run finds its newest checkpoint by itself. The other rank, which waits for the dead one, does not hang."""
+def test_torchrun_starts_again_when_a_rank_is_killed(script, more, late, flags, undisturbed, tmp_path, monkeypatch):
+    """Nobody is there to type --resume: the run finds its newest checkpoint by itself. The other rank, which waits for the dead one, does not hang; nor does a
+    rank that starts again early take the address that a dead one has left in torchrun's store for that of one who is late."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}' and os.environ['TORCHELASTIC_RESTART_COUNT'] > '0':\n    time.sleep(6)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(*OWN_STORE)
     whole, out = undisturbed(script, 5, *more, ranks=2), tmp_path / "run"
     run = spawn(script, flags(script, out, "--max-steps", "5", *more), out, [*TWO, "--max-restarts", "2"])
     until(lambda: len(lines(out)) >= 2 and steps(out), run)
@@ -152,8 +157,9 @@ def test_torchrun_starts_again_when_a_rank_is_killed(script, more, flags, undist
 
 
 @pytest.mark.slow
-def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed, tmp_path):
+def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed, tmp_path, monkeypatch):
     """Each node's torchrun counts its own restarts: the one whose rank did not die says 0, and must go on from the same checkpoint all the same."""
+    monkeypatch.setenv(*OWN_STORE)
     whole, out = undisturbed("source", 5, ranks=2), tmp_path / "run"
     nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{bad_days.free_port()}", "--max-restarts", "2"]
     one, other = (spawn("source", flags("source", out, "--max-steps", "5"), out, nodes) for _ in range(2))
@@ -166,6 +172,20 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
         end(one), end(other)
     assert "going on from step" in one.text() + other.text()
     near_run(out, whole, 1e-4)          # each has all cores of its node, so that sums round in another order
+
+
+def test_restarts_that_may_wait_for_the_dead_are_warned_of(monkeypatch, capsys):
+    """torch 2.11 keeps one store over all restarts unless it is told not to."""
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *a: None)
+    monkeypatch.setattr(common.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
+    for name, value in dict(RANK="0", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="2").items():
+        monkeypatch.setenv(name, value)
+    common.start_distributed()
+    assert "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    common.start_distributed()
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, dry, resume, found", [

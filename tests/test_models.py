@@ -398,6 +398,7 @@ def test_towers_of_16_bits_take_features_of_32(name, loaded, examples):
     assert rough.dtype == torch.bfloat16 and (rough[real].float() - right[real]).norm() < limit * right[real].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, lora", [(train_source_layer, 0), (train_cord, 4)])
 def test_two_processes_are_one_and_nobody_waits_for_what_never_gets_a_gradient(script, lora, folders, world, tmp_path):
     """Omni: its vision tower and more would stop DDP at the second step. With LoRA, adapters go on and off inside the wrapped forward."""
