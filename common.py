@@ -179,19 +179,27 @@ def shard(module, blocks=(), compute=None):
         fully_shard(block, mp_policy=policy)
     learns = any(p.requires_grad for p in module.parameters())
     fully_shard(module, mp_policy=policy, reshard_after_forward=None if learns else True)       # of a frozen model nothing waits for a backward pass
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
 
     def with_all(work):
-        parts = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]      # module itself is gathered already
         for part in parts:
             part.unshard()
-            part.set_reshard_after_forward(False, recurse=False)
+            part.set_reshard_after_forward(False, recurse=False)        # module too: on a rank that runs it twice it would be gathered twice
         try:
             return work()
         finally:
             for part in parts:
-                part.set_reshard_after_forward(True, recurse=False)
+                part.set_reshard_after_forward(part is not module or not learns, recurse=False)
                 part.reshard()
 
+    def forget(*_):
+        for group in (part._get_fsdp_state()._fsdp_param_group for part in parts):
+            if group is not None:
+                group.comm_ctx.post_forward_order.clear()
+                group._post_forward_indices.clear()
+
+    if not learns:                                          # FSDP notes each forward for a backward that never comes: gigabytes in a few days
+        module.register_forward_hook(forget)
     module.with_all = with_all
     register_fsdp_forward_method(module, "with_all")        # the first to run forward is FSDP's root, and that must be this one
     return module

@@ -131,6 +131,15 @@ assert all(torch.equal(common.full(p), before[name]) for name, p in model.named_
 seen = common.whole(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
 assert len(seen) == len(before) and all(isinstance(p, DTensor) for p in model.parameters())
 assert common.whole(torch.nn.Linear(1, 1), lambda: 3) == 3
+
+reader, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
+prompt, decoder = torch.tensor([tokenizer.encode("what animal do you hear")]), models.decoder(reader.requires_grad_(False))
+right = decoder(input_ids=prompt).last_hidden_state
+common.shard_reader(decoder, reader.get_output_embeddings())
+read = lambda: decoder(input_ids=prompt).last_hidden_state
+found = common.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]        # rank 0 has nothing to read inside `whole`, rank 1 much
+assert len(found) == 2 + 3 * rank and all(torch.equal(one, right) for one in found)
+assert all(isinstance(p, DTensor) for p in decoder.parameters()) and not decoder._get_fsdp_state()._comm_ctx.post_forward_order
 with open(f"{rank}.txt", "w") as file:
     file.write("fine")
 common.stop_distributed()
