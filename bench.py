@@ -582,7 +582,7 @@ def estimate(args, shape, gpus, clips):
     s, held, source, copied, shared = shape, held_by(args, shape.student, shape.teacher, gpus), args.script == "source_layer", not args.lora, gpus > 1
     lengths, kept, each, rows = s.lengths, s.kept[wide(args) and not shared], 4 if wide(args) else 2, args.prompts * (1 + args.group_size)
     gathered = {"gathered: what is in no layer": 2 * s.root, "gathered: two layers": 4 * max(s.block, s.reader_block)} if shared else {}
-    everything = {"gathered: the whole student": 2 * (s.whole + s.projections)} if shared else {}
+    everything = {"gathered: the whole student, what is in no layer twice": 2 * (s.whole + s.projections + s.root)} if shared else {}        # FSDP keeps what a root was gathered into
     copies = {"bfloat16 copies of weights, by autocast": 2 * s.linear * (wide(args) and not shared)}
     clip = (kept["inputs"] + kept["layers"] / s.depth if args.checkpoint_activations else kept["layers"]) + kept["tower"]
     if source:      # for every pair of layers, 2 bytes each: tapped states, the teacher's, the snapshot's, the projected ones, and the fused losses' gradients
@@ -600,7 +600,7 @@ def estimate(args, shape, gpus, clips):
         "backward pass, its end": {"held": sum(held.values()), **gathered, **copies, "gradient of what is in no layer, whole, and its float32 sum": (6 + 4 / gpus) * s.root_learns * shared},
         "optimizer": {"held": sum(held.values()), "AdamW's square roots": 4 * s.learns / gpus * (wide(args) or args.lora > 0)}}
     if not source:
-        reader = {"gathered: the whole reader": 2 * (s.decoder if copied else s.whole) * shared}
+        reader = {"gathered: the whole reader, what is in no layer twice": 2 * (s.decoder + s.reader_root if copied else s.whole + s.root) * shared}
         moments |= {"rollouts": {"held": sum(held.values()), **everything, **copies, **answers(rows)},
                     "text view": {"held": sum(held.values()), **reader, "a layer": clips * kept["layers"] / s.depth}}
     moments["evaluation"] = {"held": sum(held.values()), **everything, **copies, **answers(args.eval_batch)}
@@ -608,7 +608,11 @@ def estimate(args, shape, gpus, clips):
     # Before it is shared out, the student is whole on every GPU
     moments["loading, the copy"] = {"the student": each * s.whole, "its copy": 2 * (s.whole if source else s.decoder + s.head) * copied}
     if source:
-        moments["loading, the teacher"] = {"the student": each * s.whole, "snapshot": 2 * (s.whole - s.head) / gpus * copied, "the teacher": 2 * (s.reader + s.reader_head)}
+        snapshot, tokens = 2 * (s.whole - s.head) / gpus * copied, train_source_layer.CALIBRATION * train_source_layer.CALIBRATION_TOKENS
+        moments["loading, the teacher"] = {"the student": each * s.whole, "snapshot": snapshot, "the teacher": 2 * (s.reader + s.reader_head)}
+        moments["calibration"] = {"the student": each * s.whole, "snapshot": snapshot, "the teacher": 2 * s.reader / gpus, **copies,
+                                  "gathered": (2 * max(s.snapshot_root, s.reader_root) + 4 * max(s.block, s.reader_block)) * shared,
+                                  "states of every layer": s.depth * tokens * (each * s.width + 2 * s.reader_width + 2 * s.width) / 1e9}
     return held, moments
 
 

@@ -13,8 +13,12 @@ Plain functions, explicit arguments, explicit returns; no loop, no loss, no glob
 import collections
 import contextlib
 import ctypes
+import dataclasses
+import datetime
+import functools
 import gc
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from pathlib import Path
 
@@ -87,7 +92,8 @@ def start_distributed():
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ or os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun sets one thread per process; on a machine with cores to spare that would waste them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # an hour: all wait while rank 0 writes the model (NCCL's own limit is ten minutes); a dead rank torchrun notices at once
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torch 2.11 keeps one store over all restarts, with the addresses of the dead in it (pytorch issue 135712); this variable gives every start its own
         print("--max-restarts: a new rank may wait for a dead one; put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, with --standalone or --rdzv_backend c10d")
@@ -135,6 +141,14 @@ def sum_over_ranks(values, device):
     return dict(zip(values, total.tolist()))
 
 
+def of_rank_zero(value):
+    """Rank 0's value, on every rank: what a file says may reach the others later. Every rank must come here."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def gather_lists(some):
     """A list on every rank -> all of them behind each other, on every rank. Every rank must come here."""
     if not dist.is_initialized():
@@ -170,6 +184,7 @@ def shard(module, blocks=(), compute=None):
 
     compute: the type that weights are gathered in (bfloat16), while each rank's share, its gradient and their sum over ranks are float32; None: their own."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    outer = dataclasses.replace(policy, cast_forward_inputs=False)          # advantages and temperatures stay what they are
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [p for p in module.parameters() if p.requires_grad and id(p) not in inside]
     if len({p.dtype for p in outside}) > 1:                 # FSDP takes what learns together in one type; split_adamw.py keeps the bits that this cuts off
@@ -177,32 +192,39 @@ def shard(module, blocks=(), compute=None):
             p.data = p.data.bfloat16()
     for block in blocks:
         fully_shard(block, mp_policy=policy)
-    learns = any(p.requires_grad for p in module.parameters())
-    fully_shard(module, mp_policy=policy, reshard_after_forward=None if learns else True)       # of a frozen model nothing waits for a backward pass
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-    def with_all(work):
-        for part in parts:
-            part.unshard()
-            part.set_reshard_after_forward(False, recurse=False)        # module too: on a rank that runs it twice it would be gathered twice
-        try:
-            return work()
-        finally:
-            for part in parts:
-                part.set_reshard_after_forward(part is not module or not learns, recurse=False)
-                part.reshard()
-
-    def forget(*_):
-        for group in (part._get_fsdp_state()._fsdp_param_group for part in parts):
-            if group is not None:
-                group.comm_ctx.post_forward_order.clear()
-                group._post_forward_indices.clear()
-
-    if not learns:                                          # FSDP notes each forward for a backward that never comes: gigabytes in a few days
-        module.register_forward_hook(forget)
-    module.with_all = with_all
+    frozen = not any(p.requires_grad for p in module.parameters())
+    fully_shard(module, mp_policy=outer, reshard_after_forward=frozen or None)      # None: kept for the backward pass, which no frozen model has
+    if frozen:
+        module.register_forward_hook(forget_forward)
+    module.with_all = functools.partial(with_all, module, frozen)           # for `whole`
     register_fsdp_forward_method(module, "with_all")        # the first to run forward is FSDP's root, and that must be this one
     return module
+
+
+def sharded_parts(module):
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def with_all(module, frozen, work):
+    """work(), with all weights gathered. Those of `module` itself are already, as before any forward of it; but they too must outlast one that is inside: a rank
+    which runs it twice would gather them twice, and the others not."""
+    for part in sharded_parts(module):
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        return work()
+    finally:
+        for part in sharded_parts(module):
+            part.set_reshard_after_forward(frozen or part is not module, recurse=False)
+            part.reshard()
+
+
+def forget_forward(module, *_):
+    """FSDP notes each forward for the backward that follows. Behind a frozen model none does, and the notes would come to gigabytes in a few days."""
+    for group in (part._get_fsdp_state()._fsdp_param_group for part in sharded_parts(module)):      # no public way; torch is pinned
+        if group is not None:
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
 
 
 def shard_reader(decoder, head):
@@ -272,6 +294,9 @@ def clip(parameters, most):
 
 # --------------------------------------------------------- 4. checkpoints ---------------------------------------------------------------
 
+OPTIMIZER_FILE = 5 * 10**9      # bytes, about, in one file of the optimizer's: each is put together in main memory
+
+
 def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer, card, rank, keep=2, best=None):
     """Write folder/step-N; every rank must come here -> its path. Then old ones go: the `keep` newest stay, and the best by the score named `best`.
 
@@ -286,8 +311,9 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
     final, partial = folder / f"step-{step:07d}", folder / f"partial-{step:07d}"
     same_on_all_ranks(module)
     moments = {f"{name}.{key}": value for name, p in module.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
-    needed = sum(t.numel() * t.element_size() for part in (model, *beside.values()) for t in part.state_dict().values()) \
-        + sum(t.numel() * t.element_size() for t in moments.values())
+    size = lambda tensor: tensor.numel() * tensor.element_size()
+    needed = sum(map(size, [*moments.values(), *(t for part in (model, *beside.values()) for t in to_save(part).values())]))
+    files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, itertools.accumulate(map(size, moments.values())))}
     free = over_ranks(shutil.disk_usage(folder).free if rank == 0 else 0, dist.ReduceOp.MAX, next(module.parameters()).device)
     try:
         if free < needed:
@@ -303,9 +329,10 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
                 for name, state in states.items():
                     save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
                 (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
+        del weights, states
         with failing_together(), warnings.catch_warnings(action="ignore"):      # that one process is one process
             if moments:
-                dcp.save(moments, storage_writer=HuggingFaceStorageWriter(str(partial / "optimizer"), save_distributed=True))
+                dcp.save(moments, storage_writer=HuggingFaceStorageWriter(str(partial / "optimizer"), files, save_distributed=True))
         with failing_together():
             if rank == 0:
                 for path in [*partial.rglob("*"), partial]:
@@ -339,10 +366,16 @@ def failing_together():
         raise OSError(faults[0])
 
 
+def to_save(module):
+    """The part of a module's state_dict that a checkpoint holds: with LoRA the adapters alone."""
+    adapters = models.has_lora(module)
+    return {name: tensor for name, tensor in module.state_dict().items() if ".lora_" in name or not adapters}
+
+
 def on_rank_zero(module, rank):
-    """A module's state_dict, whole, in rank 0's main memory; every rank must come here, the others get {}."""
+    """What is to be saved of a module, whole, in rank 0's main memory; every rank must come here, the others get {}."""
     kept = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in to_save(module).items():
         tensor = full(tensor)               # one after the other, so that no other rank ever holds more than one of them whole
         if rank == 0:
             kept[name] = tensor.detach().cpu()
@@ -453,23 +486,41 @@ def find_checkpoint(args, folder, device):
     """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one; the same on every rank, which all must come here. torchrun
     --max-restarts starts us again after a rank died: then auto, whatever was asked, if the folder is that of a run with the same flags. Raises SystemExit if
     DIR is none, and for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    same_folder(folder)
     # each node's torchrun counts its own restarts; and it starts again after a refusal too, so that the count alone does not make a checkpoint ours
     again = over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), dist.ReduceOp.MAX, device) > 0 and same_flags(args, folder)
     found = next(reversed(complete(folder)), None) if not was_dry(folder) else None
     if args.dry_run and args.resume:
         raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
-    if args.dry_run or args.resume in (None, "auto") or again and found:
-        return gather_lists([found if not args.dry_run and (again or args.resume) else None])[0]
+    if args.dry_run or args.resume in (None, "auto") or of_rank_zero(again and found):
+        return of_rank_zero(found if not args.dry_run and (again or args.resume) else None)
     if not (Path(args.resume) / "checkpoint.json").is_file():
         raise SystemExit(f"{args.resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
     return Path(args.resume)
 
 
+def same_folder(folder):
+    """Raises SystemExit, on every rank, where one does not see what rank 0 writes into folder: each node would keep its own part of every checkpoint."""
+    mark = Path(folder) / of_rank_zero(f".seen-{uuid.uuid4().hex}")
+    if dist.is_initialized():
+        if dist.get_rank() == 0:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        dist.barrier()
+        blind = [str(rank) for rank, sees in enumerate(gather_lists([mark.exists()])) if not sees]
+        if dist.get_rank() == 0:
+            mark.unlink()
+        if blind:
+            raise SystemExit(f"--out {folder} is not the same folder for all: rank {', '.join(blind)} does not see what rank 0 writes there; give one that every node can write to")
+
+
 def same_flags(args, folder):
     """Was the last run in this folder one of exactly these flags?"""
     config = Path(folder) / "config.json"
-    known = json.loads(config.read_text()) if config.exists() else {}
-    return all(known.get(name, known) == value for name, value in json.loads(json.dumps(vars(args), default=str)).items())
+    if not config.exists():
+        return False
+    known, ours = json.loads(config.read_text()), json.loads(json.dumps(vars(args), default=str))
+    return all(name in known and known[name] == value for name, value in ours.items())
 
 
 def load_model(path, model, *beside):
@@ -788,9 +839,9 @@ def evaluation(work, when, asked, *, module, out, args, rank):
 
 
 def read_known(path, asked):
-    """An evaluation that an earlier part of a run saved, if it asked the same questions (data.fingerprint), or None."""
+    """An evaluation that an earlier part of a run saved, if it asked the same questions (data.fingerprint), or None. Every rank must come here."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("asked") == asked else None
+    return of_rank_zero(found if found.get("asked") == asked else None)
 
 
 def run_facts():

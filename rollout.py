@@ -112,7 +112,8 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
             prompt_length = inputs["input_ids"].shape[1]
             choose = chooser([f"{seed} {examples[i].id}" for i in rows], prompt_length, banned, max_new_tokens=max_new_tokens,
                              temperature=temperature, top_k=top_k, top_p=top_p)
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop,
+            # synced_gpus: transformers would let the ranks of a sharded model wait for each other at every token, and for one with fewer questions for ever
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop, synced_gpus=False,
                                     pad_token_id=stop[0], logits_processor=[choose])       # [batch, prompt + new], left padded
             for i, row in zip(rows, output[:, prompt_length:].tolist()):
                 end = next((k for k, token in enumerate(row) if token in stop), len(row))
@@ -196,7 +197,7 @@ def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
         cache.batch_repeat_interleave(n)                                                         # A A A B B B, as the rollouts
         said = student.generate(**{name: inputs[name].repeat_interleave(n, 0) for name in places}, past_key_values=cache,
                                 max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[0],
-                                logits_processor=[choose])[:, seq:].tolist()                     # [rollouts, new]
+                                synced_gpus=False, logits_processor=[choose])[:, seq:].tolist()  # [rollouts, new]
     for rollout, row in zip(rollouts, said):
         end = next((k for k, token in enumerate(row) if token in stop), len(row))
         rollout.ids = row[:end + 1]

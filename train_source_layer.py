@@ -56,6 +56,7 @@ from split_adamw import SplitAdamW
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
 CALIBRATION = 64            # examples that the projections and feature statistics are fitted on, before the first step
+CALIBRATION_TOKENS = 128    # of each, on average, at most: at 7B all layers' states of 8,192 tokens are 10 GB, of all tokens would be 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -194,15 +195,19 @@ class SourceLayerStep(nn.Module):
     def calibrate(self, batches):
         """Fit W_i and the feature statistics on a few micro-batches, before training."""
         student, teacher, audio = {}, {}, {}
+
+        def some(hidden, batch):                        # [tokens, width] -> [fewer, width], evenly spaced
+            return hidden[::math.ceil(len(hidden) / (CALIBRATION_TOKENS * len(batch.ids))) or 1].clone()
+
         for batch in batches:
             if self.pairs:
                 (_, inside), (_, taught) = self.hear(batch), self.read(batch)
                 for s, t in self.pairs:
-                    student.setdefault(s, []).append(inside["response"][s].float())
-                    teacher.setdefault(t, []).append(taught["response"][t].float())
+                    student.setdefault(s, []).append(some(inside["response"][s], batch))
+                    teacher.setdefault(t, []).append(some(taught["response"][t], batch))
             if self.acoustic_layers:
                 for l, hidden in self.remember(batch)["audio"].items():
-                    audio.setdefault(l, []).append(hidden.float())
+                    audio.setdefault(l, []).append(some(hidden, batch))
         for i, (s, t) in enumerate(self.pairs):
             self.projections.fit(i, torch.cat(student[s]), torch.cat(teacher[t]))
         for l in self.acoustic_layers:
@@ -294,15 +299,17 @@ def main(argv=None):
         before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
     # 4.4 checkpoint or calibration; DDP or FSDP; optimizer
+    where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     if checkpoint:
         done = common.load_model(checkpoint, student, *(functools.partial(layer_map.load, module, checkpoint / name) for name, module in beside.items()))
         say(f"going on from step {done}, {checkpoint}")
     else:
-        few = common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1)
-        with autocast():
-            step_module.calibrate([batch.to(device) for batch in micro_batches(few)])
+        few = micro_batches(common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1))
+        longest = max(batch.audio.inputs["input_ids"].shape[1] for batch in few)
+        with autocast(), common.out_of_memory_named({**where, "part": "the calibration", "length": longest}):
+            step_module.calibrate(batch.to(device) for batch in few)
     wrapped = common.wrap(step_module, student, args, world=world, compute=half)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
@@ -320,7 +327,6 @@ def main(argv=None):
     # 4.5 the loop: forward, accumulate, backward, clip, step
     first, begun, saved, usual_top, spoiled = done, time.time(), checkpoint, None, 0
     prepared = common.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
-    where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     common.forget_peak_memory(device)
     with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
         for step, (batches, faults, waited) in zip(range(done, stop), prepared):

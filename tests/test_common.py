@@ -116,14 +116,24 @@ def test_sharded_16_bit_weights_train_save_and_go_on(script, worlds, tmp_path):
     equal(sharded[2:], again, ["loss", "grad_norm"], 1e-6)
 
 
-def test_a_shard_is_a_share(tmp_path):
-    """What a rank holds of a sharded model is its part of it; `whole` and `full` give it back; one process may not ask for --shard."""
-    code = """
-import torch, common, mini_world, models
+def on_two_ranks(code, folder):
+    (folder / "ranks.py").write_text("import torch, common\nrank, world, device = common.start_distributed()\n" + code + "\nprint('fine', rank)\ncommon.stop_distributed()\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"], cwd=folder, capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "fine 0" in done.stdout and "fine 1" in done.stdout, done.stderr[:2000] + done.stderr[-2000:]
+
+
+def test_a_shard_is_a_share(worlds, tmp_path):
+    """What a rank holds of a sharded model is its part of it; `whole` and `full` give it back, and inside `whole` ranks may run it differently often: they wait for
+    none. What goes into it keeps its type."""
+    on_two_ranks(f"""
+import data, mini_world, models, rollout
 from torch.distributed.tensor import DTensor
-rank, world, device = common.start_distributed()
-model, _ = models.load_audio_model(mini_world.MINI / "student")
-before = {name: p.detach().clone() for name, p in model.named_parameters()}
+model, processor = models.load_audio_model(mini_world.MINI / "student")
+before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
+examples = data.read_manifest({str(worlds["cord"])!r})[:3]
+ask = lambda: rollout.generate(model, processor, examples, view="text", words="transcript", batch_size=1, max_new_tokens=4 + 4 * rank, progress=False)
+answers = ask()
 common.shard(model, models.blocks(model))
 held = sum(p.to_local().numel() for p in model.parameters())
 assert abs(held - sum(p.numel() for p in before.values()) / 2) < 10_000, held
@@ -131,25 +141,42 @@ assert all(torch.equal(common.full(p), before[name]) for name, p in model.named_
 seen = common.whole(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
 assert len(seen) == len(before) and all(isinstance(p, DTensor) for p in model.parameters())
 assert common.whole(torch.nn.Linear(1, 1), lambda: 3) == 3
+assert common.whole(model, ask) == answers and len(answers) == 3                # rank 0 has two of the questions, rank 1 one
 
 reader, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
 prompt, decoder = torch.tensor([tokenizer.encode("what animal do you hear")]), models.decoder(reader.requires_grad_(False))
-right = decoder(input_ids=prompt).last_hidden_state
-common.shard_reader(decoder, reader.get_output_embeddings())
 read = lambda: decoder(input_ids=prompt).last_hidden_state
+right = read()
+common.shard_reader(decoder, reader.get_output_embeddings())
 found = common.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]        # rank 0 has nothing to read inside `whole`, rank 1 much
 assert len(found) == 2 + 3 * rank and all(torch.equal(one, right) for one in found)
 assert all(isinstance(p, DTensor) for p in decoder.parameters()) and not decoder._get_fsdp_state()._comm_ctx.post_forward_order
-with open(f"{rank}.txt", "w") as file:
-    file.write("fine")
-common.stop_distributed()
-"""
-    (tmp_path / "share.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "share.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and (tmp_path / "0.txt").exists() and (tmp_path / "1.txt").exists(), done.stderr[-3000:]
+
+class Step(torch.nn.Linear):
+    def forward(self, chunk):
+        assert chunk["advantage"].dtype == torch.float32 and self.weight.dtype == torch.bfloat16
+        return super().forward(chunk["advantage"].bfloat16()).sum()
+step = common.shard(Step(2, 2), compute=torch.bfloat16)
+step({{"advantage": torch.ones(2)}}).backward()
+assert step.weight.grad.dtype == torch.float32
+""", tmp_path)
     with pytest.raises(SystemExit, match="--shard shares .* torchrun --nproc_per_node N"):
         train_cord.main(["--shard", "--data", "any.jsonl"])
+
+
+def test_a_folder_that_is_not_the_same_for_all_is_refused(tmp_path):
+    on_two_ranks("""
+common.same_folder("shared")
+common.wait_for_all()
+assert not any(common.Path("shared").iterdir())
+try:
+    common.same_folder(f"of-rank-{rank}")
+except SystemExit as error:
+    assert "is not the same folder for all: rank 1 does not see what rank 0 writes there" in str(error)
+else:
+    raise AssertionError
+assert common.of_rank_zero(rank + 7) == 7
+""", tmp_path)
 
 
 # ------------------------------------------------------- 2. numbers that go wrong --------------------------------------------------------
@@ -200,6 +227,7 @@ def test_five_in_a_row_stop_the_run_with_a_checkpoint(script, worlds, tmp_path, 
 
 
 @pytest.mark.parametrize("script, part, words", [("source_layer", "forward", "the forward pass, with 1 examples of up to"), ("cord", "forward", "the forward pass, with 3 rollouts of up to"),
+                                                 ("source_layer", "calibrate", "the calibration, with 1 examples of up to"),
                                                  ("cord", "roll_out", "the rollouts, with 20 rollouts of up to"), ("cord", "read", "the text view, with 3 rollouts")])
 def test_out_of_memory_is_one_sentence(script, part, words, worlds, tmp_path, monkeypatch):
     def full(*a, **k):

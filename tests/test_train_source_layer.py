@@ -21,6 +21,7 @@ import layer_map
 import losses
 import mini_world
 import models
+import train_source_layer
 from common import examples_of_step
 from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
@@ -199,7 +200,9 @@ def test_schedule():
 @pytest.fixture(scope="module")
 def one_process(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    main(small_run(world, out, "--save-every", "2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "OPTIMIZER_FILE", 10**6)       # so that there are several
+        main(small_run(world, out, "--save-every", "2"))
     return out
 
 
@@ -212,8 +215,25 @@ def test_losses_fall_and_the_log_has_every_term(one_process):
     assert config["alpha_layer"] == parse_flags([]).alpha_layer and config["steps"] == 4 and config["torch"] == torch.__version__
 
 
+def test_calibration_holds_a_bounded_number_of_tokens_of_every_clip(everything, monkeypatch):
+    *_, batch, step, _, _ = everything
+    kept, monkey = [], monkeypatch.setattr
+    monkey(step.projections, "fit", lambda i, student, teacher: kept.append((student, teacher)))
+    monkey(step.statistics, "fit", lambda layer, hidden: kept.append((hidden, hidden)))
+    step.calibrate([batch, batch])
+    everything_kept, kept[:] = kept[:], []
+    monkey(train_source_layer, "CALIBRATION_TOKENS", 5)
+    step.calibrate([batch, batch])
+    for fewer, more in zip(kept, everything_kept, strict=True):
+        assert 15 < len(fewer[0]) <= 2 * 5 * len(batch.ids) < len(more[0]) and len(fewer[0]) == len(fewer[1])
+        stride = -(-(len(more[0]) // 2) // (5 * len(batch.ids)))
+        assert all(torch.equal(one[:len(one) // 2], other[:len(other) // 2:stride]) for one, other in zip(fewer, more))
+        assert fewer[0].untyped_storage().nbytes() == fewer[0].nbytes                            # a copy, not a window onto all of them
+
+
 def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
     shutil.copytree(one_process / "step-0000002", tmp_path / "step-0000002")
+    assert len(list((tmp_path / "step-0000002" / "optimizer").glob("*.safetensors"))) > 1
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_of(one_process)[:3]))     # killed after step 3
     main(small_run(world, tmp_path, "--resume", "auto", "--save-every", "2"))
     for name in ("loss", "top", "layer", "acoustic", "sft"):
