@@ -610,7 +610,7 @@ def estimate(args, shape, gpus, clips):
     if source:
         snapshot, tokens = 2 * (s.whole - s.head) / gpus * copied, train_source_layer.CALIBRATION * train_source_layer.CALIBRATION_TOKENS
         moments["loading, the teacher"] = {"the student": each * s.whole, "snapshot": snapshot, "the teacher": 2 * (s.reader + s.reader_head)}
-        moments["calibration"] = {"the student": each * s.whole, "snapshot": snapshot, "the teacher": 2 * s.reader / gpus, **copies,
+        moments["loading, the calibration"] = {"the student": each * s.whole, "snapshot": snapshot, "the teacher": 2 * s.reader / gpus, **copies,
                                   "gathered": (2 * max(s.snapshot_root, s.reader_root) + 4 * max(s.block, s.reader_block)) * shared,
                                   "states of every layer": s.depth * tokens * (each * s.width + 2 * s.reader_width + 2 * s.width) / 1e9}
     return held, moments

@@ -255,7 +255,6 @@ def main(argv=None):
     step_module = wrapped = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
 
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
-
     encode = functools.partial(data.encode_prompts, processor=processor, tokenizer=tokenizer, words="transcript", max_seconds=args.max_seconds)
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with

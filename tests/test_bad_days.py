@@ -176,7 +176,7 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
 
 def test_restarts_that_may_wait_for_the_dead_are_warned_of(monkeypatch, capsys):
     """torch 2.11 keeps one store over all restarts unless it is told not to."""
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *a: None)
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **k: None)
     monkeypatch.setattr(common.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
     for name, value in dict(RANK="0", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="2").items():
