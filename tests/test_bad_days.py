@@ -284,7 +284,8 @@ def test_asked_to_stop_it_saves_and_says_where(script, number, to_all, flags, un
     goes_on(script, flags, out, undisturbed(script, 6), 6)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_second_signal_is_meant(ranks, flags, tmp_path):
     out = tmp_path / "run"
     run = fork("source", flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"), out, ranks)     # a minute a step
@@ -382,8 +383,8 @@ def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
     goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
 
 
-@pytest.mark.parametrize("ranks, moment, eater", [(1, "models.save", 0), pytest.param(1, "dcp.save", 0, marks=pytest.mark.slow), (2, "models.save", 0),
-                                                  pytest.param(2, "dcp.save", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks, moment, eater", [(1, "models.save", 0), pytest.param(1, "dcp.save", 0, marks=pytest.mark.slow),
+                                                  *(pytest.param(2, moment, eater, marks=pytest.mark.slow) for moment, eater in [("models.save", 0), ("dcp.save", 1)])])
 def test_a_disk_that_fills_while_a_checkpoint_is_written(ranks, moment, eater, disk, flags, undisturbed, tmp_path):
     """There was room when it began; then somebody else took it, before the model or before the optimizer was written."""
     out = (disk or tmp_path) / "run"

@@ -365,6 +365,7 @@ def test_chunks_by_free_memory(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.slow
 def test_the_compiled_chunk_says_the_same():
     """On a GPU the chunk is compiled; here by the CPU's compiler, from the same lines."""
     torch.manual_seed(0)

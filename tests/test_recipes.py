@@ -107,6 +107,7 @@ def test_what_a_recipe_downloads_is_what_it_uses():
                         assert word in text, word
 
 
+@pytest.mark.slow
 def test_the_walk_without_a_download(downloads, monkeypatch):
     """Folders of the models' names from their shapes (here narrow ones, too), then both papers' training and evaluation by those names, letter by letter."""
     narrow = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)

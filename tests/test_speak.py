@@ -77,6 +77,7 @@ def test_the_voice_follows_from_the_id_alone():
     assert all(70 < drawn.count(voice) < 130 for voice in voices)
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_resumed_gives_the_same_files(spoken, tmp_path):
     source, whole, _ = spoken
     out, journal = tmp_path / "spoken.jsonl", tmp_path / "spoken_audio" / "journal-0.jsonl"
@@ -102,6 +103,7 @@ def test_killed_half_way_and_resumed_gives_the_same_files(spoken, tmp_path):
     assert everything(tmp_path) == everything(whole) and len(journal.read_bytes().splitlines()) == lines
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(spoken, tmp_path):
     source, whole, _ = spoken
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643", str(ROOT / "speak.py"),

@@ -128,6 +128,7 @@ def test_its_state_survives_a_save(tmp_path):
     assert torch.equal(run(None), run(4))
 
 
+@pytest.mark.slow
 def test_training_with_16_bit_weights_follows_float32_and_resumes(tmp_path):
     world = write_world(tmp_path)
     for weights in ("float32", "bfloat16"):

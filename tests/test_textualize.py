@@ -85,6 +85,7 @@ def test_descriptions_are_what_the_model_says_greedily(world, described):
     assert line["described_by"].endswith("student, grounding: none") and line["audio_id"] == json.loads(world.read_text().splitlines()[0])["audio_id"]
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_resumed_gives_the_same_file(world, described, tmp_path):
     path = copy_of(world, tmp_path / "w")
     out = path.with_name("world-described.jsonl")
@@ -102,6 +103,7 @@ def test_killed_half_way_and_resumed_gives_the_same_file(world, described, tmp_p
     assert out.read_text() == described.read_text()
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(world, described, tmp_path):
     path = copy_of(world, tmp_path / "w")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617", str(ROOT / "textualize.py"),

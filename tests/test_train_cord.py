@@ -392,8 +392,8 @@ def test_dry_run_of_everything(tmp_path):
     assert "[[" in done.stdout and "rollout tokens/s" in done.stdout and "gold answer" in done.stdout
 
 
-@pytest.mark.parametrize("flags", [[], ["--token-loss", "forward-kl", "--group-size", "0"], ["--token-loss", "sft"], ["--share-rollouts"]],
-                         ids=["cord", "forward-kl", "sft", "shared"])
+@pytest.mark.parametrize("flags", [[], *(pytest.param(flags, marks=pytest.mark.slow) for flags in (["--token-loss", "forward-kl", "--group-size", "0"], ["--token-loss", "sft"],
+                                                                                                  ["--share-rollouts"]))], ids=["cord", "forward-kl", "sft", "shared"])
 def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
     """Ten steps, float32: rollouts to the token, losses to a relative 1e-4."""
     logs = []

@@ -285,7 +285,8 @@ def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
     assert rates == pytest.approx({"tower": 0, "lower": 0, "upper": 1e-3, "head": 1e-3}, rel=0.02)
 
 
-@pytest.mark.parametrize("flags", [[], ["--divergence", "kl", "--text-kd", "top", "--no-sft"], ["--text-kd", "none"]], ids=["default", "kl", "sft"])
+@pytest.mark.parametrize("flags", [[], *(pytest.param(flags, marks=pytest.mark.slow) for flags in (["--divergence", "kl", "--text-kd", "top", "--no-sft"], ["--text-kd", "none"]))],
+                         ids=["default", "kl", "sft"])
 def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
     """Ten steps, float32: every term of the curve to a relative 1e-4."""
     logs = []
