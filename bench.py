@@ -755,6 +755,7 @@ def steps_of_ranks(args, flags, device, examples):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the data's share of a step, and whether memory stays what it is
 
+PACE = 0.5      # seconds in which a GPU trains on a clip, about (README's arithmetic for an H100); here the main process sleeps that long
 RUNS = {"source_layer": ["--batch-size", "16", "--micro-batch", "8"], "cord": ["--batch-size", "4"]}                                # on the mini world
 LONG = {"source_layer": ["--batch-size", "2", "--micro-batch", "2"], "cord": ["--batch-size", "1", "--group-size", "2", "--max-new-tokens", "8"]}      # many steps, soon
 
@@ -806,7 +807,8 @@ def bench_data(args):
     processor = random_models(args, torch.device("meta"), 1)[1]
     print(f"\nclips of {args.seconds:g} s at 44.1 kHz for the processor of {args.shapes} ({data.extractor(processor).feature_size} mel bins), responses of "
           f"{args.response_tokens} tokens; mean of {args.clips}\n\n| clips | decode, ms | to 16 kHz, ms | features, ms | the rest, ms | clips/s, one worker's work | "
-          + " | ".join(f"clips/s, --workers {n}" for n in args.workers) + " |\n" + "| --- " * (6 + len(args.workers)) + "|")
+          + " | ".join([*(f"clips/s, --workers {n}" for n in args.workers), *(f"waited at {PACE:g} s a clip, --workers {n}" for n in args.workers)])
+          + " |\n" + "| --- " * (6 + 2 * len(args.workers)) + "|")
     for kind in ("wav", "flac", "mp3"):
         with tempfile.TemporaryDirectory() as folder:
             examples = write_examples(args, Path(folder), args.clips, kind, 44_100)
@@ -819,14 +821,17 @@ def bench_data(args):
             spent = [each(lambda e: soundfile.read(e.audio, dtype="float32"), examples), each(lambda e: data.load_audio(e.audio), examples),
                      each(lambda w: data.extractor(processor)(w, sampling_rate=data.SAMPLE_RATE, return_tensors="pt"), waves), each(lambda e: collate([e]), examples)]
             torch.set_num_threads(threads)
-            rates = []
-            for workers in args.workers:                        # as training asks for them, but at once for the next
-                fed = common.feed(collate, examples, argparse.Namespace(batch_size=1, seed=0, workers=workers), done=0, stop=len(examples), rank=0, world=1, device=the_device())
-                next(fed)
-                rates.append((len(examples) - 1) / seconds(lambda: list(fed)))
+
+            def feed(workers, stop):                            # as training asks for them
+                fed = common.feed(collate, examples, argparse.Namespace(batch_size=1, seed=0, workers=workers), done=0, stop=stop, rank=0, world=1, device=the_device())
+                next(fed)                                       # the workers have started
+                return fed
+
+            rates = [(len(examples) - 1) / seconds(lambda: list(fed)) for fed in (feed(workers, len(examples)) for workers in args.workers)]
+            waits = [statistics.mean([time.sleep(PACE) or waited for *_, waited in feed(workers, 12)][1:]) for workers in args.workers]
         decode, load, features, whole = (1000 * x for x in spent)
         print(f"| {kind} | {decode:.0f} | {load - decode:.0f} | {features:.0f} | {max(0.0, whole - load - features):.0f} | {1000 / whole:.1f} | "
-              + " | ".join(f"{rate:.1f}" for rate in rates) + " |", flush=True)
+              + " | ".join([*(f"{rate:.1f}" for rate in rates), *(f"{100 * wait / (wait + PACE):.2f} %" for wait in waits)]) + " |", flush=True)
 
 
 def bench_long(args):
