@@ -501,15 +501,14 @@ def find_checkpoint(args, folder, device):
 
 def same_folder(folder):
     """Raises SystemExit, on every rank, where one does not see what rank 0 writes into folder: each node would keep its own part of every checkpoint."""
-    mark = Path(folder) / of_rank_zero(f".seen-{uuid.uuid4().hex}")
+    mark = Path(folder) / of_rank_zero(f"partial-{uuid.uuid4().hex}")        # start_folder removes what a kill leaves of it
     if dist.is_initialized():
         if dist.get_rank() == 0:
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            mark.mkdir(parents=True)
         dist.barrier()
         blind = [str(rank) for rank, sees in enumerate(gather_lists([mark.exists()])) if not sees]
         if dist.get_rank() == 0:
-            mark.unlink()
+            mark.rmdir()
         if blind:
             raise SystemExit(f"--out {folder} is not the same folder for all: rank {', '.join(blind)} does not see what rank 0 writes there; give one that every node can write to")
 
