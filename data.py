@@ -808,7 +808,7 @@ def main():
     from transformers import AutoTokenizer                                 # slow to import, and only needed here
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.student)
+        tokenizer = AutoTokenizer.from_pretrained(args.student, trust_remote_code=False)
     except (OSError, ValueError) as error:
         sys.exit(f"error: there is no tokenizer in {args.student} ({str(error).splitlines()[0]}); name the student's folder with --student")
     faults, error = [], None

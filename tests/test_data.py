@@ -606,3 +606,15 @@ def test_check_command(world, tmp_path, tiny_processor, monkeypatch, capsys):
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match="there is no tokenizer in .*name the student's folder"):
         check(world, "--student", tmp_path / "nowhere")
+
+
+def test_the_code_that_comes_with_a_tokenizer_is_not_run(world, tmp_path, monkeypatch):
+    """Not even where somebody answers transformers' question with yes."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Trap", "auto_map": {"AutoTokenizer": ["trap.Trap", None]}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown", "auto_map": {"AutoConfig": "trap.Trap"}}))
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'EXECUTED')!r}, 'w')\nclass Trap: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(world), "--student", str(tmp_path)])
+    with pytest.raises(SystemExit, match="there is no tokenizer in"):
+        data.main()
+    assert not (tmp_path / "EXECUTED").exists()

@@ -274,7 +274,7 @@ for folder in sys.argv[1:]:
     auto = AutoModelForSeq2SeqLM if "flamingo" in folder else AutoModelForMultimodalLM
     model, processor = auto.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     with torch.no_grad():
-        torch.save((model(**torch.load(folder + "/batch.pt")).logits, processor.tokenizer.get_vocab(), processor.chat_template, model.generation_config.eos_token_id),
+        torch.save((model(**torch.load(folder + "/batch.pt", weights_only=True)).logits, processor.tokenizer.get_vocab(), processor.chat_template, model.generation_config.eos_token_id),
                    folder + "/out.pt")
 """
 HUB = {"qwen2_audio": ("audio_tower.conv1.weight", "language_model.model.layers.0.mlp.down_proj.weight", "language_model.lm_head.weight", "multi_modal_projector.linear.weight"),
