@@ -56,7 +56,7 @@ from split_adamw import SplitAdamW
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
 CALIBRATION = 64            # examples that the projections and feature statistics are fitted on, before the first step
-CALIBRATION_TOKENS = 128    # of each, on average, at most: at 7B all layers' states of 8,192 tokens are 10 GB, of all tokens would be 60
+CALIBRATION_TOKENS = 128    # of each, on average, at most: at 7B all layers' states of 8,192 tokens are 7 GB, of all tokens some 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
