@@ -346,10 +346,11 @@ def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, tempera
 #
 # (JSD: beta KL(p || m) gives -beta (1 - beta) p/m, (1 - beta) KL(q || m) gives (1 - beta) (log(q/m) + 1 - (1 - beta) q/m); all but the logarithm
 # adds up to (1 - beta) (1 - m/m) = 0.) Then dh = dD/dz W / tau and dW = (dD/dz)^T h / tau. What remains are four matrix products, two
-# for logits and two for gradients, and about fifteen passes over a chunk that is still in the cache.
+# for logits and two for gradients, and what lies between them: on a CPU about fifteen operations on rows that stay in its cache (_chunk_in_place), on a
+# GPU, where a chunk's logits of 1 GB fit into no cache, one compiled kernel that reads them three times and writes the gradient (_chunk).
 
 def _rows_per_chunk(chunk_tokens, vocab, device):
-    """How many tokens go through the products at once. As given; else on a GPU what fits into a quarter of the free memory, six float32 matrices deep,
+    """How many tokens go through the products at once. As given; else on a GPU what fits into a quarter of the free memory, three float32 matrices deep,
     up to 2,048; on a CPU 64 MB of logits. Every chunk reads and writes dW once: large ones are faster, small ones leaner."""
     if chunk_tokens is not None:
         if chunk_tokens < 1:
@@ -357,20 +358,17 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
         return chunk_tokens
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return min(2048, max(128, free // 4 // (6 * 4 * vocab) // 128 * 128))
+        return min(2048, max(128, free // 4 // (3 * 4 * vocab) // 128 * 128))
     return max(256, 2 ** 24 // vocab)
 
 
-def _rows_per_block(width, device):
-    """How many rows the passes between the products take at once: on a CPU as many as stay in its cache, 1 MB a matrix, but two for every thread."""
-    return max(2 ** 18 // width, 2 * torch.get_num_threads()) if device.type == "cpu" else 2 ** 25 // width + 1
+def _rows_per_block(width):
+    """How many rows the passes between the products take at once on a CPU: as many as stay in its cache, 1 MB a matrix, but two for every thread."""
+    return max(2 ** 18 // width, 2 * torch.get_num_threads())
 
 
 def _buffer(pool, name, rows, width):
-    """A [rows, width] view of memory that all blocks share (a fresh matrix per operation costs a CPU as much as the operation, in page
-    faults); None without a pool: on a GPU the allocator does this, and a compiler does better."""
-    if pool is None:
-        return None
+    """A [rows, width] view of memory that all blocks share: a fresh matrix per operation costs a CPU as much as the operation, in page faults."""
     if pool.get(name) is None or pool[name].numel() < rows * width:
         pool[name] = pool["like"].new_empty(rows * width)
     return pool[name][:rows * width].view(rows, width)
@@ -379,7 +377,7 @@ def _buffer(pool, name, rows, width):
 def _softmaxes(z, pool, name):
     """z [n, vocab], used up -> its log-softmax and its softmax, [n, vocab] each. Two fused kernels; the second writes where z was."""
     log_p = torch.log_softmax(z, -1, out=_buffer(pool, name, *z.shape))
-    return log_p, torch.softmax(log_p, -1, out=None if pool is None else z)
+    return log_p, torch.softmax(log_p, -1, out=z)
 
 
 def _divergence_(log_q, log_p, q, p, a, c, beta, out):
@@ -401,18 +399,66 @@ def _divergence_(log_q, log_p, q, p, a, c, beta, out):
     return d, q.mul_(log_q.mul_(a).add_(c - a * pull[:, None]))                                  # q (a (log(q/m) - pull) + c)
 
 
-def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, entropy, pool):
-    """
-    Losses and gradient of one chunk of tokens, in its own matrices.
+def _divergence(log_q, log_p, beta):
+    """token_divergence and its gradient: log-softmaxes [n, vocab] -> D [n], dD/dz [n, vocab]."""
+    q, p = log_q.exp(), log_p.exp()
+    if beta == 0:
+        return (p * (log_p - log_q)).sum(-1), q - p
+    if beta == 1:
+        d = (q * (log_q - log_p)).sum(-1)
+        return d, q * (log_q - log_p - d[:, None])
+    # where p and q both underflow, m = 0: any finite logarithm will do, since p and q are 0 there
+    log_m = torch.lerp(q, p, beta).clamp(min=torch.finfo(q.dtype).tiny).log()
+    pull = (q * (log_q - log_m)).sum(-1)                                                         # KL(q || m)
+    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * pull, (1 - beta) * q * (log_q - log_m - pull[:, None])
 
-    z [n, vocab], t [n, teacher vocab] or None: logits, used up. labels [n]; a, c [n]: what D and -log q(label) of each row weigh; heat [n] or None:
-    temperature of the latter. -> D, -log q, entropy [n] (0 where not asked for), and the gradient of sum(a D - c log q) with respect to z [n, vocab].
+
+def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, entropy, dtype):
     """
+    Losses and gradient of one chunk of tokens, as a compiler wants them (on a GPU): every value comes of the logits at its place and of a few numbers
+    of its row. So both matrices are read three times (normalisers, sums, gradient), the gradient is written, and nothing else is of that size.
+
+    z [n, vocab], t [n, teacher vocab] or None: logits. labels [n]; a, c [n]: what D and -log q(label) of each row weigh; heat [n] or None: temperature
+    of the latter. shared [vocab] or None: the teacher's id for each of the student's, -1 where it has none.
+    -> D, -log q, entropy [n] (0 where not asked for), and the gradient of sum(a D - c log q) with respect to z [n, vocab], in dtype.
+    """
+    labels, a, c = labels[:, None], a[:, None], c[:, None]
+    log_s = torch.log_softmax(z if heat is None else z / heat[:, None], -1)
+    nll, c = -log_s.gather(1, labels)[:, 0], c if heat is None else c / heat[:, None]
+    here = torch.arange(z.shape[1], device=z.device) == labels                                   # not scattered: the compiler would write, then add
+    g, none = log_s.exp() * c - torch.where(here, c, 0.0), torch.zeros_like(nll)                 # c (q - 1[i = y]) / heat
+    if t is None:
+        return none, nll, none, g.to(dtype)
+    if shared is not None:
+        z, t = torch.where(shared >= 0, z, FLOOR), torch.where(shared >= 0, t[:, shared.clamp(min=0)], FLOOR)
+    if temperature != 1:
+        z, t = z / temperature, t / temperature
+    log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
+    d, g_d = _divergence(log_q, log_p, beta)
+    return d, nll, -(log_q.exp() * log_q).sum(-1) if entropy else none, (g + a / temperature * g_d).to(dtype)
+
+
+def _states_chunk(student, teacher, mean, std, each, dtype):
+    """The same for hidden states [n, features] -> the sum of each * JSD over the rows, its gradient with respect to student [n, features], in dtype."""
+    s, t = ((_wide(x) if mean is None else (_wide(x) - mean) / std for x in (student, teacher)))
+    d, g = _divergence(torch.log_softmax(s, -1), torch.log_softmax(t, -1), 0.5)
+    return each * d.sum(), (g * (each if std is None else each / std)).to(dtype)
+
+
+def _compiles(device):
+    return device.type == "cuda"
+
+
+@functools.cache
+def _compiled(work):
+    """For a GPU. Left to itself Inductor would store what it needs twice; to read the logits and compute it again costs less than to write anything of their size."""
+    return torch.compile(work, options={"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6})
+
+
+def _chunk_in_place(z, t, labels, a, c, heat, *, beta, temperature, shared, entropy, pool):
+    """The same for a CPU, where no compiler is at hand: each operation works in memory that is in the cache already. z and t are used up; shared: the pair of ids."""
     rows, labels, a, c = len(z), labels[:, None], a[:, None], c[:, None]
     together = heat is None and shared is None and temperature == 1 and t is not None            # D and -log q are of the same q
-    for logits in (z, t):
-        if banned is not None and logits is not None:
-            logits.index_fill_(1, banned, FLOOR)
     if not together:
         heat = 1.0 if heat is None else heat[:, None]
         log_q, g = _softmaxes(torch.div(z, heat, out=z if t is None else _buffer(pool, "g", *z.shape)), pool, "log_q")
@@ -436,12 +482,25 @@ def _chunk(z, t, labels, a, c, heat, *, beta, temperature, shared, banned, entro
     return d, nll, spread, g.add_(g_d) if shared is None else g.index_add_(1, shared[0], g_d)
 
 
-_compiled_chunk = functools.cache(lambda: torch.compile(_chunk, dynamic=True))
+def _states_in_place(student, teacher, mean, std, each, dtype):
+    """_states_chunk for a CPU: block by block."""
+    rows, width = student.shape
+    gradient, pool, total, none = torch.empty(rows, width, dtype=dtype), {"like": each}, torch.zeros_like(each), each.new_zeros((1, 1))
+    for i in range(0, rows, size := _rows_per_block(width)):
+        s, t = (_wide(x[i:i + size]) for x in (student, teacher))                                # [n, features]
+        s, t = (s.clone(), t.clone()) if mean is None else ((s - mean).div_(std), (t - mean).div_(std))
+        shape = s.shape
+        (log_q, q), (log_p, p) = _softmaxes(s, pool, "log_s"), _softmaxes(t, pool, "log_t")
+        d, g = _divergence_(log_q, log_p, q, p, each.view(1, 1), none, 0.5, _buffer(pool, "m", *shape))
+        total += each * d.sum()
+        gradient[i:i + size] = g if std is None else g.div_(std)
+    return total, gradient
 
 
 def _operands(hidden, weight):
     """What goes into the products: the wider type of the two, whatever autocast says (see head_logits). With weights in bfloat16 both are that, and
-    nothing is rounded; with float32 heads on a GPU the products are float32 (fast with torch.backends.cuda.matmul.allow_tf32)."""
+    nothing is rounded; with float32 heads the products are float32, on a GPU too: slow. (allow_tf32 would make them fast, and cut the angles of rotary
+    embeddings to 11 bits, too, for transformers multiplies them as matrices.)"""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = torch.float32 if dtype == torch.float16 else dtype                                   # too small a range for gradients
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
@@ -449,15 +508,16 @@ def _operands(hidden, weight):
 
 
 def _slices(weight):
-    """The rows of a weight or of its gradient, for what needs a float32 copy of a 16-bit one: 64 MB at a time on a CPU, 1 GB on a GPU."""
-    step = max(1, 2 ** (24 if weight.device.type == "cpu" else 28) // weight.shape[1])
+    """The rows of a 16-bit weight, 64 MB at a time in float32."""
+    step = max(1, 2 ** 24 // weight.shape[1])
     return [slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step)]
 
 
-def _logits(hidden, weight, out):
+def _logits(hidden, weight, pool, name):
     """hidden weight^T [n, vocab], in float32 from bfloat16 too: what a tensor core has summed anyway, before it would be rounded."""
     if hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    out = _buffer(pool, name, len(hidden), len(weight))
     if hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out=out)
     for some in _slices(weight):
@@ -479,41 +539,53 @@ def _add_outer(d_weight, g, hidden):
     if g.dtype == d_weight.dtype:
         d_weight.addmm_(g.T, hidden)
     else:
-        for some in _slices(d_weight):
-            d_weight[some].add_(torch.mm(g[:, some].T, hidden, out_dtype=torch.float32))
+        torch.addmm(d_weight, g.T, hidden, out_dtype=torch.float32, out=d_weight)                # the product adds it up: no second matrix of that size
 
 
-def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, heat, d_weight, *, chunk_tokens, wants_hidden, shared=None, **how):
+def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, heat, d_weight, *, chunk_tokens, wants_hidden, shared=None, banned=None, **how):
     """
     All rows through both heads, chunk by chunk: hidden [rows, hidden], teacher_hidden [rows, teacher hidden] or None, the rest as in _chunk, [rows].
 
-    -> D, -log q, entropy [rows], the gradient with respect to hidden [rows, hidden] or None. d_weight [vocab, hidden], unless None, is added to.
+    shared: a pair of ids, [words] each. banned [ids]: what neither side can say. -> D, -log q, entropy [rows], the gradient with respect to hidden
+    [rows, hidden] or None. d_weight [vocab, hidden], unless None, is added to.
     """
-    device, vocab = hidden.device, len(weight)
-    one_chunk = _compiled_chunk() if device.type == "cuda" else _chunk
+    device, vocab, gpu = hidden.device, len(weight), _compiles(hidden.device)
     size, out = _rows_per_chunk(chunk_tokens, vocab, device), []
-    block = _rows_per_block(vocab, device) if device.type == "cpu" else size
+    block, pool = _rows_per_block(vocab), {"like": c}
     d_hidden = torch.empty(hidden.shape, dtype=c.dtype, device=device) if wants_hidden else None
-    pool = {"like": c} if device.type == "cpu" else None
+    if gpu and shared is not None:
+        shared = torch.full((vocab,), -1, device=device).index_copy_(0, *shared)                 # [vocab], as _chunk wants it
     with torch.autocast(device.type, enabled=False):
         for i in range(0, len(hidden), size):
             part = slice(i, i + size)
             h, t = hidden[part], None                                                            # [n, hidden]
-            z = _logits(h, weight, _buffer(pool, "student", len(h), vocab))                      # [n, vocab]
+            z = _logits(h, weight, pool, "student")                                              # [n, vocab]
             if teacher_hidden is not None:
-                t = _logits(teacher_hidden[part], teacher_weight, _buffer(pool, "teacher", len(h), len(teacher_weight)))
-            for j in range(0, len(h), block):
-                some, rows = slice(j, j + block), slice(i + j, min(i + j + block, i + len(h)))
-                *values, g = one_chunk(z[some], None if t is None else t[some], labels[rows], a[rows], c[rows], None if heat is None else heat[rows],
-                                       shared=shared, pool=pool, **how)
+                t = _logits(teacher_hidden[part], teacher_weight, pool, "teacher")
+            for logits in (z, t):
+                if banned is not None and logits is not None:
+                    logits.index_fill_(1, banned, FLOOR)
+            if gpu:
+                rows = [z, t, *(None if x is None else x[part] for x in (labels, a, c, heat))]
+                for x in rows:
+                    if x is not None:
+                        torch._dynamo.maybe_mark_dynamic(x, 0)                                   # the last chunk is shorter; vocab stays a constant
+                *values, g = _compiled(_chunk)(*rows, shared=shared, dtype=h.dtype, **how)
                 out.append(values)
-                if len(h) > block and g.data_ptr() != z[some].data_ptr():
-                    z[some].copy_(g)
-            g = (z if len(h) > block else g).to(h.dtype)                                         # of several blocks: where their logits were
+            else:
+                for j in range(0, len(h), block):
+                    some, rows = slice(j, j + block), slice(i + j, min(i + j + block, i + len(h)))
+                    *values, g = _chunk_in_place(z[some], None if t is None else t[some], labels[rows], a[rows], c[rows], None if heat is None else heat[rows],
+                                                 shared=shared, pool=pool, **how)
+                    out.append(values)
+                    if len(h) > block and g.data_ptr() != z[some].data_ptr():
+                        z[some].copy_(g)
+                g = z if len(h) > block else g                                                   # of several blocks: where their logits were
             if wants_hidden:
                 d_hidden[part] = _back(g, weight)                                                # [n, hidden]
             if d_weight is not None:
                 _add_outer(d_weight, g, h)
+            del z, t, g                                                                          # before there are the next chunk's
     d, nll, entropy = (torch.cat(x) for x in zip(*out)) if out else (c.new_zeros(0) for _ in range(3))
     return d, nll, entropy, d_hidden
 
@@ -609,23 +681,10 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
     rows, width = student.shape
     each = 1 / _count(rows, denominator)
     learns = torch.is_grad_enabled() and student.requires_grad
-    gradient = torch.empty(rows, width, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype, device=student.device)
-    size = _rows_per_block(width, student.device)
-    total = _wide(student.new_zeros(()))
-    pool = {"like": total} if student.device.type == "cpu" else None
+    kind = torch.float32 if student.dtype == torch.float16 else student.dtype
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        a, none = total.new_full((1, 1), each), total.new_zeros((1, 1))
-        for i in range(0, rows, size):
-            s, t = _wide(student[i:i + size]), _wide(teacher[i:i + size])                        # [n, features]
-            shape = s.shape
-            if mean is None:
-                s, t = s.clone(), t.clone()
-            else:
-                s, t = ((x - mean).div_(std) for x in (s, t))
-            (log_q, q), (log_p, p) = _softmaxes(s, pool, "log_s"), _softmaxes(t, pool, "log_t")
-            d, g = _divergence_(log_q, log_p, q, p, a, none, 0.5, _buffer(pool, "m", *shape))
-            total += each * d.sum()
-            gradient[i:i + size] = g if std is None else g.div_(std)
+        chunk = _compiled(_states_chunk) if _compiles(student.device) else _states_in_place
+        total, gradient = chunk(student.detach(), teacher, mean, std, _wide(student.new_full((), each)), kind)
     return _KnownGradient.apply(total, student, gradient if learns else None)
 
 

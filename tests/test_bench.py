@@ -55,6 +55,16 @@ def test_without_liger_its_rows_are_left_out(monkeypatch):
     assert [list(bench.contenders(case, x)) for case in ("jsd_ce", "group")] == [["ours", "the formula"]] * 2
 
 
+def test_a_contender_that_does_not_fit_has_a_row_that_says_so(monkeypatch, capsys):
+    def too_large(*a, **k):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.losses, "cord", too_large)
+    bench.main(["losses", "--tokens", "128", "--hidden", "16", "--teacher-hidden", "16", "--vocab", "100", "--rounds", "1"])
+    text = capsys.readouterr().out
+    assert text.count("| the formula | out of memory | | | | |") == 2 and text.count("| the formula |") == 4      # L_tok and L_seq; not paper A's
+
+
 def test_a_contender_that_disagrees_is_not_timed(monkeypatch):
     right = bench.losses.jsd_ce
     monkeypatch.setattr(bench.losses, "jsd_ce", lambda *a, **k: right(*a, **{**k, "ce_weight": 0.6}))
