@@ -2,7 +2,10 @@
 matrix, run the teacher where no KL is, compute a gradient that nobody wants, say NaN."""
 import math
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -387,3 +390,10 @@ def test_compiled_it_says_the_same(case):
     args = z, None if case == "group" else t if case == "shared" else t[:, :70].contiguous(), labels, a, c, heat if case == "group" else None
     for x, y in zip(losses._compiled(losses._chunk)(*args, **how), losses._chunk(*args, **how)):
         torch.testing.assert_close(x, y, rtol=1e-5 if x.dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_gpu_reads_the_logits_three_times_and_writes_the_gradient_once():
+    pytest.importorskip("triton")
+    said = subprocess.run([sys.executable, Path(__file__).parent / "kernels_for_h100.py"], capture_output=True, text=True, timeout=300)
+    assert said.stdout.count("| 6 | 1 |") == 3 and said.stdout.count("| L_seq | 3 | 1 |") == 1, said.stdout + said.stderr
