@@ -39,7 +39,6 @@ import functools
 import itertools
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -132,7 +131,7 @@ def reward(rollouts, prompts, references, verdicts):
     return {"reward": rewards.sum().item(), "rewarded": rewards.numel(), "signal": mixed.sum().item(), "groups": len(rewards)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Chunk:
     """A micro-batch of rollouts. Flat token axes: [tokens] of all its rollouts, [kl tokens] of those that carry L_tok."""
     audio: data.View
@@ -253,7 +252,6 @@ def main(argv=None):
     student.to(device).set_attn_implementation("sdpa")                                   # takes the mask of shared prompts
     models.choose_trained(student, args.train, models.check(student, processor, shared_prompts=True), lora=args.lora)
     step_module = wrapped = CordStep(student, torch.tensor(rollout.banned_ids(student, tokenizer), device=device), args)
-
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
     encode = functools.partial(data.encode_prompts, processor=processor, tokenizer=tokenizer, words="transcript", max_seconds=args.max_seconds)
 
@@ -266,6 +264,7 @@ def main(argv=None):
         f"student {student.num_parameters():,} parameters, {learns:,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
+    say(common.memory_line(args, world, step_module, student=[student], teacher=step_module.teacher))
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {share} x {len(plan)} x {world} "
         f"(prompts x rollouts x ranks) = {args.batch_size * len(plan)} rollouts a step, {steps} steps")
@@ -276,9 +275,7 @@ def main(argv=None):
         return common.evaluation(lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering), when, data.fingerprint(scored),
                                  module=wrapped, out=out, args=args, rank=rank)
 
-    before = None
-    if scored and not args.no_eval:
-        before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
+    before = None if args.no_eval or not scored else checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
     asked = {e.id: e for step in range(stop) for e in common.examples_of_step(examples, step, args.batch_size, args.seed)}
     references = rollout.text_answers(student, processor, list(asked.values()), out / "references.jsonl", **answering)
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in list(asked.values())[:1000]])
@@ -353,7 +350,6 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
             done, spoiled = step + 1, 0 if sound else spoiled + 1
             clock.append(time.time())
-
             if sums.pop("faults"):
                 common.note_unusable(faults, unusable, out, done, rank)
             why = common.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
@@ -362,8 +358,7 @@ def main(argv=None):
                     **{f"seconds_{what}": end - start for what, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])},
                     "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), **common.costs(clock[-1] - clock[0] + waited, waited, device)}
             text = "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line) + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s"
-            quiet = quiet + 1 if args.group_size and not sums["signal"] else 0
-            if quiet == QUIET:
+            if (quiet := quiet + 1 if args.group_size and not sums["signal"] else 0) == QUIET:
                 say(f"step {done}: for {QUIET} steps all rollouts of every group were judged alike, so the group reward teaches nothing: read "
                     "samples.jsonl, then raise --group-temperature or set --group-size 0")
             if dead := [e.id for n, e in enumerate(mine) if all(r.unusable(args.max_new_tokens) for r in rollouts if r.row == n)]:

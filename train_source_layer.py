@@ -269,7 +269,6 @@ def main(argv=None):
     depths = [len(models.decoder(model).layers) for model in (student, teacher or student)]
     pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
     step_module = wrapped = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
-
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
 
     def micro_batches(chunk):                           # without a text teacher nobody reads the text view
@@ -287,6 +286,7 @@ def main(argv=None):
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {args.batch_size // args.micro_batch // world} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
+    say(common.memory_line(args, world, step_module, student=[student], teacher=[teacher], snapshot=[snapshot]))
     say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
     common.start_folder(out, checkpoint, rank, world)
 
@@ -294,9 +294,7 @@ def main(argv=None):
         how = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
         return common.evaluation(lambda: evaluate.evaluate_model(student, processor, scored, **how), when, data.fingerprint(scored), module=wrapped, out=out, args=args, rank=rank)
 
-    before = None
-    if scored and not args.no_eval:
-        before = checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
+    before = None if args.no_eval or not scored else checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
     # 4.4 checkpoint or calibration; DDP or FSDP; optimizer
     where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
@@ -357,7 +355,6 @@ def main(argv=None):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done, spoiled, taken = step + 1, 0 if sound else spoiled + 1, time.time() - clock
-
             if sums.pop("faults"):
                 common.note_unusable(faults, unusable, out, done, rank)
             why = common.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)

@@ -111,6 +111,21 @@ def test_readmes_memory_table_is_what_the_arithmetic_gives():
             assert f"{sum(held.values()):.1f}" == cell, (script, name, lora)
 
 
+@pytest.mark.parametrize("script, shapes", [("cord", "qwen2-audio-7b"), ("source_layer", "qwen2.5-omni-7b+qwen3-8b")])
+@pytest.mark.parametrize("weights, lora", [("bfloat16", 0), ("bfloat16", 16), ("float32", 0)])
+def test_the_line_of_a_run_says_the_same(script, shapes, weights, lora):
+    """What a script says that it holds, of its own models, beside the estimate from shapes: at full depth, on the meta device."""
+    flags = {"cord": bench.train_cord, "source_layer": bench.train_source_layer}[script].parse_flags(["--weights", weights, "--lora", str(lora)])
+    args = argparse.Namespace(script=script, shapes=shapes, lora=lora, train=None, weights=weights)
+    built = bench.build(args, torch.device("meta"), flags, bench.ALL)
+    parts = dict(teacher=[built.teacher], snapshot=[built.snapshot]) if script == "source_layer" else dict(teacher=built.step.teacher)
+    said = bench.common.memory_line(flags, 8, built.step, student=[built.student], **parts)
+    assert float(re.search(r"together ([\d.]+)", said)[1]) == pytest.approx(sum(bench.held_by(args, built.student, built.teacher, 1).values()), rel=0.01), said
+    flags.shard = True
+    assert float(re.search(r"together ([\d.]+)", bench.common.memory_line(flags, 8, built.step, student=[built.student], **parts))[1]) == pytest.approx(
+        sum(bench.held_by(args, built.student, built.teacher, 1).values()) / 8, rel=0.01)
+
+
 # ------------------------------------------------------------- memory ------------------------------------------------------------------
 
 SIZES = ["--layers", "2", "--words", "3000", "--seconds", "1", "--response-tokens", "20"]
