@@ -362,42 +362,7 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
     return max(256, 2 ** 24 // vocab)
 
 
-def _rows_per_block(width):
-    """How many rows the passes between the products take at once on a CPU: as many as stay in its cache, 1 MB a matrix, but two for every thread."""
-    return max(2 ** 18 // width, 2 * torch.get_num_threads())
-
-
-def _buffer(pool, name, rows, width):
-    """A [rows, width] view of memory that all blocks share: a fresh matrix per operation costs a CPU as much as the operation, in page faults."""
-    if pool.get(name) is None or pool[name].numel() < rows * width:
-        pool[name] = pool["like"].new_empty(rows * width)
-    return pool[name][:rows * width].view(rows, width)
-
-
-def _softmaxes(z, pool, name):
-    """z [n, vocab], used up -> its log-softmax and its softmax, [n, vocab] each. Two fused kernels; the second writes where z was."""
-    log_p = torch.log_softmax(z, -1, out=_buffer(pool, name, *z.shape))
-    return log_p, torch.softmax(log_p, -1, out=z)
-
-
-def _divergence_(log_q, log_p, q, p, a, c, beta, out):
-    """token_divergence and its gradient: four [n, vocab] that are used up, a and c [n, 1] -> D [n], d(a D + c * -log q_y)/dz [n, vocab] but for the
-    -c at y, in the place of q."""
-    def expect(p, x):
-        return torch.mul(p, x, out=out).sum(-1)                                                  # [n]
-
-    if beta == 0:
-        return expect(p, log_p.sub_(log_q)), q.mul_(a + c).sub_(p.mul_(a))
-    if beta == 1:
-        d = pull = expect(q, log_q.sub_(log_p))
-    else:
-        # where p and q both underflow, m = 0: any finite logarithm will do, since p and q are 0 there
-        log_m = torch.lerp(q, p, beta, out=out).clamp_(min=torch.finfo(q.dtype).tiny).log_()     # [n, vocab]
-        log_q, log_p, a = log_q.sub_(log_m), log_p.sub_(log_m), (1 - beta) * a
-        pull = expect(q, log_q)                                                                  # KL(q || m)
-        d = beta * expect(p, log_p) + (1 - beta) * pull
-    return d, q.mul_(log_q.mul_(a).add_(c - a * pull[:, None]))                                  # q (a (log(q/m) - pull) + c)
-
+# What lies between the products. First as mathematics:
 
 def _divergence(log_q, log_p, beta):
     """token_divergence and its gradient: log-softmaxes [n, vocab] -> D [n], dD/dz [n, vocab]."""
@@ -445,6 +410,8 @@ def _states_chunk(student, teacher, mean, std, each, dtype):
     return each * d.sum(), (g * (each if std is None else each / std)).to(dtype)
 
 
+# On a GPU it is compiled as it stands:
+
 def _compiles(device):
     return device.type == "cuda"
 
@@ -453,6 +420,45 @@ def _compiles(device):
 def _compiled(work):
     """For a GPU. Left to itself Inductor would store what it needs twice; to read the logits and compute it again costs less than to write anything of their size."""
     return torch.compile(work, options={"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6})
+
+
+# On a CPU:
+
+def _rows_per_block(width):
+    """How many rows the passes between the products take at once on a CPU: as many as stay in its cache, 1 MB a matrix, but two for every thread."""
+    return max(2 ** 18 // width, 2 * torch.get_num_threads())
+
+
+def _buffer(pool, name, rows, width):
+    """A [rows, width] view of memory that all blocks share: a fresh matrix per operation costs a CPU as much as the operation, in page faults."""
+    if pool.get(name) is None or pool[name].numel() < rows * width:
+        pool[name] = pool["like"].new_empty(rows * width)
+    return pool[name][:rows * width].view(rows, width)
+
+
+def _softmaxes(z, pool, name):
+    """z [n, vocab], used up -> its log-softmax and its softmax, [n, vocab] each. Two fused kernels; the second writes where z was."""
+    log_p = torch.log_softmax(z, -1, out=_buffer(pool, name, *z.shape))
+    return log_p, torch.softmax(log_p, -1, out=z)
+
+
+def _divergence_(log_q, log_p, q, p, a, c, beta, out):
+    """token_divergence and its gradient: four [n, vocab] that are used up, a and c [n, 1] -> D [n], d(a D + c * -log q_y)/dz [n, vocab] but for the
+    -c at y, in the place of q."""
+    def expect(p, x):
+        return torch.mul(p, x, out=out).sum(-1)                                                  # [n]
+
+    if beta == 0:
+        return expect(p, log_p.sub_(log_q)), q.mul_(a + c).sub_(p.mul_(a))
+    if beta == 1:
+        d = pull = expect(q, log_q.sub_(log_p))
+    else:
+        # where p and q both underflow, m = 0: any finite logarithm will do, since p and q are 0 there
+        log_m = torch.lerp(q, p, beta, out=out).clamp_(min=torch.finfo(q.dtype).tiny).log_()     # [n, vocab]
+        log_q, log_p, a = log_q.sub_(log_m), log_p.sub_(log_m), (1 - beta) * a
+        pull = expect(q, log_q)                                                                  # KL(q || m)
+        d = beta * expect(p, log_p) + (1 - beta) * pull
+    return d, q.mul_(log_q.mul_(a).add_(c - a * pull[:, None]))                                  # q (a (log(q/m) - pull) + c)
 
 
 def _chunk_in_place(z, t, labels, a, c, heat, *, beta, temperature, shared, entropy, pool):
@@ -496,6 +502,8 @@ def _states_in_place(student, teacher, mean, std, each, dtype):
         gradient[i:i + size] = g if std is None else g.div_(std)
     return total, gradient
 
+
+# The products:
 
 def _operands(hidden, weight):
     """What goes into the products: the wider type of the two, whatever autocast says (see head_logits). With weights in bfloat16 both are that, and
