@@ -19,7 +19,6 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))
 LIBRARY = """
@@ -94,6 +93,9 @@ class OnGPU(torch.Tensor):
     def data_ptr(self):
         return self.held.data_ptr()
 
+    def __repr__(self):
+        return f"{self.held!r} on the GPU"
+
     def numpy(self, **_):
         raise TypeError("numpy() of a tensor on the GPU")
 
@@ -163,7 +165,7 @@ def on_the_gpu(collective):
 def install():
     torch._C._ensureCUDADeviceGuardSet()                # a guard that does nothing, as long as no device is known
     ctypes.CDLL(os.environ["PRETENDED"]).pretend(8)     # more than one: the engine counts beyond this process's own
-    torch._C._set_only_lift_cpu_tensors(True)           # torch.tensor(..., device="cuda"): made on the CPU, then moved, where we see it
+    torch._C._set_only_lift_cpu_tensors(True)           # no tensor is made on the device itself, but on the CPU, and moved, where we see it
     answers = dict(is_available=True, is_initialized=True, _lazy_init=None, set_device=None, current_device=LOCAL, device_count=LOCAL + 1, get_device_name="no GPU", synchronize=None,
                    get_device_capability=(9, 0), empty_cache=None, mem_get_info=(70 << 30, 80 << 30), memory_allocated=1 << 30, memory_reserved=1 << 30, max_memory_allocated=1 << 30,
                    reset_peak_memory_stats=None, manual_seed=None, manual_seed_all=None, is_current_stream_capturing=False, is_bf16_supported=True, get_rng_state_all=[],
