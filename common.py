@@ -282,7 +282,7 @@ def memory_line(args, world, module, **parts):
     held |= {"gradients": size(learns), "optimizer": 2 * size(learns) + size(p for p in learns if p.dtype == torch.bfloat16)}
     of = f" of {torch.cuda.mem_get_info()[1] / 1e9:.0f}" if learns[0].is_cuda else ""
     return (f"held by each rank, GB: {', '.join(f'{name} {value:.3g}' for name, value in held.items() if value)}; together {sum(held.values()):.3g}{of}; "
-            "activations, logits and answers come on top (python bench.py memory)")
+            "activations, logits and answers come on top (python memory.py)")
 
 
 # ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------

@@ -90,7 +90,8 @@ ALLOWED = {"losses": set(), "layer_map": set(), "data": set(), "common": {"data"
            "textualize": {"data", "models", "common", "mini_world", "evaluate", "judge", "rollout"}, "experiments": {"common", "mini_world", "evaluate", "train_source_layer", "train_cord"},
            "train_source_layer": {"data", "models", "common", "losses", "layer_map", "mini_world", "evaluate", "report", "split_adamw"},
            "train_cord": {"data", "models", "common", "losses", "mini_world", "evaluate", "judge", "report", "rollout", "split_adamw"}, "split_adamw": set(),
-           "bench": {"data", "models", "shapes", "common", "losses", "layer_map", "mini_world", "rollout", "split_adamw", "train_source_layer", "train_cord"}}
+           "memory": {"data", "models", "shapes", "common", "layer_map", "rollout", "split_adamw", "train_source_layer", "train_cord"},
+           "bench": {"data", "models", "common", "losses", "memory", "mini_world", "rollout", "split_adamw", "train_source_layer", "train_cord"}}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
