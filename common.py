@@ -274,15 +274,17 @@ def checkpoint_activations(model):
 def memory_line(args, world, module, **parts):
     """A sentence: what each rank holds all the time, in GB. parts: {name: modules, None where there is none}; what a part shares with one before it is there once.
     AdamW keeps two moments as wide as a weight, and SplitAdamW 16 bits beside one of 16 bits."""
-    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters) / 1e9 / (world if args.shard else 1)
+    one_type = args.shard and args.weights == "bfloat16" and not args.lora                   # `shard` gives the projections the weights' type
+    width = lambda p: 2 if one_type else p.element_size()
+    size = lambda parameters: sum(p.numel() * width(p) for p in parameters) / 1e9 / (world if args.shard else 1)
     held, seen, learns = {}, set(), [p for p in module.parameters() if p.requires_grad]
     for name, modules in {**parts, "projections": [module]}.items():
         own = {p for part in modules if part is not None for p in part.parameters()} - seen
         held[name], seen = size(own), seen | own
-    held |= {"gradients": size(learns), "optimizer": 2 * size(learns) + size(p for p in learns if p.dtype == torch.bfloat16)}
+    held |= {"gradients": size(learns), "optimizer": 2 * size(learns) + size(p for p in learns if width(p) == 2)}
     of = f" of {torch.cuda.mem_get_info()[1] / 1e9:.0f}" if learns[0].is_cuda else ""
     return (f"held by each rank, GB: {', '.join(f'{name} {value:.3g}' for name, value in held.items() if value)}; together {sum(held.values()):.3g}{of}; "
-            "activations, logits and answers come on top (python memory.py)")
+            "activations, logits, answers, weights gathered or cast, and a judge come on top (python memory.py)")
 
 
 # ------------------------------------------------------ 3. optimizer groups -------------------------------------------------------------

@@ -418,8 +418,9 @@ def _compiles(device):
 
 @functools.cache
 def _compiled(work):
-    """For a GPU. Left to itself Inductor would store what it needs twice; to read the logits and compute it again costs less than to write anything of their size."""
-    return torch.compile(work, options={"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6})
+    """For a GPU. Left to itself Inductor would store what it needs twice, and cut the rows where the first chunk has few of them; to read the logits and compute it
+    again costs less than to write anything of their size."""
+    return torch.compile(work, options={"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6, "split_reductions": False})
 
 
 # On a CPU:
@@ -593,7 +594,7 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
                 d_hidden[part] = _back(g, weight)                                                # [n, hidden]
             if d_weight is not None:
                 _add_outer(d_weight, g, h)
-            del z, t, g                                                                          # before there are the next chunk's
+            del z, t, g, rows, logits                                                            # before there are the next chunk's
     d, nll, entropy = (torch.cat(x) for x in zip(*out)) if out else (c.new_zeros(0) for _ in range(3))
     return d, nll, entropy, d_hidden
 
@@ -691,8 +692,11 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
     learns = torch.is_grad_enabled() and student.requires_grad
     kind = torch.float32 if student.dtype == torch.float16 else student.dtype
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        chunk = _compiled(_states_chunk) if _compiles(student.device) else _states_in_place
-        total, gradient = chunk(student.detach(), teacher, mean, std, _wide(student.new_full((), each)), kind)
+        student_, chunk = student.detach(), _compiled(_states_chunk) if _compiles(student.device) else _states_in_place
+        for x in (student_, teacher) if _compiles(student.device) else ():
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            torch._dynamo.mark_static(x, 1)                                                      # a kernel for each width, of any number of rows
+        total, gradient = chunk(student_, teacher, mean, std, _wide(student.new_zeros(())).fill_(each), kind)
     return _KnownGradient.apply(total, student, gradient if learns else None)
 
 

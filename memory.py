@@ -105,8 +105,8 @@ def held_by(args, student, teacher, gpus):
             "projections": (16 if gpus == 1 or wide(args) or args.lora else 10) * depth * mine([one])}
 
 
-def build(args, device, flags, layers, sharded=False):
-    """A script's models, step module and optimizer as its main() makes them, of random weights. -> a namespace of them; frozen: {part: its parameters}"""
+def build(args, device, flags, layers):
+    """A script's models and step module as its main() makes them, of random weights. -> a namespace of them; frozen: {part: its parameters}"""
     student, processor, teacher, tokenizer = random_models(args, device, layers)
     if args.script == "source_layer" and teacher is None:
         raise SystemExit(f"--script source_layer needs a textual teacher: --shapes {args.shapes}+qwen3-8b")

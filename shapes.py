@@ -1,5 +1,5 @@
 """
-The papers' models by their shapes alone: random weights, so that a dry run and bench.py can walk where no hub can be reached and 7B do not fit.
+The papers' models by their shapes alone: random weights, so that a dry run, memory.py and bench.py can walk where no hub can be reached and 7B do not fit.
 
     python models.py Qwen/Qwen2-Audio-7B-Instruct --random-weights 1 --save Qwen/Qwen2-Audio-7B-Instruct        # one layer of its 32
 

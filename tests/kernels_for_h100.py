@@ -28,7 +28,7 @@ import losses
 H100 = types.SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65_536,
                              warp_size=32, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472, max_threads_per_block=1024, L2_cache_size=50 << 20,
                              gcnArchName="", is_integrated=False)
-ROWS, VOCAB = 2048, 151_936
+ROWS, VOCAB, OTHER = (2048, 128), 151_936, 151_643      # tokens of the first chunk; the student's words, and another teacher's
 CASES = {"L_top + L_SFT, one vocabulary": {}, "L_top + L_SFT, a shared vocabulary": {"shared": True}, "L_tok": {"beta": 1.0, "entropy": True}, "L_seq": {"alone": True}}
 
 
@@ -53,15 +53,16 @@ def pretend():
     torch._C._cuda_getDevice = answer(0)
     fake_tensor.init_gpu_context = fuse_attention._sfdp_init = misc_patterns._misc_patterns_init = pad_mm._pad_mm_init = answer(None)     # these would compute on it
     torch._inductor.config.joint_graph_constant_folding = False
+    torch._inductor.config.fx_graph_cache = False
     triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=answer(GPUTarget("cuda", 90, 32))))
     GraphLowering.compile_to_module = stop
 
 
-def kernels(beta=0.5, entropy=False, shared=False, alone=False):
-    """-> the Triton code for a chunk of 2,048 tokens."""
+def kernels(n, beta=0.5, entropy=False, shared=False, alone=False):
+    """-> the Triton code for chunks of which the first has n tokens."""
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="cuda")
-        rows = [make(ROWS, VOCAB), None if alone else make(ROWS, VOCAB), make(ROWS, dtype=torch.int64), make(ROWS), make(ROWS), make(ROWS) if alone else None]
+        rows = [make(n, VOCAB), None if alone else make(n, OTHER if shared else VOCAB), make(n, dtype=torch.int64), make(n), make(n), make(n) if alone else None]
         for x in rows:
             if x is not None:
                 torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -75,8 +76,10 @@ def kernels(beta=0.5, entropy=False, shared=False, alone=False):
 
 if __name__ == "__main__":
     pretend()
-    print("| case | matrices read | written |\n| --- | --- | --- |")
+    print("| case | tokens of the first chunk | matrices read | written |\n| --- | --- | --- | --- |")
     for name, how in CASES.items():
-        code = kernels(**how)
-        whole = lambda what: re.findall(rf"tl\.{what}\((\w+) \+ \(\w+ \+ {VOCAB}\*x\d\), [^\n]*r0_mask", code)
-        print(f"| {name} | {len(whole('load'))} | {len(whole('store'))} |")
+        for n in ROWS:
+            torch._dynamo.reset()
+            code = kernels(n, **how)
+            whole = lambda what: re.findall(rf"tl\.{what}\((\w+) \+ \(\w+ \+ (?:{VOCAB}|{OTHER})\*x\d\), [^\n]*r0_mask", code)
+            print(f"| {name} | {n:,} | {len(whole('load'))} | {len(whole('store'))} |")

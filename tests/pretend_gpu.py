@@ -12,15 +12,16 @@ libcuda and c10 themselves: a library of a few lines answers them, compiled here
 """
 import contextlib
 import ctypes
+import importlib.util
 import os
 import runpy
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))
+LINKED = Path(importlib.util.find_spec("torch").origin).parent / "lib/libcaffe2_nvrtc.so"        # not in a wheel that is for CPUs alone
 LIBRARY = """
 extern "C" { static int there = 0; void pretend(int n) { there = n; } int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { *flags = 0, *active = 0; return 0; } }
 namespace c10 { namespace cuda { signed char device_count() noexcept { return there; } signed char device_count_ensure_non_zero() { return there; } } }
@@ -29,18 +30,17 @@ namespace c10 { namespace cuda { signed char device_count() noexcept { return th
 
 def build(folder):
     """The library: c10::cuda::device_count, and every function of the driver that torch links to (none but one is called)."""
-    links = Path(sysconfig.get_paths()["purelib"]) / "torch/lib/libcaffe2_nvrtc.so"
-    names = {line.split()[-1].partition("@")[0] for line in subprocess.run(["nm", "-D", links], capture_output=True, text=True, check=True).stdout.splitlines() if " U cu" in line}
+    names = {line.split()[-1].partition("@")[0] for line in subprocess.run(["nm", "-D", LINKED], capture_output=True, text=True, check=True).stdout.splitlines() if " U cu" in line}
     rest = "".join(f'extern "C" int {name}() {{ return 999; }}\n' for name in sorted(names - {"cuDevicePrimaryCtxGetState"}))
     (folder / "cuda.cpp").write_text(LIBRARY + rest)
-    subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", folder / "cuda.cpp"], check=True)
+    subprocess.run(["g++", "-nostdlib", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", folder / "cuda.cpp"], check=True)
     return folder / "libcuda.so.1"
 
 
 if __name__ == "__main__" and "PRETENDED" not in os.environ:
     with tempfile.TemporaryDirectory() as made:
         library = str(build(Path(made)))
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, "LD_PRELOAD": library, "PRETENDED": library}).returncode)
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, "LD_PRELOAD": f"{library} {os.environ.get('LD_PRELOAD', '')}", "PRETENDED": library}).returncode)
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+COPIES, JOINS = {aten.copy_.default, aten._to_copy.default}, {aten.cat.default, aten.stack.default}
+BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}       # the indices may be a CPU's
 
 
 class OnGPU(torch.Tensor):
@@ -123,7 +124,11 @@ def run(func, args, kwargs):
     """The operation on the CPU, if a GPU would do it."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     there, here = ([x for x in tensors if isinstance(x, OnGPU) == gpu] for gpu in (True, False))
-    if there and any(x.dim() for x in here) and func not in MAY_MIX or func is aten.index.Tensor and there and not isinstance(args[0], OnGPU):
+    if func in BY_INDEX:
+        wrong = there and not isinstance(args[0], OnGPU) or isinstance(args[0], OnGPU) and any(x.dim() and not isinstance(x, OnGPU) for x in args[2:3])
+    else:                                               # a single number may come from a CPU, but not to be joined
+        wrong = there and any(x.dim() or func in JOINS for x in here) and func not in COPIES
+    if wrong:
         raise RuntimeError(f"{func} between devices: {', '.join(f'{list(x.shape)} on the {x.device.type}' for x in tensors)}")
     to = kwargs.get("device")
     inside = lambda x: x.held if isinstance(x, OnGPU) else torch.device("cpu") if isinstance(x, torch.device) and is_gpu(x) else x

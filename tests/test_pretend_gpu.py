@@ -5,11 +5,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or not shutil.which("nm"), reason="the pretended driver is compiled by g++, for Linux")
+from pretend_gpu import LINKED
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or not shutil.which("nm") or not LINKED.exists(),
+                                reason="the pretended driver is compiled by g++, for Linux and a torch that knows CUDA")
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,13 +23,18 @@ def run(script, *flags, gpu, ranks=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    started = []
+    started, said, hidden = [], [tempfile.TemporaryFile("w+") for _ in range(ranks)], {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     for rank in range(ranks):
         group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks > 1 else {}
         started.append(subprocess.Popen([sys.executable, *([str(ROOT / "tests/pretend_gpu.py")] if gpu else []), str(script), *map(str, flags)], text=True, cwd=ROOT,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **group, "OMP_NUM_THREADS": "1"}))
-    said = [process.communicate(timeout=400)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(said)[-4000:]
+                                        stdout=said[rank], stderr=subprocess.STDOUT, env={**os.environ, **group, **hidden, "OMP_NUM_THREADS": "1"}))
+    try:
+        codes = [process.wait(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = [file.seek(0) or file.read() for file in said]
+    assert not any(codes), "\n".join(said)[-4000:]
     return said[0]
 
 
@@ -35,8 +44,8 @@ def losses_of(script, out, *flags, **where):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-# 5 % for bfloat16; CORD's few rollouts may go another way at a word that is as likely as the next
-TOLERANCE = {"train_source_layer.py": dict.fromkeys(("loss", "top", "sft", "layer", "grad_norm"), 0.05), "train_cord.py": {"kl": 0.2, "entropy": 0.2, "loss": 0.2}}
+# for bfloat16; CORD's few rollouts may go another way at a word that is as likely as the next
+TOLERANCE = {"train_source_layer.py": dict.fromkeys(("loss", "top", "sft", "layer", "grad_norm"), 0.05), "train_cord.py": {"kl": 0.2, "entropy": 0.2}}
 
 
 def nearly_equal(script, one, other):
@@ -67,11 +76,12 @@ assert there.grad.is_cuda and there.grad.tolist() == [2, 2, 2] and (there.detach
 layer = torch.nn.Linear(3, 2).to("cuda")
 with torch.autocast("cuda", torch.bfloat16):
     assert layer(there).dtype == torch.bfloat16
-for wrong in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()], lambda: layer(here), lambda: there.detach().numpy(), lambda: dist.all_reduce(here)):
+for wrong in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()], lambda: layer(here), lambda: there.detach().numpy(), lambda: dist.all_reduce(here),
+              lambda: torch.stack([there[0], here[0]]), lambda: there.detach().index_put_((here.long(),), here), lambda: here.index_put_((there.long(),), there.detach())):
     try:
         wrong()
     except (RuntimeError, TypeError) as error:
         print("refused:", error)
 """)
     said = run(tmp_path / "wrong.py", gpu=True)
-    assert said.count("refused:") == 6 and said.count("between devices") == 4, said
+    assert said.count("refused:") == 9 and said.count("between devices") == 7, said
