@@ -285,6 +285,10 @@ def bench_rollouts(args):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # whole steps at the shapes of real models, with random weights: nothing is downloaded
 
+# torch 2.11 stumbles over addmm with an out_dtype, and has no rule for addmm_
+FLOPS = dict.fromkeys((torch.ops.aten.addmm, torch.ops.aten.addmm_), lambda x, a, b, *_, **__: mm_flop(a, b))
+
+
 def bench_step(args):
     """Real steps of the real step modules: one warms up, in one the FLOPs are counted, the others are timed."""
     device, spent, peak, running = the_device(), {}, {}, []
@@ -341,8 +345,7 @@ def bench_step(args):
     update(work)                                # warms up; what is compiled on a GPU is compiled here
     work, tokens, views = batches()
     eager = mock.patch.multiple(losses, _compiled=lambda work: work, _rows_per_chunk=lambda *_: 128), mock.patch.multiple(split_adamw, _compiled_update=lambda: split_adamw._update)
-    adds_up = dict.fromkeys((torch.ops.aten.addmm, torch.ops.aten.addmm_), lambda x, a, b, *_, **__: mm_flop(a, b))      # torch 2.11 stumbles over out_dtype, and has no rule for addmm_
-    with eager[0], eager[1], FlopCounterMode(display=False, custom_mapping=adds_up) as counter:
+    with eager[0], eager[1], FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         if args.script == "cord":               # counted: what learns, and the teacher; not the rollout
             with autocast():
                 for chunk, *_ in work:

@@ -13,7 +13,7 @@ Four rules hold for every loss here:
 3. The arithmetic is float32, or float64 if the inputs are: differences of logarithms do not survive in bfloat16.
 4. The teacher's side is detached: only the student learns.
 
-Everything here needs nothing but torch: copy the file, or "The fused form" on with the few small functions above that it names.
+Everything here needs nothing but torch (2.11: on a GPU sums in float32 of bfloat16 products): copy the file, or "The fused form" on with the few small functions above that it names.
 
     python bench.py losses          # time, memory and share of the floor, beside Liger's and beside the formulas
 
@@ -692,11 +692,13 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
     learns = torch.is_grad_enabled() and student.requires_grad
     kind = torch.float32 if student.dtype == torch.float16 else student.dtype
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        student_, chunk = student.detach(), _compiled(_states_chunk) if _compiles(student.device) else _states_in_place
-        for x in (student_, teacher) if _compiles(student.device) else ():
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-            torch._dynamo.mark_static(x, 1)                                                      # a kernel for each width, of any number of rows
-        total, gradient = chunk(student_, teacher, mean, std, _wide(student.new_zeros(())).fill_(each), kind)
+        states, chunk = (student.detach(), teacher.detach()), _states_in_place
+        if _compiles(student.device):
+            chunk = _compiled(_states_chunk)
+            for x in states:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+                torch._dynamo.mark_static(x, 1)                                                  # a kernel for each width, of any number of rows
+        total, gradient = chunk(*states, mean, std, _wide(student.new_zeros(())).fill_(each), kind)
     return _KnownGradient.apply(total, student, gradient if learns else None)
 
 

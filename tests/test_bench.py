@@ -44,6 +44,13 @@ def test_losses(capsys):
         bench.main(["losses", "--tokens", "100"])
 
 
+def test_the_flops_of_a_loss_are_those_of_its_four_products():
+    hidden, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    with bench.FlopCounterMode(display=False, custom_mapping=bench.FLOPS) as counter:
+        bench.losses.fused_jsd_ce(hidden, weight, torch.randn(30, 8), torch.randn(50, 8), torch.randint(50, (30,)))[0].backward()
+    assert counter.get_total_flops() == 4 * 2 * 30 * 50 * 8
+
+
 def test_without_liger_its_rows_are_left_out(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     args = argparse.Namespace(tokens=128, hidden=8, teacher_hidden=8, vocab=50)
