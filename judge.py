@@ -1,14 +1,26 @@
 """
-Does this answer say the same as that one? What counts as the answer in a model's text, and two judges of whether two answers agree.
+Does this answer say the same as that one? What counts as the answer in a model's text, and two
+judges of whether two answers agree.
 
-CORD (paper B) rewards a rollout when its answer means the same as the text view's: r(y) = J(y, y_text) in {0, 1}. The paper distils a model for
-J. Here are
+CORD (paper B) rewards a rollout when its answer means the same as the text view's:
+r(y) = J(y, y_text) in {0, 1}. The paper distils a model for J. Here are
 
-    rule      no model: choices by letter or words; otherwise numbers as numbers ("2/4" = "0.5", "$1,000" = "1000", "twelve" = "12"),
-              otherwise the words or the formula itself, in one spelling (x^{2} = x^2), without algebra (sqrt(12) is not 2 sqrt(3))
-    a model   any causal LM, asked whether the two agree: yes if it gives "yes" more probability than "no"
+    rule      no model: choices by letter or words; otherwise numbers as numbers ("2/4" = "0.5",
+              "$1,000" = "1000", "twelve" = "12"); otherwise the words or the formula itself, in one
+              spelling (x^{2} = x^2), without algebra (sqrt(12) is not 2 sqrt(3))
+    a model   any causal LM, asked whether the two agree: yes if it gives "yes" more probability
+              than "no"
 
-evaluate.py scores with the same rule. Nothing is guessed: no answer, or two that contradict each other, agrees with nothing.
+evaluate.py scores with the same rule. It reads in this order, and the first that is there decides:
+
+    1. the box           \\boxed{B}, <answer>B</answer>, and for open questions GSM8K's "#### 12"
+    2. the statement     "The answer is B", the last one, to the end of its sentence
+    3. the conclusion    choices: a line that is nothing but a choice, then "so it is a cat"
+                         numbers: the last sentence that has one
+    4. everything        two choices anywhere are none
+
+Nothing is guessed. No answer, or two that contradict each other, agrees with nothing. A range, a
+bound, a negation or an alternative ("5 or 6") is what it says, and never equal to one of its numbers.
 """
 import re
 from fractions import Fraction
@@ -19,21 +31,27 @@ from text_to_num import alpha2digit
 import data
 import models
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. What did the model choose?
+# ------------------------------------------------------------------------------------------------
+# 1. Where does the answer stand?
 
-TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)                    # the stages' tags and control tokens
-STATEMENT = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,40}?(?:\bis\b|[:=])"
-                       r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?\$?(?:\.(?=\d)|\\)?\w.*))", re.I)     # signs too: -5, (1, 2), \frac
-SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?]\s|\n")                 # but the full stop of "B. gold" ends no sentence
-LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]]|[.:](?=\s|$)|\s+[-–—]\s|$)", re.I)     # "B", "(B)", "B.", "b) gold", "B - gold"
-NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Z])\b")           # "... is (B)", "option B"
-BARE_LETTER = re.compile(r"([A-Z])\s")                                  # "B because ..."
+TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)      # the stages' tags and control tokens
+
+# "The answer is ...", "my answer would be: ...", "the correct option isn't ...", "答案是...". What
+# follows starts at its first word, with the brackets and the sign before it: (B, -5, \frac, .5
+STATEMENT = re.compile(
+    r"(?:\b(?:answer|(?:correct|best|right) (?:option|choice))\b[^.:=\n]{0,40}?"
+    r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b|[:=])"
+    r"|答案(?:应该|就)?(?:是|选|为|[:：])(?:选项)?)"
+    r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))", re.I)
+
+# The end of a sentence; but the full stop of "B. gold" ends none
+SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?](?:\s|$)|\n")
 
 
 def final_answer(output_text):
-    """The part of a four-stage answer that is meant to be scored, without tags: <RESPONSE>, closed or not; without one, what
-    follows </THINK>; of a trace that never ended, only its last "the answer is ..."; of plain text, everything."""
+    """The part of a four-stage answer that is meant to be scored, without tags: <RESPONSE>, closed
+    or not; without one, what follows </THINK>; of a trace that never ended, only its last "the
+    answer is ..."; of plain text, everything."""
     text = re.split("</THINK>", output_text, maxsplit=1, flags=re.I)[-1]
     response = data.parse_response(text)["response"]
     if response is not None:
@@ -43,57 +61,149 @@ def final_answer(output_text):
     return TAGS.sub(" ", text)
 
 
+def boxed(text):
+    """What stands in the last \\boxed{...}, \\fbox{...} or <answer>...</answer>, or None."""
+    if tagged := re.findall(r"<answer>(.*?)(?:</answer>|\Z)", text, re.I | re.S):
+        return tagged[-1]
+    box = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=\w))", text))
+    if not box:
+        return None
+    begin, depth = box[-1].end(), 1
+    if not box[-1][1]:                                     # \boxed 5
+        return re.match(r"\w+", text[begin:])[0]
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)       # braces matched
+        if depth == 0:
+            return text[begin:end]
+    return text[begin:]
+
+
+def sentences(text):
+    return [part.strip() for part in SENTENCE_END.split(text) if part.strip()]
+
+
 def plain(text):
     """One line, without quotes, markdown stars and closing punctuation."""
     return " ".join(re.sub(r"[*\"“”`]", "", text).split()).strip(" .,;!")
 
 
-def named_choice(text, choices):
-    """The one choice that `text` names by its words or its letter. None when it names none, or several: letter and words that
-    contradict each other are not an answer."""
-    whole, first = plain(text), plain(SENTENCE_END.split(text.strip(), maxsplit=1)[0])
-    for head in (whole, first):                             # "C. E" is option C, though there is an option called C: its letter and its words agree
-        lead = LEADING_LETTER.match(head)
-        index = ord(lead[1].upper()) - ord("A") if lead else len(choices)
-        if index < len(choices) and plain(head[lead.end():]).casefold() == plain(choices[index]).casefold():
-            return choices[index]
-    heads = {whole.casefold(), first.casefold()}
-    by_words, letters, rest = set(), set(), whole
-    if any(len(plain(choice)) == 1 for choice in choices):  # "(A)" and "option A" are the place, not the blood group A
-        letters = {a or b for a, b in NAMED_LETTER.findall(rest)}
-        rest = NAMED_LETTER.sub("\0", rest)
-    # Longest first, and what was found is cut out: "white gold" does not also name "gold", the letter in "B minor" not option B.
-    for choice in sorted(filter(None, map(plain, choices)), key=len, reverse=True):
-        if choice.casefold() in heads:
-            return next(c for c in choices if plain(c) == choice)
-        words = r"(?<![\w-])(?<!\d[.,])(?<!\bnot )(?<!\bno )" + re.escape(choice) + r"(?![\w#]|[.,-]\d|-\w)"
-        rest, found = re.subn(words, "\0", rest, flags=re.I if len(choice) > 1 else 0)     # "a dog" does not name the note A
-        if found:
-            by_words.add(choice.casefold())
-    letters |= {a or b for a, b in NAMED_LETTER.findall(rest)}
-    if lead := LEADING_LETTER.match(rest):
-        letters.add(lead[1].upper())
-    elif (bare := BARE_LETTER.match(rest)) and not (bare[1] == "A" and by_words):      # "A dog barks": an article, not option A
-        letters |= {bare[1], *re.findall(r"\b[B-Z]\b", rest)}             # "A and B" is two
-    by_letter = {plain(choices[i]).casefold() for i in range(len(choices)) if chr(ord("A") + i) in letters}
-    named = by_words | by_letter
-    return next(c for c in choices if plain(c).casefold() in named) if len(named) == 1 else None
+# ------------------------------------------------------------------------------------------------
+# 2. Choices: which one does it name?
+
+# A letter in front: "B", "(B)", "B.", "b) gold", "B - gold"
+LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]][.:]?|[.:](?=\s|$)|\s[-–—]\s|$)\s*", re.I)
+# A letter that is called one: "(B)", "option b", and those of a list, "B. gold  C. silver"
+NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Za-z])\b\)?")
+LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
+# A bare capital where an answer stands: "it's C", "not B but C", "B because ...". In "a C note" or
+# "A dog barks" it is none.
+BARE_LETTER = re.compile(
+    r"(?:^|[,:;]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or|and|nor"
+    r"|neither|either|both|than|of|probably|maybe|likely|definitely|clearly|answer)|'s|n't)\s+)"
+    r"([A-HJ-Z])(?=$|\s*[.,;:!?()]|\s+(?:because|since|as|and|or|nor|but|is|isn't|was|rather|instead|over)\b)")
+REASON = re.compile(r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I)
+CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|consequently)\b,?\s+(\S.*)", re.I)
+CLAUSE = re.compile(r"[,;:.!?\n]|\b(?:but|so|therefore|thus|hence)\b", re.I)
+# What denies a choice that follows it in the same clause, and one that stands before it
+DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without|cannot|than|instead of|unlike|except"
+                    r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
+DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely|impossible"
+                    r"|ruled out|excluded|eliminated)\b", re.I)
+
+
+def without_article(text):
+    return re.sub(r"^(?:a|an|the)\s+(?=\w)", "", plain(text).casefold())
+
+
+def place_of(text, choices):
+    """The place of the choice that `text` is, word for word but for case and article; or None."""
+    words = without_article(text)
+    return next((i for i, choice in enumerate(choices) if words and words == without_article(choice)), None)
+
+
+def standing_alone(text, choices):
+    """The places that a text without anything else in it names: {1} for "cat", "B", "B. cat". A
+    letter and words that contradict each other are two: "(B) dog"."""
+    place = place_of(text, choices)
+    if place is not None:
+        return {place}
+    lead = LEADING_LETTER.match(text)
+    letter = ord(lead[1].upper()) - ord("A") if lead else len(choices)
+    if letter >= len(choices):
+        return set()
+    rest = text[lead.end():]
+    place = place_of(rest, choices)
+    if place is None and plain(rest):
+        return set()
+    return {letter, letter if place is None else place}
+
+
+def named_choices(text, choices):
+    """The places of all choices that a text names, by words or letter, and does not deny."""
+    text = plain(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text))
+    if choices and all(number(choice) is not None for choice in choices):
+        choices = [in_digits(plain(choice)) for choice in choices]
+        text = in_digits(text).rpartition("=")[2].strip()                # "10 + 3 = 13" is 13
+    if alone := standing_alone(text, choices):
+        return alone
+    lead = LEADING_LETTER.match(text)
+    letters = [ord(letter) - ord("A") for letter in LISTED_LETTER.findall(text)]
+    if lead and ord(lead[1].upper()) - ord("A") < len(choices):          # "B. A dog would bark."
+        place = place_of(sentences(text[lead.end():])[0], choices)
+        letters = [i for i in (ord(lead[1].upper()) - ord("A"), place, *letters) if i is not None]
+        return {i for i in letters if i < len(choices)}
+
+    # What is named is replaced by its place, so that "white gold" does not also name "gold", and
+    # the "no" of a choice denies nothing. Longest first.
+    def mark(place):
+        return f"\1{place}\2" if place < len(choices) else "\1\2"
+
+    def mark_letter(match):
+        return mark(ord((match[1] or match[2]).upper()) - ord("A"))
+
+    if any(len(plain(choice)) == 1 for choice in choices):               # blood groups: "(A)" is the place
+        text = NAMED_LETTER.sub(mark_letter, text)
+    for choice in sorted(choices, key=lambda choice: -len(plain(choice))):
+        words = without_article(choice) if len(plain(choice)) > 1 else plain(choice)
+        pattern = r"(?<![\w\x01-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#\x02]|[.,-]\d|-\w)"
+        if words:
+            text = re.sub(pattern, mark(place_of(choice, choices)), text,
+                          flags=re.I if len(words) > 1 else 0)           # "a dog" does not name the note A
+    text = NAMED_LETTER.sub(mark_letter, text)
+    text = BARE_LETTER.sub(lambda m: m[0][:m.start(1) - m.start()] + mark(ord(m[1]) - ord("A")), text)
+
+    reasoned = REASON.split(text, maxsplit=1)[0]                         # "C, because B is a cat" is C
+    named = set()
+    for clause in CLAUSE.split(reasoned if "\1" in reasoned else text):
+        for found in re.finditer("\1(\\d+)\2", clause):
+            if not DENIES.search(clause[:found.start()]) and not DENIED.search(clause[found.end():]):
+                named.add(int(found[1]))
+    return named
 
 
 def extract_choice(output_text, choices):
-    """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`, or None; never a guess.
-
-    The last "the answer is ..." counts before the rest of the answer, and its first sentence before the rest of its line."""
+    """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`,
+    or None; never a guess. The first place that names any choice decides; if it names two, none."""
     answer = final_answer(output_text)
-    statement = (STATEMENT.findall(answer) or [""])[-1]
-    return (named_choice(SENTENCE_END.split(statement, maxsplit=1)[0], choices) or named_choice(statement, choices)
-            or named_choice(answer, choices))
+    places = [boxed(answer) or ""]
+    for statement in reversed(STATEMENT.findall(answer)):
+        places += [*sentences(statement)[:1], statement]
+    for place in places:
+        if named := named_choices(place, choices):
+            return choices[named.pop()] if len(named) == 1 else None
+    alone = set().union(*(standing_alone(plain(line), choices) for line in sentences(answer)))
+    places = [sentences(conclusion)[0] for conclusion in CONCLUSION.findall(answer)[-1:]] + [answer]
+    named = alone or next(filter(None, (named_choices(place, choices) for place in places)), set())
+    return choices[named.pop()] if len(named) == 1 else None
 
+
+# ------------------------------------------------------------------------------------------------
+# 3. The letter that VoiceBench's evaluator reads
 
 # Where VoiceBench's evaluator looks for a letter (@, in lower case), in its order: the first that is found counts. It is as blind as it looks:
 # "the answer is due to friction" chooses D. Those that an earlier one makes superfluous are left out.
 VOICEBENCH = (
-    "答案是@|答案是 @|答案是选项@|答案应该是@|答案应该是 @|答案就是选项@|答案是'@|是@：|答案选@|@是正确|选项@是最合适的|answer is: **@|answer is **@|the answer to the question is: **@|"
+    "答案是@|答案是 @|答案是选项@|答案应该是@|答案应该是 @|答案就是选项@|答案是‘@|是@：|答案选@|@是正确|选项@是最合适的|answer is: **@|answer is **@|the answer to the question is: **@|"
     "the answer to the multiple-choice question is **@|the answer is '@'|@ is the best answer|the answer is @|the correct answer is @|"
     "would select @|would choose @|would select option @|would choose option @|is \"@\"|is \"@.|is: **@)|is **@,|is **@:|is **@)|is: **@.|"
     "is: **@:|is **@.|be **@,|is: **@**|is therefore option **@:|is: \n\n**@)|as **@:|be **@)|be **@:|is: \n\n**@**|suggests **@)|"
@@ -112,138 +222,292 @@ VOICEBENCH = (
 
 
 def voicebench_letter(output_text):
-    """The letter, A to D, that VoiceBench's evaluator reads out of an answer (its trace dropped), or None: there it guesses."""
-    text = final_answer(output_text).strip().lower()
-    text = re.sub(r"^<[123]>\s*", "", text)                               # some models put a style in front
-    found = (letter for pattern in VOICEBENCH for letter in "abcd" if pattern.replace("@", letter) in text)
-    starts = (letter for letter in "abcd" if text == letter or text.startswith(tuple(letter + mark for mark in ".,:)")))
-    letter = next(found, None) or next(starts, None)
-    return letter and letter.upper()
+    """The letter, A to D, that VoiceBench's evaluator reads out of an answer (its trace dropped), or
+    None: there it guesses."""
+    text = final_answer(output_text).lower()
+    if re.match("<[123]>", text):                          # some models put a style in front
+        text = text[3:].strip()
+    for template in VOICEBENCH:
+        for letter in "abcd":
+            if template.replace("@", letter) in text:
+                return letter.upper()
+    for letter in "abcd":
+        if text == letter or text.startswith(tuple(letter + mark for mark in ".,:)")):
+            return letter.upper()
+    return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The rule
+# ------------------------------------------------------------------------------------------------
+# 4. Open answers: what does it state?
 
-# sign, digits, denominator; "2:30" is a time, and in "2x" and "x2" the 2 is no answer
-NUMBER = re.compile(r"(?<![\w.])(?<!\d:)(-|minus |negative )?\$?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)(?:\s?/\s?(\d+))?(?!\w|:\d|\.\d)", re.I)
-
-
-def boxed(text):
-    """What stands in the last \\boxed{...} or \\fbox{...}, braces matched, or None."""
-    box = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=\w))", text))
-    if not box:
-        return None
-    begin, depth = box[-1].end(), 1
-    if not box[-1][1]:                                                    # \boxed 5
-        return re.match(r"\w+", text[begin:])[0]
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin:end]
-    return text[begin:]
-
-
-ASIDE = re.compile(r"(?<=[\w%])\s+(?:in|for|per|from|after|by|over|at|with|on|when|because|since|if|each|every|during|than)\b|,\s+not\b", re.I)
+# Sentences that state nothing: "I hope this helps!", "Let me know if ...", "If you have 1 more question"
+COURTESY = re.compile(r"(?:i hope|hope|let me know|if you|feel free|please|do you|would you)\b", re.I)
+PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=.*\d)", re.I)
+THEREFORE = re.compile(r",?\s*\b(?:so|therefore|thus|hence)\b,?(?=.*\d)", re.I)
 
 
 def open_answer(output_text):
-    """The part of an answer to an open question that states it: the last \\boxed{}, what follows GSM8K's last ####, what follows the last
-    "the answer is", or all of it."""
-    answer = final_answer(output_text)
-    marked, statement = re.findall(r"####\s*(\S.*)", answer), (STATEMENT.findall(answer) or [""])[-1]
-    stated = boxed(answer) or (marked[-1] if marked else "")
-    if not stated and statement:
-        stated = SENTENCE_END.split(statement, maxsplit=1)[0]
-        head = ASIDE.split(stated.rpartition("=")[2], maxsplit=1)[0]      # "366 downloads in 3 months": what is stated comes first
-        stated = head if number(head) is not None else stated
-    return (stated or answer)[-2000:]                                     # a model that never stops: the patterns are slow on endless digits
+    """The part of an answer to an open question that states it: the box, what follows GSM8K's last
+    "####", what follows the last "the answer is", the last sentence that has a number, or all."""
+    answer = final_answer(output_text)[-2000:]             # of a model that never stops, the end
+    box = boxed(answer)
+    if box and box.strip():
+        return box
+    if marked := re.findall(r"####\s*(\S.*)", answer):
+        return marked[-1]
+    if statements := STATEMENT.findall(answer):
+        return sentences(statements[-1])[0]
+    stating = [part for part in sentences(answer) if not COURTESY.match(part)]
+    for sentence in reversed(stating):
+        if re.search(r"\d", in_digits(sentence)):
+            return THEREFORE.split(sentence)[-1]
+    return "\n".join(stating)
 
 
-FORMULA = re.compile(r"\\[a-z]|[\^_√π∞±]|(?<![\\a-zA-Z])pi\b"                                            # \sqrt{2}, 2^3, 2√3
-                     r"|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b")         # x+3, 2-x, x/y; no km/h
-PLAIN = [("\u2212", "-"), (r"\\\$", "$"),                                                                # NuminaMath writes LaTeX
-         (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?", r" \1 "),                # 12\text{ cm}^2, \text{(B)}
-         (r"\b([cdk]?m|mm|ft|in)\^\{?[23]\}?(?=\W*$)", r"\1"),                                           # 12 cm^2
-         (r"\^\s*\{?\s*\\circ\s*\}?|°|\\approx(?![a-z])|≈", " "),                                        # 30^\circ
-         (r"(?<=\d)\{,\}(?=\d)|(?<=[\d,])\\[!,](?=\d)", ""),                                             # 10{,}000 and 10,\!000
-         (r"(?<![\d.,])(\d{1,3})(?: (\d{3}))+(?![\d.,])", lambda m: m[0].replace(" ", "")),              # 12 500 000
-         (r"(?<!\\)\\[,;:! ]|~", " "),
-         (r"\\[dt]?frac(\d)(\d)", r"\1/\2"), (r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2"),
-         (r"(^|[=:]|\bis)\s*-\s+(?=\d)", r"\1 -")]
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")                                                        # English: neither x nor \sqrt
-SEVERAL = re.compile(r"^\W*[(\[].*,|,(?!\d{3}(?!\d))\s*[\w\\(\[$+-]|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")        # (1, 2), 1, 2, x < 2, 2:3, 3+4i
-LARGE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s+(thousand|million|billion)\b", re.I)
-MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                                    # 2 1/2
-SHARES = re.compile(r"\b(?:hal(?:f|ves)|(?:quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?)\b", re.I)
-EITHER = re.compile(r"\d\S*(?:\s\w+)?\s+or\s+[-$]?\d", re.I)                                             # 5 or 6 is no answer
+# LaTeX and typography of numbers, in plain ASCII
+PLAIN = [
+    ("\u2212", "-"), (r"\\\$", "$"), (r"\\%", "%"),
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?", r" \1 "),    # 12\text{ cm}^2
+    (r"\b([cdk]?m|mm|ft|in)\^\{?[23]\}?(?=\W*$)", r"\1"),                               # 12 cm^2
+    (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),                                                # 30^\circ
+    (r"(?<=\d)\{,\}(?=\d)|(?<=[\d,])\\[!,](?=\d)", ""),                                 # 10{,}000 and 10,\!000
+    (r"(?<![\d.,])(\d{1,3})(?: (\d{3}))+(?![\d.,])", lambda m: m[0].replace(" ", "")),  # 12 500 000
+    (r"(?<!\\)\\[,;:! ]|~", " "), (r"\\approx(?![a-z])", "≈"),
+    (r"\\[dt]?frac(\d)(\d)", r"\1/\2"),
+    (r"\\[dt]?frac\{(-?[\d.]+)\}\{([\d.]+)\}", r" \1/\2"),
+    (r"(^|[=:]|\bis)\s*-\s+(?=\d)", r"\1 -")]
+SQUARE_ROOT = re.compile(r"(?<![\w})])(?:\\sqrt\s*\{(\d{1,9})\}|√(\d{1,9}))(?![\w^/])")  # \sqrt{16} is 4
+
+LARGE = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9}
+LARGE_NUMBER = re.compile(rf"(?<![\w.,/])(\d[\d,]*(?:\.\d+)?)\s+({'|'.join(LARGE)})s?\b", re.I)     # 1.5 million
+MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                          # 2 1/2
+# "two and a half", "2 3rds", "a quarter", "half"; "the 3rd" is an ordinal
+SHARE = re.compile(r"\b(?:(\d+) and )?(?:(an?|\d+)[ -])?(?:(hal)(?:f|ves)|(quarter)s?|(\d+)(?:rd|th)s?)\b"
+                   r"(?: an?\b)?", re.I)
+
+
+def fraction(text):
+    """"1,234", "3/4" or "1.5/2" -> Fraction; None for "1/0" and for endless digits."""
+    if len(text) > 1000:
+        return None
+    above, _, below = text.replace(",", "").partition("/")
+    below = Fraction(below or 1)
+    return Fraction(above) / below if below else None
+
+
+def in_digits(text):
+    """Numbers in English words in digits, with shares and large ones: "two and a half" -> "5/2",
+    "$2.5 million" -> "$2500000", "a dozen" -> "12"."""
+    for pattern, replacement in PLAIN:
+        text = re.sub(pattern, replacement, text)
+    text = re.sub(r"\b(?:none|nothing|nil)(?=\W*$)", "0", text, flags=re.I)
+    text = re.sub(rf"\ba (?={'|'.join(LARGE)})", "1 ", text, flags=re.I)
+    text = alpha2digit(LARGE_NUMBER.sub(large, text), "en", threshold=0.0)
+    text = SHARE.sub(share, LARGE_NUMBER.sub(large, text))
+    return MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
+
+
+def large(match):
+    amount = fraction(match[1])
+    return match[0] if amount is None else str(amount * LARGE[match[2].lower()])
+
+
+def share(match):
+    whole, above, half, quarter, ordinal = match.groups()
+    below = 2 if half else 4 if quarter else int(ordinal)
+    follows = match.string[match.end():]
+    a_share_of = re.match(r"\s+of\b|\W*$", follows) and above and not above.isdigit()
+    if not half and not (above or "").isdigit() and not a_share_of or not below:
+        return match[0]
+    above = int(above) if (above or "").isdigit() else 1
+    return f"{int(whole or 0) * below + above}/{below}"
+
+
+# Units that are told apart; of the same dimension they convert. All other words behind a number are
+# its noun, and say nothing. (No "in": it is a preposition.)
+UNITS = {name: (dimension, Fraction(factor)) for dimension, units in {
+    "money": {"$ dollar dollars": "1", "cent cents ¢": "1/100"},
+    "euro": {"€ euro euros": "1"},
+    "sterling": {"£": "1"},
+    "length": {"mm": "1/1000", "cm": "1/100", "m meter meters metre metres": "1", "km kilometers kilometres": "1000"},
+    "imperial length": {"inch inches": "1", "foot feet ft": "12", "yard yards": "36", "mile miles": "63360"},
+    "mass": {"g gram grams": "1", "kg kilogram kilograms": "1000"},
+    "volume": {"ml": "1/1000", "l liter liters litre litres": "1"},
+    "time": {"second seconds": "1", "minute minutes min": "60", "hour hours": "3600", "day days": "86400",
+             "week weeks": "604800"},
+}.items() for names, factor in units.items() for name in names.split()}
+DOLLAR = "$£€"
+
+# sign, currency, digits, denominator, unit; "2:30" is a time, and in "2x" and "x2" the 2 is no answer
+NUMBER = re.compile(
+    r"(?<![\w.])(?<!\d:)(-|minus |negative )?([$£€]?)(-?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)"
+    r"(?:\s?/\s?(\d+(?:\.\d+)?))?(?!\w|:\d|\.\d)(?:\s?-?([€£¢]|[A-Za-z]+)(?![/\w]))?", re.I)
+
+# Formulas are compared as they are spelt: \sqrt{2}, 2^3, 2√3, x+3, 2-x, x/y; no km/h
+FORMULA = re.compile(r"\\[a-z]|[\^_√π∞±]|(?<![\\a-zA-Z])pi\b"
+                     r"|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")          # English: neither x nor \sqrt
+STRUCTURE = re.compile(r"^\W*[(\[{].*,|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")    # (1, 2), x < 2, 2:3, 3+4i
+ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
+
+# What a number alone would not say
+RELATIONS = {
+    "or": re.compile(r"\bor\b[^\d]*\d|\beither\b", re.I),
+    "range": re.compile(r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d", re.I),
+    "bound": re.compile(r"\b(?:at least|at most|less than|more than|fewer than|greater than|no more than|up to|under|over"
+                        r"|below|above|minimum of|maximum of)\s+[$£€]?\d", re.I)}
+# Behind the first number: no part of the answer ("366 downloads in 3 months", "5, so she has 3 more")
+ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
+                   r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead)\b"
+                   r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,?\s+(?:not|than)\b", re.I)
+DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*[$£€]?\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
+
+
+def value(text):
+    """What a statement says in numbers -> (relation, ((Fraction, unit), ...)), or None for words and
+    formulas. relation: "is", "or", "range", "bound" or "not". Several numbers are several."""
+    text = in_digits(SQUARE_ROOT.sub(square_root, text))
+    if FORMULA.search(text):
+        text = sentences(text)[-1]
+    if FORMULA.search(text):                               # "2^3 = 8" comes to 8; "x^2 = 9" is not the number 9
+        left, _, right = text.rpartition("=")
+        unknown = not WORD.search(left) and re.search("[A-Za-z]", re.sub(r"\\[a-z]+", "", left))
+        if not left or FORMULA.search(right) or unknown:
+            return None
+        text = right
+    if not WORD.search(text) and STRUCTURE.search(text):
+        return None
+    text = re.sub(r"(?<=\d)(km|kg|cm|mm|ml|kb|mb|ft|min)\b", r" \1", text)
+    text = re.sub(r"(\d+)(?: out of | in )(\d+)(?=\W*$)", r"\1/\2", text)                # 1 in 6
+    text = re.sub(r"(\d\S*[^()\d]*?)\s\([^()]*\)", r"\1", text)                         # 5 (3 red and 2 green)
+    if len(ASSIGNED.findall(text)) < 2:
+        text = one_side(text)
+    first = NUMBER.search(text)
+    if not first:
+        return None
+    denied = DENIED_NUMBER.sub(" ", text)                                               # "not 5 but 7" is 7
+    text = denied if NUMBER.search(denied) else text
+    first = NUMBER.search(text)
+    text = text[:first.end(4)] + ASIDE.split(text[first.end(4):], maxsplit=1)[0]
+    relation = next((name for name, pattern in RELATIONS.items() if pattern.search(text)), "is")
+    if re.search(r"\bnot\b|n't\b", text, re.I):
+        relation = "not"
+    quantities = [quantity(found) for found in NUMBER.finditer(text)]
+    if any(amount is None for amount, _ in quantities):
+        return None
+    return relation, compound(quantities)
+
+
+def square_root(match):
+    radicand = int(match[1] or match[2])
+    root = round(radicand ** 0.5)
+    return str(root) if root * root == radicand else match[0]
+
+
+def one_side(text):
+    """Of "48 / 2 = 24 clips" the right side; of "22/7 ≈ 3.14" and "15 minutes = 900 seconds" the left."""
+    sides = [side for side in re.split("[=≈]", text) if side.strip()]
+    if len(sides) < 2:
+        return text
+    if re.fullmatch(r"\W*-?[$£€]?[\d.,/]+(?:\s+[A-Za-z]+)?\W*", sides[0]):
+        return sides[0]
+    return sides[-1]
+
+
+def quantity(found):
+    """A match of NUMBER -> (Fraction, its unit or None), or None for 1/0."""
+    minus, currency, sign, digits, below, noun = found.groups()
+    amount = fraction(f"{digits}/{below}" if below else digits)
+    unit = currency or (noun or "").lower()
+    return (None if amount is None else -amount if minus or sign else amount), unit if unit in UNITS else None
+
+
+def compound(quantities):
+    """"3 hours and 20 minutes", "42 dollars and 50 cents" are one quantity, in the larger unit."""
+    joined = quantities[:1]
+    for amount, unit in quantities[1:]:
+        (last, last_unit) = joined[-1]
+        if unit and last_unit and UNITS[unit][0] == UNITS[last_unit][0] and UNITS[unit][1] < UNITS[last_unit][1]:
+            joined[-1] = (last + amount * UNITS[unit][1] / UNITS[last_unit][1], last_unit)
+        else:
+            joined.append((amount, unit))
+    return tuple(joined)
 
 
 def number(text):
-    """The last number that a text names, in digits or in English words, as a Fraction. None without one, for a formula ("x+3") unless it comes
-    to a number ("2^3 = 8"), for several (a pair, an interval), for shares in words ("two thirds") and for an either-or ("5 or 6")."""
-    for pattern, replacement in PLAIN:
-        text = re.sub(pattern, replacement, text)
-    if FORMULA.search(text):
-        text = [part for part in SENTENCE_END.split(text) if part.strip()][-1]
-    if FORMULA.search(text):
-        left, _, text = text.rpartition("=")                              # left of it must be arithmetic, or talk: "x^2 = 9" is not the number 9
-        if not left or FORMULA.search(text) or not WORD.search(left) and re.search("[A-Za-z]", re.sub(r"\\[a-z]+", "", left)):
-            return None
-    if SHARES.search(text) or not WORD.search(text) and SEVERAL.search(text):
-        return None
-    text = LARGE.sub(lambda m: str(Fraction(m[1].replace(",", "")) * 10 ** {"t": 3, "m": 6, "b": 9}[m[2][0].lower()]), text)
-    text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", alpha2digit(text, "en", threshold=0.0))
-    found = NUMBER.findall(text)
-    if not found or EITHER.search(text) or found[-1][2] and int(found[-1][2]) == 0 or len(found[-1][1]) > 1000:
-        return None
-    sign, digits, below = found[-1]
-    return Fraction(digits.replace(",", "")) / int(below or 1) * (-1 if sign else 1)
+    """The one number that a text states, as a Fraction; None for none, several, a range, a bound."""
+    found = value(text)
+    return found[1][0][0] if found and found[0] == "is" and len(found[1]) == 1 else None
+
+
+def same_quantity(one, other):
+    """12 = $12 = 12 apples; 15 minutes = 900 seconds; 5 m is not 5 km."""
+    (amount, unit), (other_amount, other_unit) = one, other
+    if not unit or not other_unit:
+        return amount == other_amount
+    (dimension, factor), (other_dimension, other_factor) = UNITS[unit], UNITS[other_unit]
+    return dimension == other_dimension and amount * factor == other_amount * other_factor
 
 
 # One spelling for what LaTeX spells in several ways. Not algebra: \sqrt{12} and 2\sqrt{3} stay different.
-SPELLING = [(r"\\(?:left|right|displaystyle|quad)(?![a-z])|\$|\\[()\[\]]", " "), (r"π|(?<![\\a-zA-Z])pi\b", r"\\pi "),
-            (r"\\geq(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?![a-z])|≤|<=", r"\\le "), (r"\\neq(?![a-z])|≠|!=", r"\\ne "),
-            ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×", r"\\times "), ("·", r"\\cdot "), ("±", r"\\pm "), ("∪", r"\\cup "),
-            (r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2"), (r"(?<=\d)\s+(?=\d)", "&")]                        # x^{2} = x^2; 2 1/2 is not 21/2
+SPELLING = [
+    (r"\\(?:left|right|displaystyle|quad)(?![a-z])|\$|\\[()\[\]]", " "), (r"π|(?<![\\a-zA-Z])pi\b", r"\\pi "),
+    (r"\\geq(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?![a-z])|≤|<=", r"\\le "), (r"\\neq(?![a-z])|≠|!=", r"\\ne "),
+    ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×", r"\\times "), ("·", r"\\cdot "), ("±", r"\\pm "), ("∪", r"\\cup "),
+    ("≈", " "),
+    (r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2"),              # x^{2} = x^2
+    (r"(?<=\d)\s+(?=\d)", "&")]                            # 2 1/2 is not 21/2
 OVER = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 
 
 def spelling(text):
-    """A text without quotes, case and spaces, formulas in one spelling: x^{2} = x^2, \\dfrac{a}{b} = a/b, (B) = B, "x = 2\\pi" = "2π"."""
+    """A text without quotes, case and spaces, formulas in one spelling: x^{2} = x^2,
+    \\dfrac{a}{b} = a/b, (B) = B, "x = 2\\pi" = "2π"."""
+    def bracketed(part):
+        return part if re.fullmatch(r"\s*\\?\w+\s*", part) else f"({part})"
+
     for pattern, replacement in PLAIN + SPELLING:
         text = re.sub(pattern, replacement, text)
-    bracketed = lambda part: part if re.fullmatch(r"\s*\\?\w+\s*", part) else f"({part})"
-    for _ in range(3):                                                    # a fraction in a fraction: the inner one first
+    for _ in range(3):                                     # a fraction in a fraction: the inner one first
         text = OVER.sub(lambda m: f"{bracketed(m[1] or m[2] or '')}/{bracketed(m[3] or m[4] or '')}", text)
     text = "".join(plain(text).casefold().split())
-    text = re.sub(r"^[a-z](?:_\w+)?(?:=|\\in(?![a-z]))", "", text)         # the name of the unknown
+    text = re.sub(r"^[a-z](?:_\w+)?(?:=|\\in(?![a-z]))", "", text)       # the name of the unknown
     return re.sub(r"^\(([a-z])\)$", r"\1", text)
 
 
 def agree(said, reference, choices=()):
-    """Do two answers mean the same, by the rule? With choices: both name the same one. Without: the same number, or the same words."""
+    """Do two answers mean the same, by the rule? With choices: both name the same one. Without: the
+    same numbers in the same relation, or the same words."""
     if choices:
-        return (chosen := extract_choice(said, choices)) is not None and chosen == extract_choice(reference, choices)
+        chosen = extract_choice(said, choices)
+        return chosen is not None and chosen == extract_choice(reference, choices)
     said, reference = open_answer(said), open_answer(reference)
-    numbers = number(said), number(reference)
-    if numbers != (None, None):
-        return numbers[0] == numbers[1]
+    values = value(said), value(reference)
+    if values != (None, None):
+        if None in values or values[0][0] != values[1][0] or len(values[0][1]) != len(values[1][1]):
+            return False
+        return all(map(same_quantity, values[0][1], values[1][1]))
     said, reference = spelling(said), spelling(reference)
     return bool(said) and said == reference
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. A model
+# ------------------------------------------------------------------------------------------------
+# 5. A model
 
 ASK = ("Question: {question}\nReference answer: {reference}\nGiven answer: {said}\n"
        "Do the two answers mean the same? Reply with yes or no.")
+
+
+def choices_of(example):
+    """The choices that the manifest lists, or else those that the spoken question lists itself."""
+    return example.choices or data.spoken_choices(example.transcript)
 
 
 def load(name, device):
     """--judge: "rule" -> agree itself, otherwise a causal LM (folder or hub id). -> verdicts(triples), triples [(example, said, reference)] ->
     list of bool. Raises SystemExit with one sentence if the model cannot be loaded or has no word for yes or no."""
     if name == "rule":
-        return lambda triples: [agree(said, reference, example.choices) for example, said, reference in triples]
+        return lambda triples: [agree(said, reference, choices_of(example)) for example, said, reference in triples]
     model, tokenizer = models.load_text_model(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.to(device).requires_grad_(False)
     yes, no = ({ids[0] for word in words if (ids := tokenizer(word, add_special_tokens=False)["input_ids"])}

@@ -127,7 +127,7 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
 
 
 def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=16, progress=True, **decoding):
-    """The text view's greedy answers -> {id: {"text", "ids"}}; what a file at `path` holds of the same model and prompts is not asked again.
+    """The text view's greedy answers -> {id: {"text", "ids", "ended"}}; what a file at `path` holds of the same model and prompts is not asked again.
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most."""
     path, tokenizer = Path(path), processor.tokenizer
@@ -136,7 +136,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     asks = {e.id: f"{weights} {max_new_tokens} {data.text_prompt(tokenizer, e.transcript, data.question_text(e))}" for e in examples}
     keys = {i: zlib.crc32(prompt.encode()) for i, prompt in asks.items()}
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")] if path.exists() else []
-    known = {line["id"]: line for line in map(json.loads, lines) if keys.get(line["id"]) == line["key"]}
+    known = {line["id"]: line for line in map(json.loads, lines) if keys.get(line["id"]) == line["key"] and "ended" in line}
     world = 1
     if dist.is_initialized():
         dist.barrier()                                                    # everybody has read before anybody writes
@@ -151,7 +151,8 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         rows = todo[start:start + chunk]
         said = generate(model, processor, rows, view="text", words="transcript", temperature=0, max_new_tokens=max_new_tokens, with_end=True,
                         batch_size=batch_size, progress=False, **decoding)
-        new = [{"id": e.id, "key": keys[e.id], "text": text, "ids": ids} for e, (text, _, ids) in zip(rows, said)]
+        new = [{"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
+               for e, (text, ended, ids) in zip(rows, said)]
         known |= {line["id"]: line for line in new}
         if first:
             with open(path, "a", encoding="utf-8") as file:
@@ -170,13 +171,15 @@ class Rollout:
     group: bool                 # is it rewarded?
     ids: list[int]              # its tokens, the one that ended it too
     text: str = ""
+    ended: bool = True          # by itself; False: cut at max_new_tokens
     reward: float = 0.0
     advantage: float = 0.0
     divergence: list[float] = field(default_factory=list)      # D_t of its tokens, once it has been scored
 
-    def unusable(self, limit):
+    @property
+    def unusable(self):
         """Empty, or cut off: no answer can be learnt from it."""
-        return len(self.ids) in (1, limit)
+        return not self.ended or len(self.ids) == 1
 
 
 def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
@@ -201,6 +204,7 @@ def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
     for rollout, row in zip(rollouts, said):
         end = next((k for k, token in enumerate(row) if token in stop), len(row))
         rollout.ids = row[:end + 1]
+        rollout.ended = end < len(row)
         rollout.text = tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)
     return rollouts
 
@@ -215,5 +219,6 @@ def samples(shown, prompts, references, verdicts, tokenizer, most=5):
         top = sorted(range(len(r.divergence)), key=lambda i: -r.divergence[i])[:most]
         text = "".join(f"[[{token} {r.divergence[i]:.2f}]]" if i in top else token for i, token in enumerate(map(tokenizer.decode, r.ids)))
         records.append({"id": e.id, "temperature": r.temperature, "transcript": e.transcript, "question": data.question_text(e), "rollout": text,
-                        "text_view": references[e.id]["text"], "verdict": "right" if right else "wrong"})
+                        "text_view": references[e.id]["text"],
+                        "verdict": "no reference" if not references[e.id]["ended"] else "right" if right else "wrong"})
     return records

@@ -60,7 +60,8 @@ EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
 QUIET = 20                  # steps without any signal from the judge after which a warning says so
 # what is logged beside the losses -> (sum over all ranks, divided by another)
 MEANS = {"kl": ("kl", "tokens"), "entropy": ("entropy", "tokens"), "top_weight": ("top", "weight"), "reward": ("reward", "rewarded"),
-         "signal": ("signal", "groups"), "length": ("sampled", "rollouts"), "at_limit": ("at_limit", "rollouts")}
+         "signal": ("signal", "groups"), "length": ("sampled", "rollouts"), "at_limit": ("at_limit", "rollouts"),
+         "reference_cut": ("reference_cut", "prompts")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -119,16 +120,25 @@ def parse_flags(argv=None):
 # 2. One step: rewards, then forward and losses in one module, because DDP synchronises only what runs inside the forward it wraps
 
 def reward(rollouts, prompts, references, verdicts):
-    """Judge the group's rollouts against the text view's answer: fills reward and advantage. -> sums for the log"""
+    """Judge the group's rollouts against the text view's answer: fills reward and advantage. -> sums for the log
+
+    An answer that was cut at the token limit is no reference: its prompt's rollouts are not rewarded, and no part of L_seq's mean."""
     group = [r for r in rollouts if r.group]
     if not group:
         return {}
+    ended = [references[e.id]["ended"] for e in prompts.examples]
+    for r in group:
+        r.group = ended[r.row]
+    group = [r for r in group if r.group]
+    cut = {"reference_cut": ended.count(False), "prompts": len(ended)}
+    if not group:
+        return cut
     judged = verdicts([(prompts.examples[r.row], r.text, references[prompts.examples[r.row].id]["text"]) for r in group])
-    rewards = torch.tensor(judged, dtype=torch.float32).view(len(prompts.examples), -1)          # [prompts, N]
+    rewards = torch.tensor(judged, dtype=torch.float32).view(sum(ended), -1)                     # [prompts, N]
     for r, won, advantage in zip(group, rewards.flatten().tolist(), losses.group_advantages(rewards).flatten().tolist()):
         r.reward, r.advantage = won, advantage
     mixed = rewards.min(-1).values < rewards.max(-1).values                                      # all alike: no signal
-    return {"reward": rewards.sum().item(), "rewarded": rewards.numel(), "signal": mixed.sum().item(), "groups": len(rewards)}
+    return {**cut, "reward": rewards.sum().item(), "rewarded": rewards.numel(), "signal": mixed.sum().item(), "groups": len(rewards)}
 
 
 @dataclasses.dataclass
@@ -280,6 +290,8 @@ def main(argv=None):
     references = rollout.text_answers(student, processor, list(asked.values()), out / "references.jsonl", **answering)
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in list(asked.values())[:1000]])
     say(f"judge ({args.judge}): the text view gives the gold answer to {100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
+    if cut := sum(not reference["ended"] for reference in references.values()):
+        say(f"{cut} of the text view's {len(references)} answers were cut at --max-new-tokens {args.max_new_tokens}: no group reward for their prompts")
 
     # 4.4 checkpoint; DDP or FSDP; optimizer
     reader = step_module if step_module.teacher[0] is models.decoder(student) else step_module.teacher[0]        # the module whose weights reading needs
@@ -316,10 +328,11 @@ def main(argv=None):
             rollouts = common.whole(wrapped, lambda: rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens))
             clock.append(time.time())
             sums = {**dict.fromkeys(("loss", "token", "group", *sum(MEANS.values(), ())), 0.0), "rollouts": len(rollouts),
-                    "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(len(r.ids) == args.max_new_tokens for r in rollouts),
+                    "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(not r.ended for r in rollouts),
                     **reward(rollouts, prompts, references, verdicts), "faults": len(faults)}
             if args.token_loss in ("sft", "forward-kl"):            # off-policy: along the text view's own answer
-                rollouts += [rollout.Rollout(row, 1.0, True, False, references[e.id]["ids"]) for row, e in enumerate(mine)]
+                rollouts += [rollout.Rollout(row, 1.0, True, False, references[e.id]["ids"], ended=references[e.id]["ended"])
+                             for row, e in enumerate(mine)]
             chunks = chunks_of(rollouts, prompts, processor, args.micro_batch, device)
             if args.shard:                              # every rank runs as many: one with nothing in it does no harm
                 idle = chunks_of([dataclasses.replace(rollouts[0], kl=False, advantage=0.0)], prompts, processor, 1, device)
@@ -358,10 +371,10 @@ def main(argv=None):
                     **{f"seconds_{what}": end - start for what, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])},
                     "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), **common.costs(clock[-1] - clock[0] + waited, waited, device)}
             text = "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line) + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s"
-            if (quiet := quiet + 1 if args.group_size and not sums["signal"] else 0) == QUIET:
+            if (quiet := quiet + 1 if sums["groups"] and not sums["signal"] else 0) == QUIET:
                 say(f"step {done}: for {QUIET} steps all rollouts of every group were judged alike, so the group reward teaches nothing: read "
                     "samples.jsonl, then raise --group-temperature or set --group-size 0")
-            if dead := [e.id for n, e in enumerate(mine) if all(r.unusable(args.max_new_tokens) for r in rollouts if r.row == n)]:
+            if dead := [e.id for n, e in enumerate(mine) if all(r.unusable for r in rollouts if r.row == n)]:
                 say(f"step {done}: all rollouts of {', '.join(dead)} are empty or were cut at --max-new-tokens {args.max_new_tokens}")
             if not sound:
                 line = common.left_out(done, sums["loss"], norm, spoilt, [e.id for e in mine], say)

@@ -167,10 +167,12 @@ def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(tmp_path
 
 @pytest.mark.parametrize("output, letter", [
     ("B", "B"), ("b.", "B"), ("(C)", "C"), ("B) gold", "B"), ("The answer is B", "B"), ("the correct answer is: **C. gold**", "C"), ("I would choose D", "D"),
-    ("Option B: gold", "B"), ("It is \\( \\boxed{\\text{C}} \\)", "C"), ("The answer is:\n\n**B) gold**", "B"), ("答案是D", "D"), ("<1> C.", "C"), ("B\n", "B"),
+    ("Option B: gold", "B"), ("It is \\( \\boxed{\\text{C}} \\)", "C"), ("The answer is:\n\n**B) gold**", "B"), ("答案是D", "D"), ("<1> C.", "C"), ("B\n", None),
     (TRACE + "<RESPONSE>C</RESPONSE>", "C"), (TRACE + "<RESPONSE>The answer is A</RESPONSE>", "A"),          # "(B)" of the trace does not count
     ("The answer is due to friction.", "D"), ("The answer is beyond me", "B"),                            # blind as it is
     ("It is not A. or B, so the answer is C", "C"),                         # an earlier template wins
+    (" B", None), (" B.", "B"), (" is the **B** ", "B"), (" is the **B**", None), ("it is option **B ", "B"), ("it is:\n**B ", "B"),      # spaces count
+    ("it is \\( \\boxed{B ", "B"), ("答案是‘B", "B"), ("答案是'B", None),
     ("is it a. or b.", "A"), ("d. or c.", "C"),                             # within a template the earlier letter, wherever it stands
     ("gold", None), ("", None), ("Answer: B", None), ("I say B", None), ("E", None), ("(E)", None), (TRACE, None)])
 def test_voicebench_letter(output, letter):

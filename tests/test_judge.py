@@ -1,6 +1,9 @@
 """The judge: what an answer is, when two agree by the rule, and a model that is asked."""
+import json
 import time
 from fractions import Fraction
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +22,11 @@ def example(question="", choices=(), transcript="two plus two"):
 @pytest.mark.parametrize("text, value", [
     ("12", 12), ("twelve", 12), ("Twelve.", 12), ("2/4", Fraction(1, 2)), ("0.5", Fraction(1, 2)), (".5", Fraction(1, 2)), ("$1,000", 1000), ("1000", 1000),
     ("18 dollars", 18), ("$18.00", 18), ("-3", -3), ("minus three", -3), ("one hundred and five", 105), ("eighty thousand dollars", 80_000),
-    ("twenty-one apples", 21), ("3 + 4 = 7", 7), ("10-3", 3), ("x = 5", 5), ("50%", 50), ("1,000,000", 1_000_000), ("zero", 0), ("one", 1),
+    ("twenty-one apples", 21), ("3 + 4 = 7", 7), ("10-3", None), ("x = 5", 5), ("50%", 50), ("1,000,000", 1_000_000), ("zero", 0), ("one", 1),
     ("no idea", None), ("", None), ("1/0", None), ("2:30", None), ("x+3", None), ("2x", None), ("x2", None), ("3\\sqrt{2}", None), ("2^3", None),
     ("\\frac{1}{2}", Fraction(1, 2)), ("\\dfrac{-3}{4}", Fraction(-3, 4)), ("\\frac12", Fraction(1, 2)), ("2\\frac{1}{2}", Fraction(5, 2)),
     ("2 1/2", Fraction(5, 2)), ("10{,}000", 10_000), ("1,\\!000", 1000), ("12 500 000", 12_500_000), ("18\\text{ dollars}", 18), ("\u22123", -3), ("- 3", -3),
-    ("10 - 3", 3), ("12 T-shirts", 12), ("60 km/h", 60), ("x/y", None), ("2-x", None), ("one half", None), ("two and a half", None), ("5 or 6", None),
+    ("10 - 3", None), ("12 T-shirts", 12), ("60 km/h", 60), ("x/y", None), ("2-x", None), ("one half", Fraction(1, 2)), ("two and a half", Fraction(5, 2)), ("5 or 6", None),
     ("5 apples or 6", None), ("9" * 5000, None)])
 def test_numbers(text, value):
     assert number(text) == value
@@ -137,6 +140,38 @@ def test_math_as_models_write_it(case):
     assert agree(said, reference) is agree(reference, said) is (same == "yes")
 
 
+TRICKY = [json.loads(line) for line in (Path(__file__).parent / "tricky_answers.jsonl").read_text(encoding="utf-8").splitlines()]
+BEYOND = {"It takes 4 days. This is 2 days less."}         # which of two sentences answers, no rule here can tell
+
+
+@pytest.mark.parametrize("case", TRICKY, ids=lambda case: case["said"])
+def test_tricky_answers(case):
+    """Short answers, labelled by one careful reader."""
+    if case["kind"] == "choice":
+        assert judge.extract_choice(case["said"], case["choices"]) == case["chosen"]
+    elif case["said"] not in BEYOND:
+        assert agree(case["said"], case["reference"]) is agree(case["reference"], case["said"]) is case["agree"]
+
+
+@pytest.mark.parametrize("said, chosen", [
+    ("The correct answer is B. A dog would bark.", "cat"), ("The answer is C because B is a cat", "white gold"), ("\\boxed{B}", "cat"),
+    ("<answer>B</answer>", "cat"), ("答案是B", "cat"), ("I'd go with C.", "white gold"), ("It's a cat, not a dog", "cat"),
+    ("The answer is a cat or a dog. I say cat.", None), ("A dog would bark, and it is a cat.", None),
+    ("A. dog\nB. cat\nC. white gold\nD. gold", None), ("A. dog B. cat C. white gold D. gold", None), ("dog\ncat\nwhite gold\ngold", None),
+    ("(A) dog (B) cat (C) white gold (D) gold", None), ("A dog would bark, so it is a cat.", "cat"), ("A dog would bark.\n\nB", "cat")])
+def test_the_answers_own_statement_decides(said, chosen):
+    assert judge.extract_choice(said, ["dog", "cat", "white gold", "gold"]) == chosen
+
+
+@pytest.mark.parametrize("said, reference, same", [
+    ("$20 every day, 7 days a week", "$18 every day, 7 days a week", False), ("x = 1, y = 2", "x = 7, y = 2", False), ("8 out of 10", "10", False),
+    ("at least 5", "5", False), ("at least 5", "at least 5", True), ("not 7", "7", False), ("15 minutes", "900 seconds", True), ("$12", "£12", False),
+    ("Half of the 26 letters is 26 / 2 = 13.0 letters.\nShe has written 52 + 13 = 65 letters.", "65", True),
+    ("A third of 12 is 4.\nA: 4", "4", True), ("3 hours and 20 minutes", "200 minutes", True), ("1 in 6", "1/6", True)])
+def test_open_answers_say_what_they_say(said, reference, same):
+    assert agree(said, reference) is agree(reference, said) is same
+
+
 @pytest.mark.parametrize("said", ["9" * 20_000, "123 " * 5000, "\\boxed{" * 2000, "\\frac{" * 2000, "the answer is " + "(" * 5000, "1," * 10_000])
 def test_a_model_that_never_stops_is_judged_in_no_time(said):
     start = time.perf_counter()
@@ -189,6 +224,13 @@ def test_the_rule_is_the_default_judge():
     verdicts = judge.load("rule", torch.device("cpu"))
     assert verdicts([(example(), "4", "four"), (example(choices=["four", "five"]), "B", "four")]) == [True, False]
     assert verdicts([]) == []
+
+
+def test_choices_that_stand_in_the_transcript_are_choices():
+    """VoiceBench's questions speak their options: the group reward reads them there, as the evaluation does."""
+    asked = example(transcript="What barks?\nA. a cat\nB. a dog\nC. rain\nD. thunder")
+    verdicts = judge.load("rule", torch.device("cpu"))
+    assert verdicts([(asked, "It's a dog, not a cat.", "The answer is B."), (asked, "B. a cat", "The answer is B.")]) == [True, False]
 
 
 @pytest.mark.parametrize("said", ["C. E", "(C) E", "C) E", "The answer is (C) E.", "<RESPONSE>C. E</RESPONSE>", "E", "c. e"])

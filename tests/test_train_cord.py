@@ -54,7 +54,7 @@ def log_of(out):
 
 
 def small_run(world, out, *more):
-    return ["--data", str(world), "--out", str(out), "--no-eval", "--batch-size", "2", "--micro-batch", "4", "--max-steps", "4", "--max-new-tokens", "16",
+    return ["--data", str(world), "--out", str(out), "--no-eval", "--batch-size", "2", "--micro-batch", "4", "--max-steps", "4", "--max-new-tokens", "64",
             "--lr", "1e-3", *more]
 
 
@@ -115,8 +115,17 @@ def test_a_rollout_ends_with_its_turns_end_or_at_the_limit(student, prompts):
     for r in rollout.roll_out(*student, prompts, PLAN, key="1", max_new_tokens=70):
         assert (r.ids[-1] == end) != (len(r.ids) == 70 and end not in r.ids) and r.ids.count(end) <= 1
         assert "<|im_end|>" not in r.text
-    assert rollout.Rollout(0, 1.0, True, False, [end]).unusable(70) and rollout.Rollout(0, 1.0, True, False, [5] * 70).unusable(70)
-    assert not rollout.Rollout(0, 1.0, True, False, [5, end]).unusable(70)
+        assert r.ended == (r.ids[-1] == end) and r.unusable == (not r.ended or len(r.ids) == 1)
+    assert rollout.Rollout(0, 1.0, True, False, [end]).unusable and not rollout.Rollout(0, 1.0, True, False, [5, end]).unusable
+
+
+def test_a_rollout_that_ends_with_its_last_allowed_token_was_not_cut(student, prompts):
+    free = rollout.roll_out(*student, prompts, PLAN[:1], key="1", max_new_tokens=70)[0]
+    assert free.ended
+    exact = rollout.roll_out(*student, prompts, PLAN[:1], key="1", max_new_tokens=len(free.ids))[0]
+    assert exact.ids == free.ids and exact.ended and not exact.unusable
+    short = rollout.roll_out(*student, prompts, PLAN[:1], key="1", max_new_tokens=len(free.ids) - 1)[0]
+    assert short.ids == free.ids[:-1] and not short.ended and short.unusable
 
 
 def test_the_cache_is_used_though_training_checkpoints_its_activations(student, prompts):
@@ -309,16 +318,29 @@ def test_the_current_teacher_is_the_student_without_gradient(everything):
 
 
 def test_rewards_and_advantages(student, prompts):
-    answers = {e.id: {"text": f"<RESPONSE>{e.choices[0]}</RESPONSE>"} for e in prompts.examples}
+    answers = {e.id: {"text": f"<RESPONSE>{e.choices[0]}</RESPONSE>", "ended": True} for e in prompts.examples}
     said = [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]                                        # which choice each rollout names
     rollouts = [rollout.Rollout(row, 1.5, False, True, [1, 2], f"The answer is {prompts.examples[row].choices[c]}") for row in range(3) for c in said[row]]
     rollouts.insert(0, rollout.Rollout(0, 1.0, True, False, [1, 2], "whatever"))
     verdicts = train_cord.judge.load("rule", torch.device("cpu"))
     sums = reward(rollouts, prompts, answers, verdicts)
-    assert sums == {"reward": 7.0, "rewarded": 12, "signal": 1, "groups": 3}
+    assert sums == {"reward": 7.0, "rewarded": 12, "signal": 1, "groups": 3, "reference_cut": 0, "prompts": 3}
     assert [r.reward for r in rollouts[1:]] == [1, 0, 1, 1] + [1] * 4 + [0] * 4
     np.testing.assert_allclose([r.advantage for r in rollouts[1:]], [0.25, -0.75, 0.25, 0.25] + [0] * 8)
     assert rollouts[0].advantage == 0 and reward(rollouts[:1], prompts, answers, verdicts) == {}
+
+
+def test_a_reference_that_was_cut_gives_no_reward(prompts):
+    """Its rollouts are no part of the group loss, neither of its sum nor of its mean; the share is logged."""
+    answers = {e.id: {"text": e.choices[0], "ended": row != 0} for row, e in enumerate(prompts.examples)}
+    rollouts = [rollout.Rollout(row, 1.5, False, True, [1, 2], prompts.examples[row].choices[c]) for row in range(3) for c in (0, 1)]
+    verdicts = train_cord.judge.load("rule", torch.device("cpu"))
+    assert reward(rollouts, prompts, answers, verdicts) == {"reward": 2, "rewarded": 4, "signal": 2, "groups": 2, "reference_cut": 1, "prompts": 3}
+    assert [r.group for r in rollouts] == [False, False] + [True] * 4 and [r.advantage for r in rollouts] == [0, 0] + [0.5, -0.5] * 2
+    for answer in answers.values():
+        answer["ended"] = False
+    rollouts = [rollout.Rollout(0, 1.5, False, True, [1, 2], prompts.examples[0].choices[0])]
+    assert reward(rollouts, prompts, answers, verdicts) == {"reference_cut": 3, "prompts": 3} and not rollouts[0].group
 
 
 def test_with_a_frozen_teacher_d_t_falls_on_a_fixed_batch(student, prompts):
@@ -353,7 +375,7 @@ def test_the_log_has_what_a_person_watches(one_process):
     log = log_of(one_process)
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert {*TERMS, "lr", "seconds_rollout", "seconds_scoring", "seconds_update", "rollout_tokens_per_second", "memory_gb"} <= log[0].keys()
-    assert log[0]["kl"] > 0 and 0.1 < log[0]["top_weight"] < 0.4 and 0 < log[0]["length"] <= 16 and log[0]["at_limit"] > 0
+    assert log[0]["kl"] > 0 and 0.1 < log[0]["top_weight"] < 0.4 and 0 < log[0]["length"] <= 64 and 0 <= log[0]["at_limit"] < 1
     samples = [json.loads(line) for line in (one_process / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [1, 1] and all(s["rollout"].count("[[") == 5 and s["verdict"] in ("right", "wrong") for s in samples)
 
@@ -490,10 +512,15 @@ def test_models_and_ranks_that_do_not_fit(world, tmp_path, monkeypatch):
 
 
 def test_what_goes_wrong_is_said(world, tmp_path, monkeypatch, capsys):
-    """Rollouts that are all cut, and a judge that never sees a difference."""
+    """Rollouts and references that are all cut, and a judge that never sees a difference."""
     monkeypatch.setattr(train_cord, "QUIET", 2)
     monkeypatch.setattr(train_cord.judge, "load", lambda name, device: lambda triples: [False] * len(triples))
     main(small_run(world, tmp_path, "--max-new-tokens", "3", "--max-steps", "3"))
     said = capsys.readouterr().out
-    assert "cut at --max-new-tokens 3" in said and "step 2: for 2 steps all rollouts of every group were judged alike" in said
-    assert log_of(tmp_path)[0]["at_limit"] > 0.5 and log_of(tmp_path)[0]["signal"] == 0
+    assert "are empty or were cut at --max-new-tokens 3" in said and "judged alike" not in said
+    assert "of the text view's 6 answers were cut at --max-new-tokens 3: no group reward for their prompts" in said
+    line = log_of(tmp_path)[0]
+    assert line["at_limit"] > 0.5 and line["reference_cut"] == 1 and line["group"] == 0 and "reward" not in line
+    main(small_run(world, tmp_path / "alike", "--max-steps", "3"))
+    assert "step 2: for 2 steps all rollouts of every group were judged alike" in capsys.readouterr().out
+    assert log_of(tmp_path / "alike")[0]["signal"] == 0
