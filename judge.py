@@ -78,6 +78,11 @@ def boxed(text):
     return text[begin:]
 
 
+def without_questions(text):
+    """ "B? No, C." states C; but a text that is nothing but a question stays."""
+    return re.sub(r"[^.!?\n]*\?", " ", text).strip() and re.sub(r"[^.!?\n]*\?", " ", text) or text
+
+
 def sentences(text):
     return [part.strip() for part in SENTENCE_END.split(text) if part.strip()]
 
@@ -191,6 +196,7 @@ def extract_choice(output_text, choices):
     for place in places:
         if named := named_choices(place, choices):
             return choices[named.pop()] if len(named) == 1 else None
+    answer = without_questions(answer)
     alone = set().union(*(standing_alone(plain(line), choices) for line in sentences(answer)))
     places = [sentences(conclusion)[0] for conclusion in CONCLUSION.findall(answer)[-1:]] + [answer]
     named = alone or next(filter(None, (named_choices(place, choices) for place in places)), set())
@@ -241,9 +247,10 @@ def voicebench_letter(output_text):
 # 4. Open answers: what does it state?
 
 # Sentences that state nothing: "I hope this helps!", "Let me know if ...", "If you have 1 more question"
-COURTESY = re.compile(r"(?:i hope|hope|let me know|if you|feel free|please|do you|would you)\b", re.I)
-PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=.*\d)", re.I)
-THEREFORE = re.compile(r",?\s*\b(?:so|therefore|thus|hence)\b,?(?=.*\d)", re.I)
+COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please|do you|would you)\b", re.I)
+# What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
+THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence)\b(?=.*\d)", re.I)
+PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 
 
 def open_answer(output_text):
@@ -257,10 +264,12 @@ def open_answer(output_text):
         return marked[-1]
     if statements := STATEMENT.findall(answer):
         return sentences(statements[-1])[0]
-    stating = [part for part in sentences(answer) if not COURTESY.match(part)]
+    stating = [part for part in sentences(without_questions(answer)) if not COURTESY.match(part)]
     for sentence in reversed(stating):
-        if re.search(r"\d", in_digits(sentence)):
-            return THEREFORE.split(sentence)[-1]
+        digits = in_digits(sentence)
+        if re.search(r"\d", digits):
+            stated = PREDICATE.split(THEREFORE.split(digits)[-1], maxsplit=1)[-1]
+            return sentence if stated == digits else stated
     return "\n".join(stating)
 
 
@@ -279,7 +288,7 @@ PLAIN = [
 SQUARE_ROOT = re.compile(r"(?<![\w})])(?:\\sqrt\s*\{(\d{1,9})\}|√(\d{1,9}))(?![\w^/])")  # \sqrt{16} is 4
 
 LARGE = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9}
-LARGE_NUMBER = re.compile(rf"(?<![\w.,/])(\d[\d,]*(?:\.\d+)?)\s+({'|'.join(LARGE)})s?\b", re.I)     # 1.5 million
+LARGE_NUMBER = re.compile(rf"(?<![\w.,/])(\d[\d,]*(?:\.\d+)?)\s+({'|'.join(LARGE)})\b", re.I)      # 1.5 million; no "5 dozens"
 MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                          # 2 1/2
 # "two and a half", "2 3rds", "a quarter", "half"; "the 3rd" is an ordinal
 SHARE = re.compile(r"\b(?:(\d+) and )?(?:(an?|\d+)[ -])?(?:(hal)(?:f|ves)|(quarter)s?|(\d+)(?:rd|th)s?)\b"
@@ -360,6 +369,8 @@ RELATIONS = {
 ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
                    r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead)\b"
                    r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,?\s+(?:not|than)\b", re.I)
+# A number that only says of what, or when: "each of the 3 friends", "in 5 days"
+CONTEXT = re.compile(r"\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by|per)\s+[$£€]?\d[\d.,/]*(?![\w.,/])", re.I)
 DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*[$£€]?\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 
 
@@ -387,6 +398,9 @@ def value(text):
         return None
     denied = DENIED_NUMBER.sub(" ", text)                                               # "not 5 but 7" is 7
     text = denied if NUMBER.search(denied) else text
+    first = NUMBER.search(text)
+    told = CONTEXT.sub(" ", text)
+    text = told if NUMBER.search(told) else text
     first = NUMBER.search(text)
     text = text[:first.end(4)] + ASIDE.split(text[first.end(4):], maxsplit=1)[0]
     relation = next((name for name, pattern in RELATIONS.items() if pattern.search(text)), "is")
