@@ -41,7 +41,8 @@ TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)      # the stages' tags an
 STATEMENT = re.compile(
     r"(?:\b(?:answer|(?:correct|best|right) (?:option|choice))\b[^.:=\n]{0,40}?"
     r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b|[:=])"
-    r"|答案(?:应该|就)?(?:是|选|为|[:：])(?:选项)?)"
+    r"|\bI(?:'d| would|'ll| will)? (?:choose|pick|select|go with)"
+    r"|(?:答案(?:应该|就)?(?:是|选|为|[:：])|选择?)(?:选项)?)"
     r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))", re.I)
 
 # The end of a sentence; but the full stop of "B. gold" ends none
@@ -103,9 +104,9 @@ LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
 # A bare capital where an answer stands: "it's C", "not B but C", "B because ...". In "a C note" or
 # "A dog barks" it is none.
 BARE_LETTER = re.compile(
-    r"(?:^|[,:;]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or|and|nor"
+    r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or|and|nor"
     r"|neither|either|both|than|of|probably|maybe|likely|definitely|clearly|answer)|'s|n't)\s+)"
-    r"([A-HJ-Z])(?=$|\s*[.,;:!?()]|\s+(?:because|since|as|and|or|nor|but|is|isn't|was|rather|instead|over)\b)")
+    r"([A-HJ-Z])(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|isn't|was|rather|instead|over)\b)")
 REASON = re.compile(r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I)
 CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|consequently)\b,?\s+(\S.*)", re.I)
 CLAUSE = re.compile(r"[,;:.!?\n]|\b(?:but|so|therefore|thus|hence)\b", re.I)
@@ -145,14 +146,15 @@ def standing_alone(text, choices):
 
 def named_choices(text, choices):
     """The places of all choices that a text names, by words or letter, and does not deny."""
-    text = plain(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text))
+    text = plain(re.sub(r"\$|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text))
+    choices = [choice.replace("$", "") for choice in choices]
     if choices and all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = in_digits(text).rpartition("=")[2].strip()                # "10 + 3 = 13" is 13
     if alone := standing_alone(text, choices):
         return alone
     lead = LEADING_LETTER.match(text)
-    letters = [ord(letter) - ord("A") for letter in LISTED_LETTER.findall(text)]
+    letters = [ord(letter) - ord("A") for letter in LISTED_LETTER.findall(REASON.split(text, maxsplit=1)[0])]
     if lead and ord(lead[1].upper()) - ord("A") < len(choices):          # "B. A dog would bark."
         place = place_of(sentences(text[lead.end():])[0], choices)
         letters = [i for i in (ord(lead[1].upper()) - ord("A"), place, *letters) if i is not None]
@@ -161,7 +163,7 @@ def named_choices(text, choices):
     # What is named is replaced by its place, so that "white gold" does not also name "gold", and
     # the "no" of a choice denies nothing. Longest first.
     def mark(place):
-        return f"\1{place}\2" if place < len(choices) else "\1\2"
+        return f"⟦{place}⟧" if place < len(choices) else "⟦⟧"
 
     def mark_letter(match):
         return mark(ord((match[1] or match[2]).upper()) - ord("A"))
@@ -170,17 +172,18 @@ def named_choices(text, choices):
         text = NAMED_LETTER.sub(mark_letter, text)
     for choice in sorted(choices, key=lambda choice: -len(plain(choice))):
         words = without_article(choice) if len(plain(choice)) > 1 else plain(choice)
-        pattern = r"(?<![\w\x01-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#\x02]|[.,-]\d|-\w)"
+        pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#⟧]|[.,-]\d|-\w)"
         if words:
             text = re.sub(pattern, mark(place_of(choice, choices)), text,
                           flags=re.I if len(words) > 1 else 0)           # "a dog" does not name the note A
     text = NAMED_LETTER.sub(mark_letter, text)
     text = BARE_LETTER.sub(lambda m: m[0][:m.start(1) - m.start()] + mark(ord(m[1]) - ord("A")), text)
 
+    text = re.sub(r"⟧,?\s+(?:(?:or|and|nor)\s+)?⟦", "⟧ ⟦", text)       # "not A, B, or C" is one clause
     reasoned = REASON.split(text, maxsplit=1)[0]                         # "C, because B is a cat" is C
     named = set()
-    for clause in CLAUSE.split(reasoned if "\1" in reasoned else text):
-        for found in re.finditer("\1(\\d+)\2", clause):
+    for clause in CLAUSE.split(reasoned if "⟦" in reasoned else text):
+        for found in re.finditer(r"⟦(\d+)⟧", clause):
             if not DENIES.search(clause[:found.start()]) and not DENIED.search(clause[found.end():]):
                 named.add(int(found[1]))
     return named
@@ -246,8 +249,9 @@ def voicebench_letter(output_text):
 # ------------------------------------------------------------------------------------------------
 # 4. Open answers: what does it state?
 
-# Sentences that state nothing: "I hope this helps!", "Let me know if ...", "If you have 1 more question"
-COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please|do you|would you)\b", re.I)
+# Sentences that state nothing: "I hope this helps!", "If you have 1 more question", "That is 2 less than before"
+COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please|check|to verify"
+                      r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b", re.I)
 # What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
 THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence)\b(?=.*\d)", re.I)
 PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
@@ -270,6 +274,8 @@ def open_answer(output_text):
         if re.search(r"\d", digits):
             stated = PREDICATE.split(THEREFORE.split(digits)[-1], maxsplit=1)[-1]
             return sentence if stated == digits else stated
+    if len(stating) == 1:                                  # "the capital is Paris"
+        return re.split(r"\b(?:is|are|was|were)\b", stating[0], maxsplit=1)[-1]
     return "\n".join(stating)
 
 
@@ -363,14 +369,16 @@ ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
 RELATIONS = {
     "or": re.compile(r"\bor\b[^\d]*\d|\beither\b", re.I),
     "range": re.compile(r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d", re.I),
-    "bound": re.compile(r"\b(?:at least|at most|less than|more than|fewer than|greater than|no more than|up to|under|over"
+    "bound": re.compile(r"\d\S*\s*(?:\+(?!\s*\d)|or (?:more|less|fewer)\b)|\b(?:at least|at most|less than|more than|fewer than|greater than|no more than|up to|under|over"
                         r"|below|above|minimum of|maximum of)\s+[$£€]?\d", re.I)}
 # Behind the first number: no part of the answer ("366 downloads in 3 months", "5, so she has 3 more")
 ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
                    r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead)\b"
-                   r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,?\s+(?:not|than)\b", re.I)
+                   r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,\s+\S+ (?:of|more|less|fewer)\b"
+                   r"|,?\s+(?:not|than)\b", re.I)
 # A number that only says of what, or when: "each of the 3 friends", "in 5 days"
-CONTEXT = re.compile(r"\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by|per)\s+[$£€]?\d[\d.,/]*(?![\w.,/])", re.I)
+CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by|per)|'s)"
+                     r"\s+[$£€]?\d[\d.,/]*(?![\w.,/])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
 DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*[$£€]?\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 
 
@@ -389,8 +397,8 @@ def value(text):
     if not WORD.search(text) and STRUCTURE.search(text):
         return None
     text = re.sub(r"(?<=\d)(km|kg|cm|mm|ml|kb|mb|ft|min)\b", r" \1", text)
-    text = re.sub(r"(\d+)(?: out of | in )(\d+)(?=\W*$)", r"\1/\2", text)                # 1 in 6
-    text = re.sub(r"(\d\S*[^()\d]*?)\s\([^()]*\)", r"\1", text)                         # 5 (3 red and 2 green)
+    text = re.sub(r"(\d+)(?: out of | in )(\d+)(?=\W*$| chance)", r"\1/\2", text)        # 1 in 6
+    text = re.sub(r"(\d\S*[^()\d]*?)\s\((?!or\b)[^()]*\)", r"\1", text)                         # 5 (3 red and 2 green)
     if len(ASSIGNED.findall(text)) < 2:
         text = one_side(text)
     first = NUMBER.search(text)
@@ -468,7 +476,7 @@ SPELLING = [
     (r"\\(?:left|right|displaystyle|quad)(?![a-z])|\$|\\[()\[\]]", " "), (r"π|(?<![\\a-zA-Z])pi\b", r"\\pi "),
     (r"\\geq(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?![a-z])|≤|<=", r"\\le "), (r"\\neq(?![a-z])|≠|!=", r"\\ne "),
     ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×", r"\\times "), ("·", r"\\cdot "), ("±", r"\\pm "), ("∪", r"\\cup "),
-    ("≈", " "),
+    ("≈", " "), (r"\\([{}])", r"\1"),
     (r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2"),              # x^{2} = x^2
     (r"(?<=\d)\s+(?=\d)", "&")]                            # 2 1/2 is not 21/2
 OVER = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
@@ -501,7 +509,7 @@ def agree(said, reference, choices=()):
         if None in values or values[0][0] != values[1][0] or len(values[0][1]) != len(values[1][1]):
             return False
         return all(map(same_quantity, values[0][1], values[1][1]))
-    said, reference = spelling(said), spelling(reference)
+    said, reference = (spelling(REASON.split(text, maxsplit=1)[0]) for text in (said, reference))
     return bool(said) and said == reference
 
 

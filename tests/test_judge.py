@@ -141,7 +141,6 @@ def test_math_as_models_write_it(case):
 
 
 TRICKY = [json.loads(line) for line in (Path(__file__).parent / "tricky_answers.jsonl").read_text(encoding="utf-8").splitlines()]
-BEYOND = {"It takes 4 days. This is 2 days less."}         # which of two sentences answers, no rule here can tell
 
 
 @pytest.mark.parametrize("case", TRICKY, ids=lambda case: case["said"])
@@ -149,7 +148,7 @@ def test_tricky_answers(case):
     """Short answers, labelled by one careful reader."""
     if case["kind"] == "choice":
         assert judge.extract_choice(case["said"], case["choices"]) == case["chosen"]
-    elif case["said"] not in BEYOND:
+    else:
         assert agree(case["said"], case["reference"]) is agree(case["reference"], case["said"]) is case["agree"]
 
 
