@@ -319,7 +319,8 @@ def in_digits(text):
     text = re.sub(rf"\ba (?={'|'.join(LARGE)})", "1 ", text, flags=re.I)
     text = alpha2digit(LARGE_NUMBER.sub(large, text), "en", threshold=0.0)
     text = SHARE.sub(share, LARGE_NUMBER.sub(large, text))
-    return MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
+    text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
+    return re.sub(r"(?<=\d)(km|kg|cm|mm|ml|kb|mb|ft|min)\b", r" \1", text)
 
 
 def large(match):
@@ -351,7 +352,6 @@ UNITS = {name: (dimension, Fraction(factor)) for dimension, units in {
     "time": {"second seconds": "1", "minute minutes min": "60", "hour hours": "3600", "day days": "86400",
              "week weeks": "604800"},
 }.items() for names, factor in units.items() for name in names.split()}
-DOLLAR = "$£€"
 
 # sign, currency, digits, denominator, unit; "2:30" is a time, and in "2x" and "x2" the 2 is no answer
 NUMBER = re.compile(
@@ -365,59 +365,66 @@ WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")          # English: neither x 
 STRUCTURE = re.compile(r"^\W*[(\[{].*,|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")    # (1, 2), x < 2, 2:3, 3+4i
 ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
 
-# What a number alone would not say
-RELATIONS = {
-    "or": re.compile(r"\bor\b[^\d]*\d|\beither\b", re.I),
-    "range": re.compile(r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d", re.I),
-    "bound": re.compile(r"\d\S*\s*(?:\+(?!\s*\d)|or (?:more|less|fewer)\b)|\b(?:at least|at most|less than|more than|fewer than|greater than|no more than|up to|under|over"
-                        r"|below|above|minimum of|maximum of)\s+[$£€]?\d", re.I)}
-# Behind the first number: no part of the answer ("366 downloads in 3 months", "5, so she has 3 more")
-ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
-                   r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead)\b"
-                   r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,\s+\S+ (?:of|more|less|fewer)\b"
-                   r"|,?\s+(?:not|than)\b", re.I)
+# What a number alone would not say, the first that is found
+NEXT = r"\s+[$£€]?\d"
+RELATIONS = {name: re.compile(pattern, re.I) for name, pattern in {
+    "not": r"\bnot\b|n't\b",
+    "or": r"\bor\b\D*\d|\beither\b",
+    "range": r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d",
+    "at least": rf"\b(?:at least|no less than|minimum of){NEXT}|\d\S*\s*(?:\+(?!\s*\d)|or more\b)",
+    "at most": rf"\b(?:at most|no more than|up to|maximum of){NEXT}|\d\S*\s*or (?:less|fewer)\b",
+    "more": rf"\b(?:more than|greater than|over|above){NEXT}",
+    "less": rf"\b(?:less than|fewer than|under|below){NEXT}"}.items()}
+
+# "5 (3 red and 2 green)"; but "5 (or 6)"
+BRACKETS = re.compile(r"(?<=[\w%])\s\((?!or\b)[^()]*\)")
+# "not 5 but 7", "isn't 7, it's 8"
+DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 # A number that only says of what, or when: "each of the 3 friends", "in 5 days"
 CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by|per)|'s)"
                      r"\s+[$£€]?\d[\d.,/]*(?![\w.,/])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
-DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*[$£€]?\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
+# Behind the first number: no part of the answer ("366 downloads in 3 months", "5, so she has 3 more")
+ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
+                   r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead|not|than)\b"
+                   r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,\s+\S+ (?:of|more|less|fewer)\b", re.I)
 
 
 def value(text):
     """What a statement says in numbers -> (relation, ((Fraction, unit), ...)), or None for words and
-    formulas. relation: "is", "or", "range", "bound" or "not". Several numbers are several."""
-    text = in_digits(SQUARE_ROOT.sub(square_root, text))
-    if FORMULA.search(text):
-        text = sentences(text)[-1]
-    if FORMULA.search(text):                               # "2^3 = 8" comes to 8; "x^2 = 9" is not the number 9
-        left, _, right = text.rpartition("=")
-        unknown = not WORD.search(left) and re.search("[A-Za-z]", re.sub(r"\\[a-z]+", "", left))
-        if not left or FORMULA.search(right) or unknown:
-            return None
-        text = right
+    formulas. relation: "is", or a name in RELATIONS. Several numbers are several."""
+    text = comes_to(in_digits(SQUARE_ROOT.sub(square_root, text)))
     if not WORD.search(text) and STRUCTURE.search(text):
         return None
-    text = re.sub(r"(?<=\d)(km|kg|cm|mm|ml|kb|mb|ft|min)\b", r" \1", text)
-    text = re.sub(r"(\d+)(?: out of | in )(\d+)(?=\W*$| chance)", r"\1/\2", text)        # 1 in 6
-    text = re.sub(r"(\d\S*[^()\d]*?)\s\((?!or\b)[^()]*\)", r"\1", text)                         # 5 (3 red and 2 green)
+
+    # What is beside the answer goes, as long as a number stays
+    text = re.sub(r"(\d+)(?: out of | in )(\d+)(?=\W*$| chance)", r"\1/\2", text)     # 1 in 6
     if len(ASSIGNED.findall(text)) < 2:
         text = one_side(text)
+    for aside in (BRACKETS, DENIED_NUMBER, CONTEXT):
+        rest = aside.sub(" ", text)
+        text = rest if NUMBER.search(rest) else text
     first = NUMBER.search(text)
     if not first:
         return None
-    denied = DENIED_NUMBER.sub(" ", text)                                               # "not 5 but 7" is 7
-    text = denied if NUMBER.search(denied) else text
-    first = NUMBER.search(text)
-    told = CONTEXT.sub(" ", text)
-    text = told if NUMBER.search(told) else text
-    first = NUMBER.search(text)
     text = text[:first.end(4)] + ASIDE.split(text[first.end(4):], maxsplit=1)[0]
-    relation = next((name for name, pattern in RELATIONS.items() if pattern.search(text)), "is")
-    if re.search(r"\bnot\b|n't\b", text, re.I):
-        relation = "not"
+
     quantities = [quantity(found) for found in NUMBER.finditer(text)]
-    if any(amount is None for amount, _ in quantities):
+    if any(amount is None for amount, _ in quantities):                                 # 1/0
         return None
+    relation = next((name for name, pattern in RELATIONS.items() if pattern.search(text)), "is")
     return relation, compound(quantities)
+
+
+def comes_to(text):
+    """A formula that comes to a number, as that number: "2^3 = 8" is 8, "let x + 3 = 43, so x = 40" is
+    40. Another formula is "", and so is "x^2 = 9"."""
+    if FORMULA.search(text):
+        text = sentences(text)[-1]
+    if not FORMULA.search(text):
+        return text
+    left, _, right = text.rpartition("=")
+    an_unknown = not WORD.search(left) and re.search("[A-Za-z]", re.sub(r"\\[a-z]+", "", left))
+    return "" if not left or an_unknown or FORMULA.search(right) else right
 
 
 def square_root(match):
@@ -471,6 +478,15 @@ def same_quantity(one, other):
     return dimension == other_dimension and amount * factor == other_amount * other_factor
 
 
+def same_value(one, other):
+    (relation, quantities), (other_relation, others) = one, other
+    if relation != other_relation or len(quantities) != len(others):
+        return False
+    if relation == "or":                                   # "2 or 3" = "3 or 2"
+        quantities, others = (sorted(amounts, key=lambda pair: pair[0]) for amounts in (quantities, others))
+    return all(map(same_quantity, quantities, others))
+
+
 # One spelling for what LaTeX spells in several ways. Not algebra: \sqrt{12} and 2\sqrt{3} stay different.
 SPELLING = [
     (r"\\(?:left|right|displaystyle|quad)(?![a-z])|\$|\\[()\[\]]", " "), (r"π|(?<![\\a-zA-Z])pi\b", r"\\pi "),
@@ -506,9 +522,7 @@ def agree(said, reference, choices=()):
     said, reference = open_answer(said), open_answer(reference)
     values = value(said), value(reference)
     if values != (None, None):
-        if None in values or values[0][0] != values[1][0] or len(values[0][1]) != len(values[1][1]):
-            return False
-        return all(map(same_quantity, values[0][1], values[1][1]))
+        return None not in values and same_value(*values)
     said, reference = (spelling(REASON.split(text, maxsplit=1)[0]) for text in (said, reference))
     return bool(said) and said == reference
 
