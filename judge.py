@@ -35,6 +35,8 @@ import models
 # 1. Where does the answer stand?
 
 TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)      # the stages' tags and control tokens
+OTHER_TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>", re.I)
+CHINESE = str.maketrans({"。": ". ", "，": ", ", "：": ": ", "；": "; ", "？": "? "})
 
 # "The answer is ...", "my answer would be: ...", "the correct option isn't ...", "答案是...". What
 # follows starts at its first word, with the brackets and the sign before it: (B, -5, \frac, .5
@@ -42,7 +44,7 @@ STATEMENT = re.compile(
     r"(?:\b(?:answer|(?:correct|best|right) (?:option|choice))\b[^.:=\n]{0,40}?"
     r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b|[:=])"
     r"|\bI(?:'d| would|'ll| will)? (?:choose|pick|select|go with)"
-    r"|(?:答案(?:应该|就)?(?:是|选|为|[:：])|选择?)(?:选项)?)"
+    r"|(?:答案(?:应该|就)?(?:是|选|为|:)|选择?)(?:选项)?)"
     r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))", re.I)
 
 # The end of a sentence; but the full stop of "B. gold" ends none
@@ -60,6 +62,11 @@ def final_answer(output_text):
     elif re.search("<THINK>", text, re.I):
         text = (STATEMENT.findall(text) or [""])[-1]
     return TAGS.sub(" ", text)
+
+
+def stated(output_text):
+    """final_answer, in ASCII punctuation and without other models' tags."""
+    return OTHER_TAGS.sub(" ", final_answer(output_text).translate(CHINESE))
 
 
 def boxed(text):
@@ -80,8 +87,9 @@ def boxed(text):
 
 
 def without_questions(text):
-    """ "B? No, C." states C; but a text that is nothing but a question stays."""
-    return re.sub(r"[^.!?\n]*\?", " ", text).strip() and re.sub(r"[^.!?\n]*\?", " ", text) or text
+    """"B? No, C." states C; but a text that is nothing but a question stays."""
+    statements = re.sub(r"[^.!?\n]*\?", " ", text)
+    return statements if statements.strip() else text
 
 
 def sentences(text):
@@ -106,25 +114,35 @@ LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
 BARE_LETTER = re.compile(
     r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or|and|nor"
     r"|neither|either|both|than|of|probably|maybe|likely|definitely|clearly|answer)|'s|n't)\s+)"
-    r"([A-HJ-Z])(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|isn't|was|rather|instead|over)\b)")
+    r"([A-HJ-Z])(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can"
+    r"|may|might|must|seems?|rather|instead|over)\b)")
 REASON = re.compile(r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I)
-CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|consequently)\b,?\s+(\S.*)", re.I)
+CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)", re.I)
 CLAUSE = re.compile(r"[,;:.!?\n]|\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies a choice that follows it in the same clause, and one that stands before it
 DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without|cannot|than|instead of|unlike|except"
+                    r"|thought|wrong to"
                     r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
 DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely|impossible"
                     r"|ruled out|excluded|eliminated)\b", re.I)
 
 
-def without_article(text):
-    return re.sub(r"^(?:a|an|the)\s+(?=\w)", "", plain(text).casefold())
+def without_article(text, choices=()):
+    """"the dog" -> "dog"; but beside "E major" the choice "A major" is not "major"."""
+    text = plain(text).casefold()
+    bare = re.sub(r"^(?:a|an|the)\s+(?=\w)", "", text)
+    shared = any(bare in plain(choice).casefold() for choice in choices if plain(choice).casefold() != text)
+    return text if shared else bare
 
 
 def place_of(text, choices):
     """The place of the choice that `text` is, word for word but for case and article; or None."""
-    words = without_article(text)
-    return next((i for i, choice in enumerate(choices) if words and words == without_article(choice)), None)
+    exact = [plain(choice).casefold() for choice in choices]
+    bare = [without_article(choice, choices) for choice in choices]
+    for words, names in ((plain(text).casefold(), exact), (without_article(text), bare)):
+        if words and words in names:
+            return names.index(words)
+    return None
 
 
 def standing_alone(text, choices):
@@ -171,7 +189,7 @@ def named_choices(text, choices):
     if any(len(plain(choice)) == 1 for choice in choices):               # blood groups: "(A)" is the place
         text = NAMED_LETTER.sub(mark_letter, text)
     for choice in sorted(choices, key=lambda choice: -len(plain(choice))):
-        words = without_article(choice) if len(plain(choice)) > 1 else plain(choice)
+        words = without_article(choice, choices) if len(plain(choice)) > 1 else plain(choice)
         pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#⟧]|[.,-]\d|-\w)"
         if words:
             text = re.sub(pattern, mark(place_of(choice, choices)), text,
@@ -192,10 +210,11 @@ def named_choices(text, choices):
 def extract_choice(output_text, choices):
     """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`,
     or None; never a guess. The first place that names any choice decides; if it names two, none."""
-    answer = final_answer(output_text)
+    answer = stated(output_text)
     places = [boxed(answer) or ""]
     for statement in reversed(STATEMENT.findall(answer)):
-        places += [*sentences(statement)[:1], statement]
+        head = re.split("[:;]", statement)[0]                            # "yes: it gets no louder"
+        places += [head] * bool(standing_alone(plain(head), choices)) + [*sentences(statement)[:1], statement]
     for place in places:
         if named := named_choices(place, choices):
             return choices[named.pop()] if len(named) == 1 else None
@@ -250,17 +269,18 @@ def voicebench_letter(output_text):
 # 4. Open answers: what does it state?
 
 # Sentences that state nothing: "I hope this helps!", "If you have 1 more question", "That is 2 less than before"
-COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please|check|to verify"
+COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please"
+                      r"|(?:let's |let me |to )?(?:check|verify)"
                       r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b", re.I)
 # What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
-THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence)\b(?=.*\d)", re.I)
+THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|for a total of)\b(?=.*\d)", re.I)
 PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 
 
 def open_answer(output_text):
     """The part of an answer to an open question that states it: the box, what follows GSM8K's last
     "####", what follows the last "the answer is", the last sentence that has a number, or all."""
-    answer = final_answer(output_text)[-2000:]             # of a model that never stops, the end
+    answer = stated(output_text)[-2000:]                              # of a model that never stops, the end
     box = boxed(answer)
     if box and box.strip():
         return box
@@ -272,8 +292,8 @@ def open_answer(output_text):
     for sentence in reversed(stating):
         digits = in_digits(sentence)
         if re.search(r"\d", digits):
-            stated = PREDICATE.split(THEREFORE.split(digits)[-1], maxsplit=1)[-1]
-            return sentence if stated == digits else stated
+            predicate = PREDICATE.split(THEREFORE.split(digits)[-1], maxsplit=1)[-1]
+            return sentence if predicate == digits else predicate
     if len(stating) == 1:                                  # "the capital is Paris"
         return re.split(r"\b(?:is|are|was|were)\b", stating[0], maxsplit=1)[-1]
     return "\n".join(stating)
@@ -282,6 +302,7 @@ def open_answer(output_text):
 # LaTeX and typography of numbers, in plain ASCII
 PLAIN = [
     ("\u2212", "-"), (r"\\\$", "$"), (r"\\%", "%"),
+    (r"(?<=\d)(?=[\u4e00-\u9fff])|(?<=[\u4e00-\u9fff])(?=\d)", " "),                   # 15个苹果
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?", r" \1 "),    # 12\text{ cm}^2
     (r"\b([cdk]?m|mm|ft|in)\^\{?[23]\}?(?=\W*$)", r"\1"),                               # 12 cm^2
     (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),                                                # 30^\circ
@@ -349,6 +370,7 @@ UNITS = {name: (dimension, Fraction(factor)) for dimension, units in {
     "imperial length": {"inch inches": "1", "foot feet ft": "12", "yard yards": "36", "mile miles": "63360"},
     "mass": {"g gram grams": "1", "kg kilogram kilograms": "1000"},
     "volume": {"ml": "1/1000", "l liter liters litre litres": "1"},
+    "a.m.": {"am": "1"}, "p.m.": {"pm": "1"},
     "time": {"second seconds": "1", "minute minutes min": "60", "hour hours": "3600", "day days": "86400",
              "week weeks": "604800"},
 }.items() for names, factor in units.items() for name in names.split()}
@@ -362,6 +384,7 @@ NUMBER = re.compile(
 FORMULA = re.compile(r"\\[a-z]|[\^_√π∞±]|(?<![\\a-zA-Z])pi\b"
                      r"|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")          # English: neither x nor \sqrt
+CLOCK = re.compile(r"\b(\d\d?):(\d\d)\b(?:\s*([ap])\.?m\b)?", re.I)   # 2:30, 9:30 a.m.
 STRUCTURE = re.compile(r"^\W*[(\[{].*,|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")    # (1, 2), x < 2, 2:3, 3+4i
 ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
 
@@ -382,7 +405,7 @@ BRACKETS = re.compile(r"(?<=[\w%])\s\((?!or\b)[^()]*\)")
 DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 # A number that only says of what, or when: "each of the 3 friends", "in 5 days"
 CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by|per)|'s)"
-                     r"\s+[$£€]?\d[\d.,/]*(?![\w.,/])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
+                     r"\s+[$£€]?\d[\d.,/]*(?![\w.,/:])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
 # Behind the first number: no part of the answer ("366 downloads in 3 months", "5, so she has 3 more")
 ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
                    r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead|not|than)\b"
@@ -391,8 +414,10 @@ ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|ever
 
 def value(text):
     """What a statement says in numbers -> (relation, ((Fraction, unit), ...)), or None for words and
-    formulas. relation: "is", or a name in RELATIONS. Several numbers are several."""
+    formulas. relation: "is", "time", or a name in RELATIONS. Several numbers are several."""
     text = comes_to(in_digits(SQUARE_ROOT.sub(square_root, text)))
+    if times := CLOCK.findall(text):
+        return "time", tuple((Fraction(int(hour) * 60 + int(minute)), half and half.lower() + "m") for hour, minute, half in times)
     if not WORD.search(text) and STRUCTURE.search(text):
         return None
 
@@ -480,9 +505,10 @@ def same_quantity(one, other):
 
 def same_value(one, other):
     (relation, quantities), (other_relation, others) = one, other
-    if relation != other_relation or len(quantities) != len(others):
+    several = len(quantities) == len(others) > 1
+    if relation != other_relation and not (several and {relation, other_relation} == {"is", "or"}) or len(quantities) != len(others):
         return False
-    if relation == "or":                                   # "2 or 3" = "3 or 2"
+    if "or" in (relation, other_relation):                 # "x = 3 or x = 2" is "2, 3"
         quantities, others = (sorted(amounts, key=lambda pair: pair[0]) for amounts in (quantities, others))
     return all(map(same_quantity, quantities, others))
 

@@ -31,6 +31,7 @@ Where the paper is silent, and what we do:
 5. Top K is a share of the rollout (a tenth: 20 of the paper's 200 tokens), so that short rollouts are weighted alike.
 6. AdamW, linear warm-up over 3 %, cosine to zero. Decoder and projector learn, the audio tower is frozen.
 7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have no gradient and are not run again.
+   An answer of the text view that was cut at the token limit is no reference: its prompt gets no group reward.
 """
 import argparse
 import contextlib
