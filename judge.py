@@ -15,12 +15,11 @@ evaluate.py scores with the same rule. It reads in this order, and the first tha
 
     1. the box           \\boxed{B}, <answer>B</answer>, and for open questions GSM8K's "#### 12"
     2. the statement     "The answer is B", the last one, to the end of its sentence
-    3. the conclusion    choices: a line that is nothing but a choice, then "so it is a cat"
-                         numbers: the last sentence that has one
-    4. everything        two choices anywhere are none
+    3. the conclusion    choices: "so it is a cat"; numbers: the last sentence that has one
+    4. everything        a sentence that is nothing but a choice; else two choices anywhere are none
 
 Nothing is guessed. No answer, or two that contradict each other, agrees with nothing. A range, a
-bound, a negation or an alternative ("5 or 6") is what it says, and never equal to one of its numbers.
+bound, a negation or an alternative ("5 or 6") is what it says, never equal to one of its numbers.
 """
 import re
 from fractions import Fraction
@@ -38,8 +37,8 @@ TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)      # the stages' tags an
 OTHER_TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>", re.I)
 CHINESE = str.maketrans({"。": ". ", "，": ", ", "：": ": ", "；": "; ", "？": "? "})
 
-# "The answer is ...", "my answer would be: ...", "the correct option isn't ...", "答案是...". What
-# follows starts at its first word, with the brackets and the sign before it: (B, -5, \frac, .5
+# "The answer is ...", "my answer would be: ...", "the correct option isn't ...", "答案是...".
+# What follows starts at its first word, with the brackets and the sign before it: (B, -5, \frac, .5
 STATEMENT = re.compile(
     r"(?:\b(?:answer|(?:correct|best|right) (?:option|choice))\b[^.:=\n]{0,40}?"
     r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b|[:=])"
@@ -112,27 +111,31 @@ LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
 # A bare capital where an answer stands: "it's C", "not B but C", "B because ...". In "a C note" or
 # "A dog barks" it is none.
 BARE_LETTER = re.compile(
-    r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or|and|nor"
-    r"|neither|either|both|than|of|probably|maybe|likely|definitely|clearly|answer)|'s|n't)\s+)"
-    r"([A-HJ-Z])(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can"
+    r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or"
+    r"|and|nor|neither|either|both|than|of|probably|maybe|likely|definitely|clearly|answer)|'s|n't)\s+)"
+    r"([A-HJ-Z])"
+    r"(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can"
     r"|may|might|must|seems?|rather|instead|over)\b)")
-REASON = re.compile(r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I)
-CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)", re.I)
+REASON = re.compile(
+    r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I)
+CONCLUSION = re.compile(
+    r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)",
+    re.I)
 CLAUSE = re.compile(r"[,;:.!?\n]|\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies a choice that follows it in the same clause, and one that stands before it
-DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without|cannot|than|instead of|unlike|except"
-                    r"|thought|wrong to"
+DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without|cannot|than|instead of"
+                    r"|unlike|except|thought|wrong to"
                     r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
-DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely|impossible"
-                    r"|ruled out|excluded|eliminated)\b", re.I)
+DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely"
+                    r"|impossible|ruled out|excluded|eliminated)\b", re.I)
 
 
 def without_article(text, choices=()):
     """"the dog" -> "dog"; but beside "E major" the choice "A major" is not "major"."""
     text = plain(text).casefold()
     bare = re.sub(r"^(?:a|an|the)\s+(?=\w)", "", text)
-    shared = any(bare in plain(choice).casefold() for choice in choices if plain(choice).casefold() != text)
-    return text if shared else bare
+    others = {plain(choice).casefold() for choice in choices} - {text}
+    return text if any(bare in other for other in others) else bare
 
 
 def place_of(text, choices):
@@ -145,6 +148,10 @@ def place_of(text, choices):
     return None
 
 
+def letter_place(letter):
+    return ord(letter.upper()) - ord("A")
+
+
 def standing_alone(text, choices):
     """The places that a text without anything else in it names: {1} for "cat", "B", "B. cat". A
     letter and words that contradict each other are two: "(B) dog"."""
@@ -152,7 +159,7 @@ def standing_alone(text, choices):
     if place is not None:
         return {place}
     lead = LEADING_LETTER.match(text)
-    letter = ord(lead[1].upper()) - ord("A") if lead else len(choices)
+    letter = letter_place(lead[1]) if lead else len(choices)
     if letter >= len(choices):
         return set()
     rest = text[lead.end():]
@@ -164,89 +171,112 @@ def standing_alone(text, choices):
 
 def named_choices(text, choices):
     """The places of all choices that a text names, by words or letter, and does not deny."""
-    text = plain(re.sub(r"\$|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text))
+    text = re.sub(r"\$|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
     choices = [choice.replace("$", "") for choice in choices]
     if choices and all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
-        text = in_digits(text).rpartition("=")[2].strip()                # "10 + 3 = 13" is 13
-    if alone := standing_alone(text, choices):
+        text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
+    alone = set().union(*(standing_alone(plain(sentence), choices) for sentence in sentences(text)))
+    if alone:
         return alone
+    text = plain(text)
     lead = LEADING_LETTER.match(text)
-    letters = [ord(letter) - ord("A") for letter in LISTED_LETTER.findall(REASON.split(text, maxsplit=1)[0])]
-    if lead and ord(lead[1].upper()) - ord("A") < len(choices):          # "B. A dog would bark."
-        place = place_of(sentences(text[lead.end():])[0], choices)
-        letters = [i for i in (ord(lead[1].upper()) - ord("A"), place, *letters) if i is not None]
-        return {i for i in letters if i < len(choices)}
+    if lead and letter_place(lead[1]) < len(choices):      # "B. A dog would bark."; a list names more
+        listed = LISTED_LETTER.findall(REASON.split(text, maxsplit=1)[0])
+        places = {letter_place(letter) for letter in (lead[1], *listed)}
+        places.add(place_of(sentences(text[lead.end():])[0], choices))
+        return {place for place in places if place is not None and place < len(choices)}
 
-    # What is named is replaced by its place, so that "white gold" does not also name "gold", and
-    # the "no" of a choice denies nothing. Longest first.
+    text = marked(text, choices)
+    text = re.sub(r"⟧,?\s+(?:(?:or|and|nor)\s+)?⟦", "⟧ ⟦", text)         # "not A, B, or C" is one clause
+    before_reason = REASON.split(text, maxsplit=1)[0]                    # "C, because B is a cat" is C
+    named = set()
+    for clause in CLAUSE.split(before_reason if "⟦" in before_reason else text):
+        for found in re.finditer(r"⟦(\d+)⟧", clause):
+            before, behind = clause[:found.start()], clause[found.end():]
+            if not DENIES.search(before) and not DENIED.search(behind):
+                named.add(int(found[1]))
+    return named
+
+
+def marked(text, choices):
+    """What names a choice, replaced by its place: "It's a cat, not A" -> "It's a ⟦1⟧, not ⟦0⟧". So
+    "white gold" does not also name "gold", and the "no" of a choice denies nothing."""
     def mark(place):
         return f"⟦{place}⟧" if place < len(choices) else "⟦⟧"
 
-    def mark_letter(match):
-        return mark(ord((match[1] or match[2]).upper()) - ord("A"))
+    def mark_named(match):
+        return mark(letter_place(match[1] or match[2]))
 
-    if any(len(plain(choice)) == 1 for choice in choices):               # blood groups: "(A)" is the place
-        text = NAMED_LETTER.sub(mark_letter, text)
-    for choice in sorted(choices, key=lambda choice: -len(plain(choice))):
-        words = without_article(choice, choices) if len(plain(choice)) > 1 else plain(choice)
-        pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#⟧]|[.,-]\d|-\w)"
+    def mark_bare(match):
+        return match[0][:match.start(1) - match.start()] + mark(letter_place(match[1]))
+
+    if any(len(plain(choice)) == 1 for choice in choices):
+        text = NAMED_LETTER.sub(mark_named, text)          # blood groups: "(A)" is the first, O
+    for choice in sorted(choices, key=lambda choice: len(plain(choice)), reverse=True):
+        words, flags = without_article(choice, choices), re.I
+        if len(plain(choice)) == 1:
+            words, flags = plain(choice), 0                # "a dog" does not name the note A
         if words:
-            text = re.sub(pattern, mark(place_of(choice, choices)), text,
-                          flags=re.I if len(words) > 1 else 0)           # "a dog" does not name the note A
-    text = NAMED_LETTER.sub(mark_letter, text)
-    text = BARE_LETTER.sub(lambda m: m[0][:m.start(1) - m.start()] + mark(ord(m[1]) - ord("A")), text)
-
-    text = re.sub(r"⟧,?\s+(?:(?:or|and|nor)\s+)?⟦", "⟧ ⟦", text)       # "not A, B, or C" is one clause
-    reasoned = REASON.split(text, maxsplit=1)[0]                         # "C, because B is a cat" is C
-    named = set()
-    for clause in CLAUSE.split(reasoned if "⟦" in reasoned else text):
-        for found in re.finditer(r"⟦(\d+)⟧", clause):
-            if not DENIES.search(clause[:found.start()]) and not DENIED.search(clause[found.end():]):
-                named.add(int(found[1]))
-    return named
+            pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#⟧]|[.,-]\d|-\w)"
+            text = re.sub(pattern, mark(place_of(choice, choices)), text, flags=flags)
+    return BARE_LETTER.sub(mark_bare, NAMED_LETTER.sub(mark_named, text))
 
 
 def extract_choice(output_text, choices):
     """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`,
     or None; never a guess. The first place that names any choice decides; if it names two, none."""
     answer = stated(output_text)
-    places = [boxed(answer) or ""]
+    parts = [boxed(answer) or ""]
     for statement in reversed(STATEMENT.findall(answer)):
-        head = re.split("[:;]", statement)[0]                            # "yes: it gets no louder"
-        places += [head] * bool(standing_alone(plain(head), choices)) + [*sentences(statement)[:1], statement]
-    for place in places:
-        if named := named_choices(place, choices):
-            return choices[named.pop()] if len(named) == 1 else None
+        head = re.split("[:;]", statement)[0]              # "yes: it gets no louder"
+        if standing_alone(plain(head), choices):
+            parts.append(head)
+        parts += [sentences(statement)[0], statement]
     answer = without_questions(answer)
-    alone = set().union(*(standing_alone(plain(line), choices) for line in sentences(answer)))
-    places = [sentences(conclusion)[0] for conclusion in CONCLUSION.findall(answer)[-1:]] + [answer]
-    named = alone or next(filter(None, (named_choices(place, choices) for place in places)), set())
-    return choices[named.pop()] if len(named) == 1 else None
+    for conclusion in CONCLUSION.findall(answer)[-1:]:
+        parts.append(sentences(conclusion)[0])
+    parts.append(answer)
+    for part in parts:
+        if named := named_choices(part, choices):
+            return choices[named.pop()] if len(named) == 1 else None
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
 # 3. The letter that VoiceBench's evaluator reads
 
-# Where VoiceBench's evaluator looks for a letter (@, in lower case), in its order: the first that is found counts. It is as blind as it looks:
-# "the answer is due to friction" chooses D. Those that an earlier one makes superfluous are left out.
+# Where VoiceBench's evaluator looks for a letter (@, in lower case), in its order: the first that is
+# found counts. It is as blind as it looks: "the answer is due to friction" chooses D. Those that an
+# earlier one makes superfluous are left out.
 VOICEBENCH = (
-    "答案是@|答案是 @|答案是选项@|答案应该是@|答案应该是 @|答案就是选项@|答案是‘@|是@：|答案选@|@是正确|选项@是最合适的|answer is: **@|answer is **@|the answer to the question is: **@|"
-    "the answer to the multiple-choice question is **@|the answer is '@'|@ is the best answer|the answer is @|the correct answer is @|"
-    "would select @|would choose @|would select option @|would choose option @|is \"@\"|is \"@.|is: **@)|is **@,|is **@:|is **@)|is: **@.|"
-    "is: **@:|is **@.|be **@,|is: **@**|is therefore option **@:|is: \n\n**@)|as **@:|be **@)|be **@:|is: \n\n**@**|suggests **@)|"
-    "be option **@:|with **@)|is typically \"@)|be to **@)|is: \n\n@)|is likely to be: **@.|is **@ (|is option **@**|is likely **@**|is:\n**@.|"
-    "is:\n\n**@.|would be @|would be option @|would be (@)|would be option (@)|is @,|is typically @,|is typically @.|i'd say @.|option @.|"
-    "option @:|option @,|the answer is:\n**@|is @:|is @.|is: @.|is (@)|is:\n**@)|is likely **@:|is the **@)|:\n@.|:\n@)|:\n@,|: \n@.|:  \n@.|"
-    ":\n\n@.|:\n\n@)|is most likely **@:|:\n\n@,|: \n\n@.|(@) would be|is @)|is: @)|is:\n\n@:|is: **@,|(option @)|select option \"@\"|is: @|"
-    "is typically **@,|is **@**|is likely '@'|is option '@'|is:\n**@:|is \\( \\boxed{@ |would be '@'|is the **@** |question is @ (|is:\n\n**@)|"
-    "closest to option **@**|is most likely **@)|the answer to the question is '@'|known as '@'|is '@)|is typically **@:|"
-    "is \\( \\boxed{\\text{@}} \\)|is \\( \\text{@) }|is \\( \\text{@} \\)|is \\( \\text{@:|is \\( \\text{@)|is \\(\\text{@.|is:\n\n**@|"
-    "is \\( \\text{@.}|is \\( \\text{@.|is \\( \\boxed{@}|is:\n\\[ \\boxed{\\text{@}}|is:\n\\[ \\text{@)|is:\n\n\\[ \\text{@)|"
-    "is \\( \\textbf{@)|is \\( \\text{@}|is: \\( \\text{@.|corresponds to:\n- **@:|would be: **@**.|is \\( @ \\)|is:\n**@ |"
-    "corresponds to option **@**|be **@**|be: \n\n@)|is:\n\\[ \\boxed{@}|is:  \n**@:|is: \\( \\text{@)|is likely: **@,|is } \\mathbf{@.|"
-    "is \\( \\boxed{@)|is \\( \\textbf{@}|is \\(@\\)|is:\n  \n**@:|is option **@ |is:\n\\( \\textbf{@.|is \\( \\mathbf{@}|was option **@**|"
-    "is likely \"@)|option **@:|is \"@)|is most likely **@,|is often **@:|is:  \n@)| @.| @,| @:| @)|**@.|**@)|\"@.|\"@,|\"@:|(@)|\"@\"").split("|")
+    "答案是@|答案是 @|答案是选项@|答案应该是@|答案应该是 @|答案就是选项@|答案是‘@|是@：|"
+    "答案选@|@是正确|选项@是最合适的|answer is: **@|answer is **@|"
+    "the answer to the question is: **@|the answer to the multiple-choice question is **@|"
+    "the answer is '@'|@ is the best answer|the answer is @|the correct answer is @|"
+    "would select @|would choose @|would select option @|would choose option @|is \"@\"|"
+    "is \"@.|is: **@)|is **@,|is **@:|is **@)|is: **@.|is: **@:|is **@.|be **@,|is: **@**|"
+    "is therefore option **@:|is: \n\n**@)|as **@:|be **@)|be **@:|is: \n\n**@**|suggests **@)|"
+    "be option **@:|with **@)|is typically \"@)|be to **@)|is: \n\n@)|is likely to be: **@.|"
+    "is **@ (|is option **@**|is likely **@**|is:\n**@.|is:\n\n**@.|would be @|"
+    "would be option @|would be (@)|would be option (@)|is @,|is typically @,|is typically @.|"
+    "i'd say @.|option @.|option @:|option @,|the answer is:\n**@|is @:|is @.|is: @.|is (@)|"
+    "is:\n**@)|is likely **@:|is the **@)|:\n@.|:\n@)|:\n@,|: \n@.|:  \n@.|:\n\n@.|:\n\n@)|"
+    "is most likely **@:|:\n\n@,|: \n\n@.|(@) would be|is @)|is: @)|is:\n\n@:|is: **@,|"
+    "(option @)|select option \"@\"|is: @|is typically **@,|is **@**|is likely '@'|"
+    "is option '@'|is:\n**@:|is \\( \\boxed{@ |would be '@'|is the **@** |question is @ (|"
+    "is:\n\n**@)|closest to option **@**|is most likely **@)|the answer to the question is '@'|"
+    "known as '@'|is '@)|is typically **@:|is \\( \\boxed{\\text{@}} \\)|is \\( \\text{@) }|"
+    "is \\( \\text{@} \\)|is \\( \\text{@:|is \\( \\text{@)|is \\(\\text{@.|is:\n\n**@|"
+    "is \\( \\text{@.}|is \\( \\text{@.|is \\( \\boxed{@}|is:\n\\[ \\boxed{\\text{@}}|"
+    "is:\n\\[ \\text{@)|is:\n\n\\[ \\text{@)|is \\( \\textbf{@)|is \\( \\text{@}|"
+    "is: \\( \\text{@.|corresponds to:\n- **@:|would be: **@**.|is \\( @ \\)|is:\n**@ |"
+    "corresponds to option **@**|be **@**|be: \n\n@)|is:\n\\[ \\boxed{@}|is:  \n**@:|"
+    "is: \\( \\text{@)|is likely: **@,|is } \\mathbf{@.|is \\( \\boxed{@)|is \\( \\textbf{@}|"
+    "is \\(@\\)|is:\n  \n**@:|is option **@ |is:\n\\( \\textbf{@.|is \\( \\mathbf{@}|"
+    "was option **@**|is likely \"@)|option **@:|is \"@)|is most likely **@,|is often **@:|"
+    "is:  \n@)| @.| @,| @:| @)|**@.|**@)|\"@.|\"@,|\"@:|(@)|\"@\""
+).split("|")
 
 
 def voicebench_letter(output_text):
