@@ -298,7 +298,8 @@ def voicebench_letter(output_text):
 # ------------------------------------------------------------------------------------------------
 # 4. Open answers: what does it state?
 
-# Sentences that state nothing: "I hope this helps!", "If you have 1 more question", "That is 2 less than before"
+# Sentences that state nothing: "I hope this helps!", "If you have 1 more question", "Let's check: ...",
+# "That is 2 less than before"
 COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please"
                       r"|(?:let's |let me |to )?(?:check|verify)"
                       r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b", re.I)
@@ -310,7 +311,7 @@ PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 def open_answer(output_text):
     """The part of an answer to an open question that states it: the box, what follows GSM8K's last
     "####", what follows the last "the answer is", the last sentence that has a number, or all."""
-    answer = stated(output_text)[-2000:]                              # of a model that never stops, the end
+    answer = stated(output_text)[-2000:]                   # of a model that never stops, the end
     box = boxed(answer)
     if box and box.strip():
         return box
@@ -331,25 +332,30 @@ def open_answer(output_text):
 
 # LaTeX and typography of numbers, in plain ASCII
 PLAIN = [
-    ("\u2212", "-"), (r"\\\$", "$"), (r"\\%", "%"),
-    (r"(?<=\d)(?=[\u4e00-\u9fff])|(?<=[\u4e00-\u9fff])(?=\d)", " "),                   # 15个苹果
-    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?", r" \1 "),    # 12\text{ cm}^2
-    (r"\b([cdk]?m|mm|ft|in)\^\{?[23]\}?(?=\W*$)", r"\1"),                               # 12 cm^2
-    (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),                                                # 30^\circ
-    (r"(?<=\d)\{,\}(?=\d)|(?<=[\d,])\\[!,](?=\d)", ""),                                 # 10{,}000 and 10,\!000
-    (r"(?<![\d.,])(\d{1,3})(?: (\d{3}))+(?![\d.,])", lambda m: m[0].replace(" ", "")),  # 12 500 000
-    (r"(?<!\\)\\[,;:! ]|~", " "), (r"\\approx(?![a-z])", "≈"),
+    ("\u2212", "-"),
+    (r"\\\$", "$"),
+    (r"\\%", "%"),
+    (r"(?<=\d)(?=[\u4e00-\u9fff])|(?<=[\u4e00-\u9fff])(?=\d)", " "),                    # 15个苹果
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?", r" \1 "),  # \text{ cm}^2
+    (r"\b([cdk]?m|mm|ft|in)\^\{?[23]\}?(?=\W*$)", r"\1"),                             # 12 cm^2
+    (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),                                             # 30^\circ
+    (r"(?<=\d)\{,\}(?=\d)|(?<=[\d,])\\[!,](?=\d)", ""),                              # 10{,}000
+    (r"(?<![\d.,])(\d{1,3})(?: (\d{3}))+(?![\d.,])", lambda m: m[0].replace(" ", "")),  # 12 500
+    (r"(?<!\\)\\[,;:! ]|~", " "),
+    (r"\\approx(?![a-z])", "≈"),
     (r"\\[dt]?frac(\d)(\d)", r"\1/\2"),
     (r"\\[dt]?frac\{(-?[\d.]+)\}\{([\d.]+)\}", r" \1/\2"),
     (r"(^|[=:]|\bis)\s*-\s+(?=\d)", r"\1 -")]
-SQUARE_ROOT = re.compile(r"(?<![\w})])(?:\\sqrt\s*\{(\d{1,9})\}|√(\d{1,9}))(?![\w^/])")  # \sqrt{16} is 4
+# \sqrt{16} is 4
+SQUARE_ROOT = re.compile(r"(?<![\w})])(?:\\sqrt\s*\{(\d{1,9})\}|√(\d{1,9}))(?![\w^/])")
 
 LARGE = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9}
-LARGE_NUMBER = re.compile(rf"(?<![\w.,/])(\d[\d,]*(?:\.\d+)?)\s+({'|'.join(LARGE)})\b", re.I)      # 1.5 million; no "5 dozens"
-MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                          # 2 1/2
+# "1.5 million"; but "5 dozens" are counted as they are
+LARGE_NUMBER = re.compile(rf"(?<![\w.,/])(\d[\d,]*(?:\.\d+)?)\s+({'|'.join(LARGE)})\b", re.I)
+MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                # 2 1/2
 # "two and a half", "2 3rds", "a quarter", "half"; "the 3rd" is an ordinal
-SHARE = re.compile(r"\b(?:(\d+) and )?(?:(an?|\d+)[ -])?(?:(hal)(?:f|ves)|(quarter)s?|(\d+)(?:rd|th)s?)\b"
-                   r"(?: an?\b)?", re.I)
+SHARE = re.compile(r"\b(?:(\d+) and )?(?:(an?|\d+)[ -])?"
+                   r"(?:(hal)(?:f|ves)|(quarter)s?|(\d+)(?:rd|th)s?)\b(?: an?\b)?", re.I)
 
 
 def fraction(text):
@@ -375,19 +381,20 @@ def in_digits(text):
 
 
 def large(match):
+    """A match of LARGE_NUMBER, in digits."""
     amount = fraction(match[1])
     return match[0] if amount is None else str(amount * LARGE[match[2].lower()])
 
 
 def share(match):
+    """A match of SHARE as a fraction; an ordinal as it is."""
     whole, above, half, quarter, ordinal = match.groups()
     below = 2 if half else 4 if quarter else int(ordinal)
-    follows = match.string[match.end():]
-    a_share_of = re.match(r"\s+of\b|\W*$", follows) and above and not above.isdigit()
-    if not half and not (above or "").isdigit() and not a_share_of or not below:
+    counted = above is not None and above.isdigit()
+    a_share = above is not None and re.match(r"\s+of\b|\W*$", match.string[match.end():])
+    if below == 0 or not (half or counted or a_share):
         return match[0]
-    above = int(above) if (above or "").isdigit() else 1
-    return f"{int(whole or 0) * below + above}/{below}"
+    return f"{int(whole or 0) * below + (int(above) if counted else 1)}/{below}"
 
 
 # Units that are told apart; of the same dimension they convert. All other words behind a number are
@@ -396,18 +403,21 @@ UNITS = {name: (dimension, Fraction(factor)) for dimension, units in {
     "money": {"$ dollar dollars": "1", "cent cents ¢": "1/100"},
     "euro": {"€ euro euros": "1"},
     "sterling": {"£": "1"},
-    "length": {"mm": "1/1000", "cm": "1/100", "m meter meters metre metres": "1", "km kilometers kilometres": "1000"},
-    "imperial length": {"inch inches": "1", "foot feet ft": "12", "yard yards": "36", "mile miles": "63360"},
+    "length": {"mm": "1/1000", "cm": "1/100", "m meter meters metre metres": "1",
+               "km kilometers kilometres": "1000"},
+    "imperial length": {"inch inches": "1", "foot feet ft": "12", "yard yards": "36",
+                        "mile miles": "63360"},
     "mass": {"g gram grams": "1", "kg kilogram kilograms": "1000"},
     "volume": {"ml": "1/1000", "l liter liters litre litres": "1"},
     "a.m.": {"am": "1"}, "p.m.": {"pm": "1"},
-    "time": {"second seconds": "1", "minute minutes min": "60", "hour hours": "3600", "day days": "86400",
-             "week weeks": "604800"},
+    "time": {"second seconds": "1", "minute minutes min": "60", "hour hours": "3600",
+             "day days": "86400", "week weeks": "604800"},
 }.items() for names, factor in units.items() for name in names.split()}
 
-# sign, currency, digits, denominator, unit; "2:30" is a time, and in "2x" and "x2" the 2 is no answer
+# sign, currency, digits, denominator, unit; in "2x" and "x2" the 2 is no answer
 NUMBER = re.compile(
-    r"(?<![\w.])(?<!\d:)(-|minus |negative )?([$£€]?)(-?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)"
+    r"(?<![\w.])(?<!\d:)(-|minus |negative )?([$£€]?)(-?)"
+    r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)"
     r"(?:\s?/\s?(\d+(?:\.\d+)?))?(?!\w|:\d|\.\d)(?:\s?-?([€£¢]|[A-Za-z]+)(?![/\w]))?", re.I)
 
 # Formulas are compared as they are spelt: \sqrt{2}, 2^3, 2√3, x+3, 2-x, x/y; no km/h
@@ -415,7 +425,7 @@ FORMULA = re.compile(r"\\[a-z]|[\^_√π∞±]|(?<![\\a-zA-Z])pi\b"
                      r"|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")          # English: neither x nor \sqrt
 CLOCK = re.compile(r"\b(\d\d?):(\d\d)\b(?:\s*([ap])\.?m\b)?", re.I)   # 2:30, 9:30 a.m.
-STRUCTURE = re.compile(r"^\W*[(\[{].*,|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")    # (1, 2), x < 2, 2:3, 3+4i
+STRUCTURE = re.compile(r"^\W*[(\[{].*,|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")      # (1, 2), x < 2, 2:3
 ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
 
 # What a number alone would not say, the first that is found
@@ -434,12 +444,14 @@ BRACKETS = re.compile(r"(?<=[\w%])\s\((?!or\b)[^()]*\)")
 # "not 5 but 7", "isn't 7, it's 8"
 DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 # A number that only says of what, or when: "each of the 3 friends", "in 5 days"
-CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by|per)|'s)"
-                     r"\s+[$£€]?\d[\d.,/]*(?![\w.,/:])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
-# Behind the first number: no part of the answer ("366 downloads in 3 months", "5, so she has 3 more")
-ASIDE = re.compile(r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
-                   r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead|not|than)\b"
-                   r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)|,\s+\S+ (?:of|more|less|fewer)\b", re.I)
+CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from|at|by"
+                     r"|per)|'s)\s+[$£€]?\d[\d.,/]*(?![\w.,/:])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
+# Behind the first number, no part of the answer: "366 downloads in 3 months", "5, so she has 3 more"
+ASIDE = re.compile(
+    r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
+    r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead|not|than)\b"
+    r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)"
+    r"|,\s+\S+ (?:of|more|less|fewer)\b", re.I)
 
 
 def value(text):
@@ -447,7 +459,8 @@ def value(text):
     formulas. relation: "is", "time", or a name in RELATIONS. Several numbers are several."""
     text = comes_to(in_digits(SQUARE_ROOT.sub(square_root, text)))
     if times := CLOCK.findall(text):
-        return "time", tuple((Fraction(int(hour) * 60 + int(minute)), half and half.lower() + "m") for hour, minute, half in times)
+        return "time", tuple((Fraction(int(hour) * 60 + int(minute)), half and half.lower() + "m")
+                             for hour, minute, half in times)
     if not WORD.search(text) and STRUCTURE.search(text):
         return None
 
@@ -489,7 +502,8 @@ def square_root(match):
 
 
 def one_side(text):
-    """Of "48 / 2 = 24 clips" the right side; of "22/7 ≈ 3.14" and "15 minutes = 900 seconds" the left."""
+    """Of "48 / 2 = 24 clips" the right side; of "22/7 ≈ 3.14" and "15 minutes = 900 seconds" the
+    left one."""
     sides = [side for side in re.split("[=≈]", text) if side.strip()]
     if len(sides) < 2:
         return text
@@ -499,23 +513,31 @@ def one_side(text):
 
 
 def quantity(found):
-    """A match of NUMBER -> (Fraction, its unit or None), or None for 1/0."""
+    """A match of NUMBER -> (Fraction, its unit or None); the Fraction is None for 1/0."""
     minus, currency, sign, digits, below, noun = found.groups()
     amount = fraction(f"{digits}/{below}" if below else digits)
+    if amount is not None and (minus or sign):
+        amount = -amount
     unit = currency or (noun or "").lower()
-    return (None if amount is None else -amount if minus or sign else amount), unit if unit in UNITS else None
+    return amount, unit if unit in UNITS else None
 
 
 def compound(quantities):
     """"3 hours and 20 minutes", "42 dollars and 50 cents" are one quantity, in the larger unit."""
     joined = quantities[:1]
     for amount, unit in quantities[1:]:
-        (last, last_unit) = joined[-1]
-        if unit and last_unit and UNITS[unit][0] == UNITS[last_unit][0] and UNITS[unit][1] < UNITS[last_unit][1]:
-            joined[-1] = (last + amount * UNITS[unit][1] / UNITS[last_unit][1], last_unit)
+        total, larger = joined[-1]
+        if unit and larger and smaller_unit(unit, larger):
+            joined[-1] = (total + amount * UNITS[unit][1] / UNITS[larger][1], larger)
         else:
             joined.append((amount, unit))
     return tuple(joined)
+
+
+def smaller_unit(unit, other):
+    """Of the same dimension, and smaller?"""
+    (dimension, factor), (other_dimension, other_factor) = UNITS[unit], UNITS[other]
+    return dimension == other_dimension and factor < other_factor
 
 
 def number(text):
@@ -534,21 +556,28 @@ def same_quantity(one, other):
 
 
 def same_value(one, other):
+    """Two of value(): the same relation, and the same quantities in order; but "x = 3 or x = 2" is
+    "2, 3" """
     (relation, quantities), (other_relation, others) = one, other
-    several = len(quantities) == len(others) > 1
-    if relation != other_relation and not (several and {relation, other_relation} == {"is", "or"}) or len(quantities) != len(others):
+    if len(quantities) != len(others):
         return False
-    if "or" in (relation, other_relation):                 # "x = 3 or x = 2" is "2, 3"
-        quantities, others = (sorted(amounts, key=lambda pair: pair[0]) for amounts in (quantities, others))
+    if {relation, other_relation} in ({"or"}, {"or", "is"}) and len(quantities) > 1:
+        quantities, others = (sorted(pairs, key=lambda pair: pair[0]) for pairs in (quantities, others))
+    elif relation != other_relation:
+        return False
     return all(map(same_quantity, quantities, others))
 
 
-# One spelling for what LaTeX spells in several ways. Not algebra: \sqrt{12} and 2\sqrt{3} stay different.
+# One spelling for what LaTeX spells in several ways. Not algebra: \sqrt{12} and 2\sqrt{3} stay
+# different.
 SPELLING = [
-    (r"\\(?:left|right|displaystyle|quad)(?![a-z])|\$|\\[()\[\]]", " "), (r"π|(?<![\\a-zA-Z])pi\b", r"\\pi "),
-    (r"\\geq(?![a-z])|≥|>=", r"\\ge "), (r"\\leq(?![a-z])|≤|<=", r"\\le "), (r"\\neq(?![a-z])|≠|!=", r"\\ne "),
-    ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×", r"\\times "), ("·", r"\\cdot "), ("±", r"\\pm "), ("∪", r"\\cup "),
-    ("≈", " "), (r"\\([{}])", r"\1"),
+    (r"\\(?:left|right|displaystyle|quad)(?![a-z])|\$|\\[()\[\]]|≈", " "),
+    (r"\\geq(?![a-z])|≥|>=", r"\\ge "),
+    (r"\\leq(?![a-z])|≤|<=", r"\\le "),
+    (r"\\neq(?![a-z])|≠|!=", r"\\ne "),
+    (r"π|(?<![\\a-zA-Z])pi\b", r"\\pi "), ("∞", r"\\infty "), ("√", r"\\sqrt "),
+    ("×", r"\\times "), ("·", r"\\cdot "), ("±", r"\\pm "), ("∪", r"\\cup "),
+    (r"\\([{}])", r"\1"),
     (r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2"),              # x^{2} = x^2
     (r"(?<=\d)\s+(?=\d)", "&")]                            # 2 1/2 is not 21/2
 OVER = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
@@ -562,8 +591,11 @@ def spelling(text):
 
     for pattern, replacement in PLAIN + SPELLING:
         text = re.sub(pattern, replacement, text)
-    for _ in range(3):                                     # a fraction in a fraction: the inner one first
-        text = OVER.sub(lambda m: f"{bracketed(m[1] or m[2] or '')}/{bracketed(m[3] or m[4] or '')}", text)
+    def over(match):
+        return f"{bracketed(match[1] or match[2] or '')}/{bracketed(match[3] or match[4] or '')}"
+
+    for _ in range(3):                                     # a fraction in a fraction: the inner first
+        text = OVER.sub(over, text)
     text = "".join(plain(text).casefold().split())
     text = re.sub(r"^[a-z](?:_\w+)?(?:=|\\in(?![a-z]))", "", text)       # the name of the unknown
     return re.sub(r"^\(([a-z])\)$", r"\1", text)
@@ -596,30 +628,44 @@ def choices_of(example):
 
 
 def load(name, device):
-    """--judge: "rule" -> agree itself, otherwise a causal LM (folder or hub id). -> verdicts(triples), triples [(example, said, reference)] ->
-    list of bool. Raises SystemExit with one sentence if the model cannot be loaded or has no word for yes or no."""
+    """--judge: "rule" -> agree itself, otherwise a causal LM (folder or hub id).
+
+    -> verdicts(triples): [(example, said, reference)] -> list of bool. Raises SystemExit with one
+    sentence if the model cannot be loaded or has no word for yes or no."""
     if name == "rule":
-        return lambda triples: [agree(said, reference, choices_of(example)) for example, said, reference in triples]
-    model, tokenizer = models.load_text_model(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return lambda triples: [agree(said, reference, choices_of(example))
+                                for example, said, reference in triples]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = models.load_text_model(name, dtype=dtype)
     model.to(device).requires_grad_(False)
-    yes, no = ({ids[0] for word in words if (ids := tokenizer(word, add_special_tokens=False)["input_ids"])}
-               for words in (("yes", "Yes"), ("no", "No")))
+
+    def first_tokens(*words):
+        ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        return {tokens[0] for tokens in ids if tokens}
+
+    yes, no = first_tokens("yes", "Yes"), first_tokens("no", "No")
     if not yes or not no or yes & no:
-        raise SystemExit(f"--judge {name}: its tokenizer begins \"yes\" and \"no\" with the same token, so it cannot be asked; give another model")
+        raise SystemExit(f"--judge {name}: its tokenizer begins \"yes\" and \"no\" with the same token, "
+                         "so it cannot be asked; give another model")
     return lambda triples: ask(model, tokenizer, triples, sorted(yes), sorted(no))
 
 
 @torch.no_grad()
 def ask(model, tokenizer, triples, yes, no, *, batch_size=32):
-    """p(yes) > p(no) as the next token, summed over spellings. An answer that says nothing is no answer, whatever the model thinks."""
+    """p(yes) > p(no) as the next token, summed over spellings. An answer that says nothing is no
+    answer, whatever the model thinks."""
     verdicts = []
     for start in range(0, len(triples), batch_size):
         chunk = triples[start:start + batch_size]
-        prompts = [ASK.format(question=data.question_text(example) or example.transcript, reference=open_answer(reference), said=open_answer(said))
-                   for example, said, reference in chunk]
-        prompts = [tokenizer(data.text_prompt(tokenizer, prompt, ""), add_special_tokens=False)["input_ids"] for prompt in prompts]
-        inputs = {name: tensor.to(model.device) for name, tensor in data.pad_left(prompts, tokenizer).items()}
-        p = model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)                  # [batch, vocab]
+        said = [open_answer(output) for _, output, _ in chunk]
+        prompts = [ASK.format(question=data.question_text(example) or example.transcript,
+                              reference=open_answer(reference), said=answer)
+                   for (example, _, reference), answer in zip(chunk, said)]
+        prompts = [data.text_prompt(tokenizer, prompt, "") for prompt in prompts]
+        prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        inputs = {name: x.to(model.device) for name, x in data.pad_left(prompts, tokenizer).items()}
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1]         # [batch, vocab]
+        p = logits.float().softmax(-1)
         agreed = (p[:, yes].sum(-1) > p[:, no].sum(-1)).tolist()
-        verdicts += [verdict and bool(plain(open_answer(said))) for verdict, (_, said, _) in zip(agreed, chunk)]
+        verdicts += [verdict and bool(plain(answer)) for verdict, answer in zip(agreed, said)]
     return verdicts
