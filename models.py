@@ -63,6 +63,7 @@ def load_audio_model(path, *, dtype=torch.float32):
         asked = {processor.apply_chat_template(turn, tokenize=False) for turn in turns}
         if len(asked) == 1 and "What?" in asked.pop() or processor.tokenizer.chat_template is None:
             processor.tokenizer.chat_template = processor.chat_template
+    _check_template(processor.tokenizer)
     return model, processor
 
 
@@ -71,7 +72,15 @@ def load_text_model(path, *, dtype=torch.float32):
     model, tokenizer = _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    _check_template(tokenizer)
     return model, tokenizer
+
+
+def _check_template(tokenizer):
+    try:
+        data.turn_end_id(tokenizer)
+    except data.DataError as error:
+        raise SystemExit(str(error)) from None
 
 
 def load_same_shape(path, student, dtype):

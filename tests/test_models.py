@@ -554,6 +554,22 @@ def test_one_template_serves_both_views(keeper, folders, tmp_path, monkeypatch):
     assert read in (heard.replace("Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n", ""), heard) and "somebody" not in read
 
 
+def test_a_template_that_never_closes_turns_is_refused_at_the_start(folders, tmp_path):
+    template = families.OMNI_TEMPLATE.replace("<|im_end|>\n", "")
+    for load, source in zip((models.load_audio_model, models.load_text_model), folders["qwen2_audio"]):
+        folder = altered(source, tmp_path / source.name, chat_template__jinja=template)
+        refused("closes an assistant's turn with no special token, so that nothing would say where an answer ends", load, folder)
+
+
+def test_a_placeholder_that_is_not_special_is_banned(loaded):
+    """Sampled, it would ask the next forward for audio that is not there."""
+    model, processor = loaded["qwen2_audio"]
+    words = families.tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], TEACHER_TEMPLATE, "<|im_end|>")
+    words.add_tokens([processor.audio_token])
+    assert words.convert_tokens_to_ids(processor.audio_token) == model.config.audio_token_id
+    assert model.config.audio_token_id in rollout.banned_ids(model, words)
+
+
 def test_a_template_without_a_place_for_sound_is_refused(loaded):
     processor = copy.deepcopy(loaded["qwen2_audio"][1])
     processor.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
