@@ -12,7 +12,8 @@ Layers count from 1, as in the paper: layer l is the output of the l-th decoder 
 
 Where the paper is silent, we choose:
 1. W_i maps student -> teacher, so that the target is fixed. The other way round, W_i = 0 and a student of zeros agree perfectly.
-2. W_i starts from least squares on a calibration batch, the identity where widths agree. From a random start the JSD of hidden states
+2. W_i starts from least squares on a calibration batch, at equal widths too: between models that do not share a base, the features of
+   one have nothing to do with those of the other, and the identity would be chance. From a random start the JSD of hidden states
    lies near its bound ln 2, where it is flat, and at the paper's learning rate of 1e-5 it would hardly leave it.
 3. A teacher much shallower than the student could round to layer 0; the first layer stands in for it.
 
@@ -134,7 +135,7 @@ def feature_statistics(hidden):
 class Projections(nn.Module):
     """Per pair i: W_i [teacher_width, student_width] (trained, no bias), and the frozen teacher's mean[i] and std[i] [teacher_width].
 
-    Before `fit`: W_i is the (rectangular) identity, mean 0, std 1. Fit before wrapping in DDP, which then gives every rank rank 0's values.
+    Before `fit`: W_i is the (rectangular) identity, a placeholder, mean 0, std 1. Fit before wrapping in DDP, which then gives every rank rank 0's values.
     Keep it in float32: at 16 bit, steps of its learning rate would round to nothing.
     """
 
@@ -163,10 +164,7 @@ class Projections(nn.Module):
             raise ValueError(f"{len(student_hidden)} student and {len(teacher_hidden)} teacher tokens: give both the same tokens")
         self.mean[pair_index], self.std[pair_index] = feature_statistics(teacher_hidden)
         weight = self.weights[pair_index]
-        teacher_width, width = weight.shape
-        if teacher_width == width:
-            weight.copy_(torch.eye(width))
-            return
+        width = weight.shape[1]
         scale = feature_statistics(student_hidden)[1].double()                              # [width]
         x = student_hidden.double() / scale                                                 # [tokens, width]
         gram = x.T @ x / len(x)                                                             # [width, width]

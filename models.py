@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 import data
 import shapes
@@ -63,6 +63,7 @@ def load_audio_model(path, *, dtype=torch.float32):
         asked = {processor.apply_chat_template(turn, tokenize=False) for turn in turns}
         if len(asked) == 1 and "What?" in asked.pop() or processor.tokenizer.chat_template is None:
             processor.tokenizer.chat_template = processor.chat_template
+    _check_template(processor.tokenizer)
     return model, processor
 
 
@@ -71,7 +72,15 @@ def load_text_model(path, *, dtype=torch.float32):
     model, tokenizer = _load(path, "a causal language model", (AutoModelForCausalLM,), AutoTokenizer, dtype)
     if tokenizer.chat_template is None:
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the instruction-tuned version of this model")
+    _check_template(tokenizer)
     return model, tokenizer
+
+
+def _check_template(tokenizer):
+    try:
+        data.turn_end_id(tokenizer)
+    except data.DataError as error:
+        raise SystemExit(str(error)) from None
 
 
 def load_same_shape(path, student, dtype):
@@ -85,7 +94,7 @@ def load_same_shape(path, student, dtype):
 
 
 def _load(path, what, autos, reader_class, dtype):
-    # no remote code, and safetensors alone: nothing that comes with a checkpoint is executed or unpickled
+    # no remote code, and safetensors alone (check_weights): nothing that comes with a checkpoint is executed or unpickled
     adapter = Path(path) if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").exists() else None
     if adapter:
         path = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
@@ -94,6 +103,7 @@ def _load(path, what, autos, reader_class, dtype):
     try:
         reader = reader_class.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_weights(path, config)
         whole = hasattr(config, "thinker_config")           # Omni: a thinker, which is our model, and a talker that says aloud what it thinks
         config = config.thinker_config if whole else config
         auto = next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])     # AudioFlamingo3 is filed under "sequence to sequence"
@@ -117,6 +127,24 @@ def _load(path, what, autos, reader_class, dtype):
     if names := [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in odd.items() if names]:
         raise SystemExit(f"{path} does not fit {type(model).__name__}: tensors {' and '.join(names)}; get the checkpoint again, or the right version of it")
     return model.eval(), reader
+
+
+def check_weights(path, config=None):
+    """Whatever from_pretrained would load of this folder or hub id is a safetensors file inside it, links followed. Raises SystemExit if not.
+
+    An index may name any file, which transformers then opens: a pickle, or ../another.safetensors."""
+    names = ["model.safetensors", "adapter_model.safetensors"]
+    if getattr(config, "transformers_weights", None):
+        names.append(config.transformers_weights)
+    with contextlib.suppress(OSError):                      # most models have no index
+        index = json.loads(Path(cached_file(str(path), "model.safetensors.index.json")).read_text())
+        names += index["weight_map"].values()
+    root = Path(path).resolve()
+    if root.parent.name == "snapshots":                     # the hub's cache, where every file is a link to ../../blobs
+        root = root.parents[1]
+    for name in names:
+        if not name.endswith(".safetensors") or not (Path(path) / name).resolve().is_relative_to(root):
+            raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside this folder; get the checkpoint again, or convert it")
 
 
 def cast(model, dtype):
@@ -389,6 +417,7 @@ def save(model, processor, folder, state=None):
 
 def fill(model, folder):
     """A saved model's weights, or its adapter's, into this one in place. Raises OSError, RuntimeError or ValueError where they do not fit."""
+    check_weights(folder)
     if has_lora(model):
         saved = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items()}
         if saved.keys() != (ours := _peft().get_peft_model_state_dict(model)).keys():

@@ -79,7 +79,9 @@ def stop_ids(tokenizer):
 
 def banned_ids(model, tokenizer):
     """What must not be said: control tokens but those that end an answer (data.control_ids)."""
-    return data.control_ids(tokenizer, model.config.get_text_config().vocab_size, keep=stop_ids(tokenizer))
+    audio = getattr(model.config, "audio_token_id", getattr(model.config, "audio_token_index", None))
+    size = model.config.get_text_config().vocab_size
+    return data.control_ids(tokenizer, size, keep=stop_ids(tokenizer), placeholder=audio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -332,8 +332,32 @@ def test_prompts_and_turn_end(tiny_processor, tiny_teacher_tokenizer):
         assert tokenizer.decode(ids) == "eight" + END
     other = bpe(["</s>"], "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}")
     assert data.turn_end_id(other) == other.convert_tokens_to_ids("</s>")
-    with pytest.raises(data.DataError, match="closes turns with no token; use"):
-        data.turn_end_id(bpe([], "{% for message in messages %}{{ message['content'] }}{% endfor %}"))
+
+
+SPACED = "{% for message in messages %}{{ message['content'] }} \n</s>{% endfor %}"
+GLM = ("{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"       # as GLM-ASR's: the next turn just begins
+       "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+
+
+def test_the_turns_end_is_a_special_token_whatever_stands_before_it():
+    spaced = bpe(["<|endoftext|>", "</s>"], SPACED)
+    assert data.turn_end_id(spaced) == spaced.convert_tokens_to_ids("</s>")
+    assert data.encode_response(spaced, "eight")[-1] == spaced.convert_tokens_to_ids("</s>")
+
+
+@pytest.mark.parametrize("template", [GLM, "{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
+                                      "{% for message in messages %}<|user|>{{ message['role'] }}<|user|>{% endfor %}"])
+def test_a_template_that_never_closes_a_turn_is_refused(template):
+    with pytest.raises(data.DataError, match="closes an assistant's turn with no special token, so that nothing would say where an answer ends; use"):
+        data.turn_end_id(bpe(["<|endoftext|>", "<|user|>", "<|assistant|>"], template))
+
+
+def test_the_placeholder_is_never_said_whatever_its_flag():
+    words = bpe(["<|endoftext|>", "<|im_end|>"], SPACED)
+    words.add_tokens(["<|AUDIO|>"])                         # an ordinary added token: not special
+    placeholder, end = words.convert_tokens_to_ids(["<|AUDIO|>", "<|im_end|>"])
+    banned = data.control_ids(words, len(words) + 2, keep=[end], placeholder=placeholder)
+    assert {placeholder, words.convert_tokens_to_ids("<|endoftext|>"), len(words), len(words) + 1} == set(banned)
 
 
 def test_shared_vocabulary(tiny_processor, tiny_teacher_tokenizer, shifted_teacher):

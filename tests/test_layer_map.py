@@ -345,12 +345,26 @@ def test_a_fitted_start_is_far_from_the_bound_and_a_random_one_is_not():
     assert against(projections(0, student)) < 1e-4 < 0.3 < against(student @ random.T)
 
 
-def test_equal_widths_start_from_the_identity():
-    projections = Projections([(1, 1)], 12, 12)
-    student, teacher, _ = planted(50, teacher_width=12)
-    projections.fit(0, student, teacher)
-    assert torch.equal(projections.weights[0], torch.eye(12)) and torch.equal(projections(0, student), student)
-    torch.testing.assert_close(projections.mean[0], teacher.mean(0))
+def test_equal_widths_of_two_models_start_far_from_chance():
+    """Two decoders of one width that share no base: the identity would say no more of a token than of any other."""
+    ids = torch.randint(10, 40, (64, 24), generator=torch.Generator().manual_seed(7))
+    first = text_model()
+    second = Qwen3ForCausalLM(first.config).eval()                                          # drawn after the first: other weights
+    states = []
+    for model in (first, second):
+        with torch.no_grad(), Tap(model.model.layers, {"all": [4]}).at(all=torch.arange(ids.numel())) as hidden:
+            model(input_ids=ids)
+        states.append(hidden["all"][4])
+    student, teacher = states                                                               # [1536, 32] each, of the same tokens
+    projections = Projections([(4, 4)], 32, 32)
+    projections.fit(0, student[:1024], teacher[:1024])
+    mean, std = projections.mean[0], projections.std[0]
+    against = lambda hidden: losses.hidden_jsd(hidden, teacher[1024:], mean=mean, std=std).item()
+    fitted = projections(0, student[1024:]).detach()                                        # tokens that the fit has not seen
+    shuffled = fitted[torch.randperm(len(fitted), generator=torch.Generator().manual_seed(8))]
+    assert against(fitted) < 0.5 * against(shuffled)
+    assert against(student[1024:]) > 0.9 * against(student[1024:].roll(1, 0))               # what the identity would be: chance
+    torch.testing.assert_close(mean, teacher[:1024].mean(0))
 
 
 def test_projection_learns_and_its_target_does_not():

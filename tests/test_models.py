@@ -493,6 +493,62 @@ def test_pickles_are_refused(folders, tmp_path):
     refused("cannot load an audio language model from .*safetensors", models.load_audio_model, folder)
 
 
+def indexed(source, folder, shard):
+    """A copy of a saved model in two shards: one of them named `shard`, by the index alone."""
+    altered(source, folder, drop=("model.safetensors",))
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    first = {name: tensors.pop(name) for name in list(tensors)[:3]}
+    safetensors.torch.save_file(tensors, folder / "rest.safetensors", metadata={"format": "pt"})
+    if shard.endswith(".bin"):
+        torch.save(first, folder / shard)
+    else:
+        safetensors.torch.save_file(first, folder / shard, metadata={"format": "pt"})
+    files = dict.fromkeys(first, shard) | dict.fromkeys(tensors, "rest.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+@pytest.mark.parametrize("shard", ["weights.bin", "../outside.safetensors", "absolute"])
+def test_an_index_that_names_other_files_is_refused(shard, folders, loaded, tmp_path):
+    shard = str(tmp_path / "absolute.safetensors") if shard == "absolute" else shard
+    source = folders["qwen2_audio"][0]
+    models.load_audio_model(indexed(source, tmp_path / "good", "first.safetensors"))
+    folder = indexed(source, tmp_path / "bad", shard)
+    refused("wants .*, which is no safetensors file inside this folder; get the checkpoint again", models.load_audio_model, folder)
+    refused("wants .*, which is no safetensors file inside this folder", models.fill, copy.deepcopy(loaded["qwen2_audio"][0]), folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(folders, tmp_path):
+    source = folders["qwen2_audio"][0]
+    folder = altered(source, tmp_path / "linked", drop=("model.safetensors",))
+    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
+    refused("wants model.safetensors loaded, which is no safetensors file inside this folder", models.load_audio_model, folder)
+
+
+def test_a_config_that_names_other_weights_is_refused(folders, tmp_path):
+    source = folders["qwen2_audio"][0]
+    config = json.loads((source / "config.json").read_text())
+    config["transformers_weights"] = "adapter_model.bin"
+    folder = altered(source, tmp_path / "named", config__json=json.dumps(config))
+    refused("wants adapter_model.bin loaded, which is no safetensors file", models.load_audio_model, folder)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_hubs_cache_is_all_links_and_loads(by_name, folders, tmp_path, monkeypatch):
+    """snapshots/COMMIT/FILE -> ../../blobs/HASH, by the model's name or by the snapshot's own folder."""
+    store, commit = tmp_path / "models--some--model", "0" * 40
+    (store / "snapshots" / commit).mkdir(parents=True)
+    (store / "blobs").mkdir()
+    (store / "refs").mkdir()
+    (store / "refs" / "main").write_text(commit)
+    for path in folders["qwen2_audio"][0].iterdir():
+        (store / "blobs" / path.name).write_bytes(path.read_bytes())
+        (store / "snapshots" / commit / path.name).symlink_to(f"../../blobs/{path.name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    models.load_audio_model("some/model" if by_name else store / "snapshots" / commit)
+
+
 def test_an_adapter_in_a_pickle_is_refused(adapted, folders, tmp_path, capfd):
     """Beside a model's own weights, as Granite Speech has one, or alone: what it would execute is not executed."""
     class Trap:
@@ -552,6 +608,22 @@ def test_one_template_serves_both_views(keeper, folders, tmp_path, monkeypatch):
     _, processor = models.load_audio_model(folders["qwen2_audio"][0])
     heard, read = data.audio_prompt(processor, "What?"), data.text_prompt(processor.tokenizer, "", "What?")
     assert read in (heard.replace("Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n", ""), heard) and "somebody" not in read
+
+
+def test_a_template_that_never_closes_turns_is_refused_at_the_start(folders, tmp_path):
+    template = families.OMNI_TEMPLATE.replace("<|im_end|>\n", "")
+    for load, source in zip((models.load_audio_model, models.load_text_model), folders["qwen2_audio"]):
+        folder = altered(source, tmp_path / source.name, chat_template__jinja=template)
+        refused("closes an assistant's turn with no special token, so that nothing would say where an answer ends", load, folder)
+
+
+def test_a_placeholder_that_is_not_special_is_banned(loaded):
+    """Sampled, it would ask the next forward for audio that is not there."""
+    model, processor = loaded["qwen2_audio"]
+    words = families.tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], TEACHER_TEMPLATE, "<|im_end|>")
+    words.add_tokens([processor.audio_token])
+    assert words.convert_tokens_to_ids(processor.audio_token) == model.config.audio_token_id
+    assert model.config.audio_token_id in rollout.banned_ids(model, words)
 
 
 def test_a_template_without_a_place_for_sound_is_refused(loaded):
