@@ -578,6 +578,43 @@ def test_command_line_compares(tmp_path, monkeypatch, capsys):
     assert evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, results) == ["the two have no example in common"]
 
 
+def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples):
+    """Several files against another run's, in another order, or against a training run, which asked
+    them all at once; a file is never paired with another one that uses the same ids."""
+    def write(name, right):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(examples[0].audio, folder / "x.wav")
+        line = {"audio": f"{name}/x.wav", "question": "?", "choices": ["a", "b"], "answer": "a"}
+        lines = [{"id": f"q{n}", **line, "task": "sound"} for n in range(4)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        planted.update({(name, f"q{n}"): n < right for n in range(4)})
+        return path
+
+    def said(model, processor, asked, **how):
+        return ["a" if planted[e.audio.parent.name, e.id] else "b" for e in asked]
+
+    planted = {}
+    clean, noise = write("clean", 4), write("noise", 1)
+    monkeypatch.setattr(evaluate, "generate", said)
+    monkeypatch.setattr(evaluate.models, "check", lambda *_: None)
+    model = type("Model", (), {"to": lambda self, device: self})()
+    monkeypatch.setattr(evaluate.models, "load_audio_model", lambda *_, **__: (model, None))
+    command = ["--task", "aqa", "--model", "x", "--out", tmp_path / "out", "--data"]
+    run_main(monkeypatch, *command, clean, noise)
+    same = ["--compare", tmp_path / "out/results.json"]
+    capsys.readouterr()
+    run_main(monkeypatch, *command, noise, clean, *same)
+    assert capsys.readouterr().out.count("aqa average   +0.00 points  [+0.00, +0.00]  4 pairs") == 2
+    asked = {"decoding": {"max_new_tokens": 9}, "aqa": {"correct": {"sound": {"q0": False}}}}
+    (tmp_path / "training.json").write_text(json.dumps({"before": {}, "after": asked}))
+    run_main(monkeypatch, *command, noise, "--compare", tmp_path / "training.json")
+    printed = capsys.readouterr().out
+    assert "training.json, which was decoded with max_new_tokens 9, not 2048, temp" in printed
+    assert "+100.00 points" in printed and "1 pairs" in printed
+
+
 def test_compare_weighs_emotions_alike():
     mine, theirs = ({"ser": {"correct": {"angry": {"a": right}, "sad": {f"s{n}": False for n in range(9)}}}} for right in (True, False))
     assert "+50.00 points" in evaluate.compare(mine, theirs)[0]

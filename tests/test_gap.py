@@ -1,9 +1,11 @@
 """Paper B's evaluation: the audio-text gap by hand-computed cases, the real command on real views, and the KL analysis on planted divergences."""
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
+import soundfile
 
 import data
 import evaluate
@@ -66,14 +68,160 @@ def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch
     assert found["text_accuracy"] == 100 * sum(f"<RESPONSE>{e.answer}</RESPONSE>" in text for e, text in zip(examples, read)) / 6 > 50
     assert found["questions"] == 6 and found["splits"]["telephone"]["questions"] == 3
     assert sum(kind["questions"] for kind in found["kinds"].values()) == 6 and found["gap"] == found["text_accuracy"] - found["audio_accuracy"]
-    worse = {**found, "audio_accuracy": 0.0}
-    (tmp_path / "worse.json").write_text(json.dumps({"before": worse, "after": found}))                  # as train_cord.py writes it
-    run("--out", str(tmp_path / "b"), "--baseline", str(tmp_path / "worse.json"))
+    assert found["decoding"] == {"max_new_tokens": 70, "temperature": 0.0, "words": "transcript"}
+    assert found["together"]["questions"] == 9
+    assert list(found["together"]["kinds"]) == ["spoken", "telephone"]
+    capsys.readouterr()
+    before = str(tmp_path / "a" / "results.json")
+    run("--out", str(tmp_path / "b"), "--baseline", before)                 # the same student again
     again = json.loads((tmp_path / "b" / "results.json").read_text())
-    assert again["gap_reduction_percent"] == pytest.approx(100 * found["audio_accuracy"] / found["text_accuracy"])
-    assert "reduction" in capsys.readouterr().out
+    parts = again, again["splits"]["telephone"], again["together"]
+    assert [part["gap_reduction_percent"] for part in parts] == [0, 0, 0]
+    assert capsys.readouterr().out.count("+0.0 points") == 6
+    with pytest.raises(SystemExit, match="with max_new_tokens 70, not 60; give both"):
+        run("--baseline", before, "--max-new-tokens", "60")
     with pytest.raises(SystemExit, match="holds no gap"):
         run("--baseline", str(tmp_path / "a" / "samples.jsonl".replace("samples.jsonl", "nothing.json")) if (tmp_path / "a" / "nothing.json").write_text("{}") else "")
+
+
+# ------------------------------------ --baseline, file by file ------------------------------------
+
+class Planted:
+    """The gap command with planted answers: said[view] holds the (file, id) of the right ones.
+    Every file's examples have a clip in a folder of their own."""
+
+    def __init__(self, folder, monkeypatch, capsys):
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        monkeypatch.setattr(models, "check", lambda *_: None)
+        model = type("Model", (), {"to": lambda self, device: self})()
+        monkeypatch.setattr(models, "load_audio_model", lambda *_, **__: (model, None))
+
+    def manifest(self, name, ids, question=""):
+        (self.folder / name).mkdir(exist_ok=True)
+        wave = 0.1 * np.sin(np.arange(16_000) / 9)
+        soundfile.write(self.folder / name / "x.wav", wave, 16_000)
+        line = {"audio": f"{name}/x.wav", "question": question, "choices": [], "answer": "7",
+                "task": "math", "transcript": "How much?"}
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"id": i, **line}) + "\n" for i in ids))
+        return path
+
+    def generate(self, said):
+        def generate(model, processor, asked, view="audio", **how):
+            right = [(e.audio.parent.name, e.id) in said[view] for e in asked]
+            return ["#### 7" if hit else "#### 8" for hit in right]
+        self.monkeypatch.setattr(evaluate, "generate", generate)
+
+    def run(self, said, out, *arguments):
+        self.generate(said)
+        self.capsys.readouterr()
+        command = ["--task", "gap", "--model", "x", "--out", self.folder / out, *arguments]
+        evaluate.main([str(word) for word in command])
+        results = json.loads((self.folder / out / "results.json").read_text())
+        return results, self.capsys.readouterr().out
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch, capsys):
+    return Planted(tmp_path, monkeypatch, capsys)
+
+
+def said_of(**files):
+    """said_of(a=("0123", "01")): of file a the questions 0 to 3 are right when they are read, 0
+    and 1 when they are heard."""
+    return {view: {(name, i) for name, both in files.items() for i in both[at]}
+            for at, view in enumerate(evaluate.VIEWS)}
+
+
+BEFORE = said_of(a=("01234567", "0123"), b=("0123", ""), c=("01", "0"))
+
+
+@pytest.mark.parametrize("order", ["abc", "cab", "b"])
+def test_an_unchanged_student_has_reduced_nothing(planted, order):
+    """Of each file and together, in any order. The files use the same ids for other questions."""
+    sizes = {"a": 8, "b": 4, "c": 2}
+    files = {name: planted.manifest(name, "01234567"[:size]) for name, size in sizes.items()}
+    planted.run(BEFORE, "before", "--data", *files.values())
+    given = ["--baseline", planted.folder / "before/results.json", "--data"]
+    given += [files[name] for name in order]
+
+    def reductions(said):
+        found, printed = planted.run(said, "after", *given)
+        parts = dict(zip(order, [found, *found["splits"].values()]))
+        if len(order) > 1:
+            parts["together"] = found["together"]
+        return {name: part["gap_reduction_percent"] for name, part in parts.items()}, printed
+
+    gone, _ = reductions(BEFORE)
+    assert len(gone) in (1, 4) and set(gone.values()) == {0}
+    better = {**BEFORE, "audio": BEFORE["audio"] | {("b", "0"), ("b", "1"), ("b", "2")}}
+    gone, printed = reductions(better)                  # of the gaps 4, 4 and 1, 3 questions of b
+    expected = {"a": 0, "b": 75, "c": 0, "together": 100 * 3 / 9}
+    assert gone == pytest.approx({name: expected[name] for name in gone})
+    if order == "abc":
+        table = r"-- all files\n.*\na .*\nb .* 75.0 %\nc .*\ntogether .* 33.3 %"
+        assert re.search(table, printed)
+
+
+def test_a_training_runs_before_is_a_baseline_of_each_file(planted):
+    """train_cord.py asks all files at once and writes one "before". A run that was decoded
+    otherwise is refused; so is one that was not asked these questions, or in other words."""
+    files = [planted.manifest("a", "01234567"), planted.manifest("b", "89")]
+    said = said_of(a=("01234567", "0123"), b=("89", ""))
+    planted.generate(said)
+    asked = data.read_manifests(files)
+    before = evaluate.evaluate_views(None, None, asked, batch_size=64, max_new_tokens=200, seed=3)
+    before.pop("samples")
+    results = planted.folder / "results.json"
+    results.write_text(json.dumps({"before": before, "after": before}))
+    base = ["--baseline", results]
+    same = [*base, "--max-new-tokens", 200]
+    found, _ = planted.run(said, "after", "--data", *files, *same)
+    parts = found, found["splits"]["b"], found["together"]
+    assert [part["gap_reduction_percent"] for part in parts] == [0, 0, 0]
+
+    def refusal(*arguments):
+        with pytest.raises(SystemExit) as refused:
+            planted.run(said, "refused", *arguments)
+        sentence = str(refused.value.code)
+        assert str(results) in sentence and "\n" not in sentence
+        return sentence
+
+    assert "was decoded with max_new_tokens 200, not 2048;" in refusal("--data", *files, *base)
+    hot = refusal("--data", *files, *same, "--temperature", 0.6)
+    assert "temperature 0.0, not 0.6, top_k None, not 5" in hot
+    other = planted.manifest("c", "01")
+    assert "lacks 2 of the 2 questions of c" in refusal("--data", files[0], other, *same)
+    words = planted.manifest("b", "89", question="Put it in a box.")
+    assert "of b, or had them in other words (8 is" in refusal("--data", files[0], words, *same)
+    before.pop("decoding")
+    results.write_text(json.dumps(before))
+    assert "does not say how it was decoded" in refusal("--data", *files, *same)
+
+
+def test_what_cannot_be_spoken_counts_as_wrong(planted):
+    """speak.py lists it beside the manifest. A baseline that did not count it is counted alike."""
+    manifest = planted.manifest("g", "012345")
+    said = said_of(g=("012345", "012"))
+    before, _ = planted.run(said, "before", "--data", manifest)
+    assert (before["questions"], before["text_accuracy"], before["audio_accuracy"]) == (6, 100, 50)
+    skipped = planted.folder / "g.skipped.jsonl"
+    left_out = [{"id": i, "skipped": "too long"} for i in ("6", "7", "0")]      # 0 was said since
+    skipped.write_text("".join(json.dumps(line) + "\n" for line in left_out))
+    for baseline in "before", "after":
+        base = planted.folder / baseline / "results.json"
+        found, printed = planted.run(said, "after", "--data", manifest, "--baseline", base)
+        accuracies = found["text_accuracy"], found["audio_accuracy"]
+        assert found["questions"] == 8 and accuracies == (75, 37.5)
+        assert found["kinds"]["unspoken"]["questions"] == 2
+        assert found["gap_reduction_percent"] == 0
+        assert "2 of 8 questions could not be spoken: counted as wrong" in printed
+    found, printed = planted.run(said, "part", "--data", manifest, "--limit", "4")
+    assert found["questions"] == 4
+    assert "2 questions could not be spoken and do not count here" in printed
+    skipped.write_text("[]\n")
+    with pytest.raises(SystemExit, match="g.skipped.jsonl: is not what speak.py writes"):
+        planted.run(said, "refused", "--data", manifest)
 
 
 def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
