@@ -22,7 +22,7 @@ Where this departs from the papers and from MMAU's own script:
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
     torchrun --nproc_per_node 8 evaluate.py --task both --model DIR --data test.jsonl             # each GPU asks its share; aqa, ser and gap, too
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
-    python evaluate.py --task layers --model runs/source_layer/step-0000169 --data test.jsonl     # which layers are alike? (inside.py)
+    python evaluate.py --task layers --model runs/source_layer --data test.jsonl                  # which layers are alike? (inside.py)
     python evaluate.py --task report --run runs/source_layer                                      # how does a training run go? (report.py)
 """
 
@@ -454,7 +454,8 @@ def main(argv=None):
                                                                 "(answer_prediction); mcq: VoiceBench's (prompt, reference, response)")
     parser.add_argument("--voicebench-guess", action="store_true",
                         help="mcq, gap: where VoiceBench's templates find no letter, draw one (--seed) as its script does; default: wrong, counted")
-    parser.add_argument("--model", metavar="DIR", help="an audio language model: a folder or a name on the hub")
+    parser.add_argument("--model", metavar="DIR",
+                        help="an audio language model: a folder, a name on the hub, or a run's folder, which means its newest checkpoint")
     parser.add_argument("--data", metavar="FILE", nargs="+", help="a manifest (JSONL; see data.py); each further one is reported apart")
     parser.add_argument("--teacher", metavar="DIR", help="layers, features: the text LLM; default: the one that the run of --model names")
     parser.add_argument("--split", help="only the manifest's examples of this split")
@@ -477,6 +478,10 @@ def main(argv=None):
     args.max_new_tokens = args.max_new_tokens or (200 if args.task == "kl" else 2048)
     rank, world, device = common.start_distributed()
     try:
+        if args.model:
+            args.model = common.of_rank_zero(models.newest_checkpoint(args.model))
+        if args.task not in ("mmau", "mcq", "report") and rank == 0:
+            common.make_folder(args.out or "runs/evaluate")               # now, and not after hours of answers
         if args.task in SHARED:
             (run_gap if args.task == "gap" else run)(args, rank, device)
         elif world > 1:
@@ -519,11 +524,11 @@ def look_inside(args):
     known, found = states(settings.get("student", model) if args.task == "layers" else model)
     pairs = layer_map.pairs(len(found["student"]), len(found["teacher"]))                  # the whole map, whatever the run distilled
     projections = inside.fit(pairs, known)
-    out = Path(args.out or "runs/evaluate")
-    out.mkdir(parents=True, exist_ok=True)
+    out = common.make_folder(args.out or "runs/evaluate")
     if args.task == "features":
         report_ = inside.features_report(found, pairs, projections)
-        inside.plot_features(report_, out / "features.png")
+        with common.writing(out / "features.png"):
+            inside.plot_features(report_, out / "features.png")
     else:
         before = inside.layers_report(found, pairs, projections)
         known, found = states(model)
@@ -532,7 +537,8 @@ def look_inside(args):
         trained = inside.trained(beside, pairs, refitted) if beside.exists() else refitted
         report_ = {"pairs": pairs, "before": before, "after": inside.layers_report(found, pairs, trained)}
         report_["vocabulary"] = report_["after"]["vocabulary"]
-        inside.plot_layers(before, report_["after"], pairs, out / "layers.png")
+        with common.writing(out / "layers.png"):
+            inside.plot_layers(before, report_["after"], pairs, out / "layers.png")
     print(*(inside.features_lines if args.task == "features" else inside.layers_lines)(report_), sep="\n")
     common.write_json(out / f"{args.task}.json", report_)
     print(f"{out}: {args.task}.json, {args.task}.png")
@@ -579,9 +585,8 @@ def run_gap(args, rank, device):
                 "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
     if rank > 0:
         return
-    first, out = found.pop(sets[0][0]), Path(args.out or "runs/evaluate")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    first, out = found.pop(sets[0][0]), common.make_folder(args.out or "runs/evaluate")
+    common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     common.write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
 
 
@@ -608,10 +613,10 @@ def run_kl(args):
     for when, student in [("before", teacher)] + [("after", load(model)[0])] * bool(settings):
         pairs = inside.divergences(student, processor, teacher, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed)
         reports[when] = inside.kl_report(pairs, processor.tokenizer)
-    out = Path(args.out or "runs/evaluate")
-    out.mkdir(parents=True, exist_ok=True)
+    out = common.make_folder(args.out or "runs/evaluate")
     common.write_json(out / "kl.json", reports)
-    inside.plot_kl(reports, out / "kl.png")
+    with common.writing(out / "kl.png"):
+        inside.plot_kl(reports, out / "kl.png")
     print(*inside.kl_lines(reports), sep="\n")
     print(f"{out}: kl.json, kl.png")
 
@@ -619,7 +624,8 @@ def run_kl(args):
 def run_report(args):
     """--task report: report.py's summary and picture and, of a run that is finished, what it says at its end."""
     found = read_run(args.run)
-    plot_report(found)
+    with common.writing(found["folder"] / "report.png"):
+        plot_report(found)
     print(*summary(found), sep="\n")
     if found["results"]:
         before, after = found["results"]["before"], found["results"]["after"]
@@ -641,8 +647,8 @@ def other_results(path):
 def tell(results, other, args, out):
     """Write results.json, if there is a name for it, and print the tables."""
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**results, "settings": vars(args)}, indent=1))
+        common.make_folder(out.parent)
+        common.write_json(out, {**results, "settings": vars(args)})
     print(report(results))
     if other is not None:
         print(f"against {args.compare}, paired, 95 % bootstrap interval:", *compare(results, other), sep="\n")
@@ -671,11 +677,10 @@ def run(args, rank, device):
                              max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     if rank > 0:
         return
-    out, samples = Path(args.out or "runs/evaluate"), results.pop("samples")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    out, samples = common.make_folder(args.out or "runs/evaluate"), results.pop("samples")
+    common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     mmau = [s for s in samples if s["task"] != SER_TASK]
-    (out / "predictions.json").write_text(json.dumps(mmau, indent=1))                     # MMAU's format, for its own script
+    common.write_json(out / "predictions.json", mmau)                                     # MMAU's format, for its own script
     tell(results, other, args, out / "results.json")
 
 
