@@ -48,6 +48,11 @@ from tqdm import tqdm
 import data
 import models
 
+try:
+    import fcntl
+except ImportError:             # Windows: nothing keeps two runs out of one --out there
+    fcntl = None
+
 
 # --------------------------------------------------- 1. flags of a run, and its ranks ---------------------------------------------------
 
@@ -319,7 +324,7 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
         model*.safetensors, config.json, ...    `model` in the hub's layout, with its card (README.md)
         NAME.safetensors                        each of `beside`, {file name: module}
         optimizer/*.safetensors                 of `module`'s parameters; each rank writes its part, any number of ranks can read it
-        checkpoint.json                         step, ranks, and later the scores
+        checkpoint.json                         step, ranks, all files with their bytes (models.fault_of), and later the scores
 
     Written under a temporary name, flushed to the disk, and renamed when complete, so that a folder called step-N is always whole. Raises SystemExit where the
     disk is full (or the ranks' weights are not the same): the checkpoints before are as they were."""
@@ -344,13 +349,15 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
                 models.save(model, processor, partial, weights)
                 for name, state in states.items():
                     save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / name)
-                (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size() if dist.is_initialized() else 1}))
         del weights, states
         with failing_together(), warnings.catch_warnings(action="ignore"):      # that one process is one process
             if moments:
                 dcp.save(moments, storage_writer=HuggingFaceStorageWriter(str(partial / "optimizer"), files, save_distributed=True))
         with failing_together():
             if rank == 0:
+                ranks = dist.get_world_size() if dist.is_initialized() else 1
+                files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+                (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": ranks, "files": files}))
                 for path in [*partial.rglob("*"), partial]:
                     flush(path)
                 put_away(final)
@@ -363,7 +370,8 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
         raise SystemExit(f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.2f} GB, and {shutil.disk_usage(folder).free / 1e9:.2f} GB are free in "
                          f"{folder}; make room, and go on with --resume auto from the last one that is complete") from None
     if rank == 0:
-        card(final)
+        with writing(final / "README.md"):
+            card(final)
         drop_old(folder, keep, best)
     return final
 
@@ -415,7 +423,8 @@ def complete(folder):
 def drop_old(folder, keep, best=None):
     """Keep the `keep` newest checkpoints, and the one with the highest score named `best`."""
     found = complete(folder)
-    scores = {path: json.loads((path / "checkpoint.json").read_text()).get("scores", {}) for path in found} if best else {}
+    whole = [path for path in found if models.fault_of(path) is None] if best else []
+    scores = {path: json.loads((path / "checkpoint.json").read_text()).get("scores", {}) for path in whole}
     scored = [path for path in scores if scores[path].get(best) is not None]        # nothing may have been asked that gives it
     for old in set(found[:-keep]) - {max(scored, key=lambda path: scores[path][best])} if scored else found[:-keep]:
         put_away(old)
@@ -455,15 +464,15 @@ def same_on_all_ranks(module):
 
 def was_dry(folder):
     """Was the last run in this folder one with --dry-run?"""
-    config = Path(folder) / "config.json"
-    return config.exists() and json.loads(config.read_text()).get("dry_run", False)
+    return (read_json(Path(folder) / "config.json") or {}).get("dry_run", False)
 
 
 ABOUT = """What is in this folder
+lock                  held by the run that writes here, for as long as its process lives
 config.json           every flag, versions, commit, ranks, steps
 log.jsonl             a line a step: loss terms, speed, seconds spent, memory; a step that was left out says why
 step-N/               a checkpoint: the model in the hub's layout, the optimizer, checkpoint.json (step, scores)
-aside-N/              a checkpoint that a run went back behind (--resume DIR of an earlier one); nothing reads it
+aside-N/              a checkpoint that a run went back behind (--resume DIR of an earlier one, or it was not whole); nothing reads it
 before, eval-N, after.json    evaluations, each question's verdict in them; samples-*.jsonl: what was said
 skipped.jsonl         training examples that could not be used, and why
 results.json, run.png         before and after
@@ -477,41 +486,74 @@ def start_folder(folder, checkpoint, rank, world):
     What a dry run or a kill left is removed; raises SystemExit where it would be a real run's checkpoints."""
     folder = Path(folder)
     if rank == 0:
-        if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
-            if list(folder.glob("step-*")) and not was_dry(folder):
-                raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
-            for old in folder.glob("step-*"):
+        with writing(folder):
+            if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+                if list(folder.glob("step-*")) and not was_dry(folder):
+                    raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
+                for old in folder.glob("step-*"):
+                    shutil.rmtree(old)
+                for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json", "skipped.jsonl") for path in folder.glob(name)):
+                    old.unlink()
+            else:                                               # behind an earlier one the run takes another way: what came later is not its own, and not the newest
+                for later in (path for path in sorted(folder.glob("step-*"), reverse=True) if path.name > checkpoint.name):
+                    aside = later.with_name(later.name.replace("step", "aside"))
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(later, aside)
+                for old in (path for path in folder.glob("eval-*.json") if path.stem[5:] > checkpoint.name[5:]):
+                    old.unlink()
+            for old in folder.glob("partial-*"):
                 shutil.rmtree(old)
-            for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json", "skipped.jsonl") for path in folder.glob(name)):
-                old.unlink()
-        else:                                               # behind an earlier one the run takes another way: what came later is not its own, and not the newest
-            for later in (path for path in reversed(complete(folder)) if path.name > checkpoint.name):
-                aside = later.with_name(later.name.replace("step", "aside"))
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(later, aside)
-            for old in (path for path in folder.glob("eval-*.json") if path.stem[5:] > checkpoint.name[5:]):
-                old.unlink()
-        for old in folder.glob("partial-*"):
-            shutil.rmtree(old)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.txt").write_text(ABOUT)
+            make_folder(folder)
+            (folder / "README.txt").write_text(ABOUT)
     wait_for_all()
 
 
+def claim(folder):
+    """Take a run's folder for this process, as long as it lives; the folder is made. Every rank must come here. Raises
+    SystemExit, on all of them, where it cannot be written, or another run holds it.
+
+    lockf, not flock: data workers would inherit that one, and hold it a moment longer than a run that was killed. The
+    file is never closed, because that would give the lock back."""
+    fault = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            with writing(folder):
+                lock = os.open(make_folder(folder) / "lock", os.O_RDWR | os.O_CREAT)
+            if fcntl:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fault = f"another run is writing into {folder}; wait for its end, or give another --out"
+        except OSError as error:
+            print(f"{folder}: its disk has no locks ({error}), so nothing keeps a second run out")
+        except SystemExit as error:
+            fault = str(error)
+    if fault := of_rank_zero(fault):
+        raise SystemExit(fault)
+
+
 def find_checkpoint(args, folder, device):
-    """--resume auto: the newest complete checkpoint below folder, or None; --resume DIR: that one; the same on every rank, which all must come here. torchrun
+    """--resume auto: the newest whole checkpoint below folder, or None; --resume DIR: that one; the same on every rank, which all must come here. torchrun
     --max-restarts starts us again after a rank died: then auto, whatever was asked, if the folder is that of a run with the same flags. Raises SystemExit if
-    DIR is none, and for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    DIR is none or not whole, and for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    claim(folder)
     same_folder(folder)
     # each node's torchrun counts its own restarts; and it starts again after a refusal too, so that the count alone does not make a checkpoint ours
     again = over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), dist.ReduceOp.MAX, device) > 0 and same_flags(args, folder)
-    found = next(reversed(complete(folder)), None) if not was_dry(folder) else None
+    found, passed_over = of_rank_zero((None, []) if was_dry(folder) else models.newest_whole(folder))
     if args.dry_run and args.resume:
         raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
     if args.dry_run or args.resume in (None, "auto") or of_rank_zero(again and found):
-        return of_rank_zero(found if not args.dry_run and (again or args.resume) else None)
+        if args.dry_run or not of_rank_zero(again or args.resume):
+            return None
+        if passed_over and not found:
+            raise SystemExit(f"{folder} has no checkpoint that is whole: {'; '.join(passed_over)}; give another --out")
+        for sentence in passed_over:
+            speaker(dist.get_rank() if dist.is_initialized() else 0)(sentence)
+        return found
     if not (Path(args.resume) / "checkpoint.json").is_file():
         raise SystemExit(f"{args.resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
+    if fault := models.fault_of(Path(args.resume)):
+        raise SystemExit(f"{args.resume} is not whole ({fault}); go on from another checkpoint, or with auto")
     return Path(args.resume)
 
 
@@ -531,10 +573,10 @@ def same_folder(folder):
 
 def same_flags(args, folder):
     """Was the last run in this folder one of exactly these flags?"""
-    config = Path(folder) / "config.json"
-    if not config.exists():
+    known = read_json(Path(folder) / "config.json")
+    if known is None:
         return False
-    known, ours = json.loads(config.read_text()), json.loads(json.dumps(vars(args), default=str))
+    ours = json.loads(json.dumps(vars(args), default=str))
     return all(name in known and known[name] == value for name, value in ours.items())
 
 
@@ -547,12 +589,15 @@ def load_model(path, model, *beside):
             fill()
         return json.loads((Path(path) / "checkpoint.json").read_text())["step"]
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise SystemExit(another_model(path, error)) from None
+        raise SystemExit(of_no_use(path, error)) from None
 
 
 def load_optimizer(path, module, optimizer):
     """Fill the optimizer's state, each rank its part, whatever number of ranks wrote it. Rates and decay are those of today's flags. Raises SystemExit where
     other parameters learnt."""
+    # models.fault_of has looked for the files that checkpoint.json names; one of before it named any has to hold some
+    if not any(Path(path).glob("optimizer/*.safetensors")) and "files" not in read_json(Path(path) / "checkpoint.json"):
+        raise SystemExit(f"{path} is not whole (no optimizer/*.safetensors); go on from another checkpoint (--resume DIR)")
     reader = HuggingFaceStorageReader(str(Path(path) / "optimizer"))
     try:
         known, learns = reader.read_metadata().state_dict_metadata, {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -568,14 +613,17 @@ def load_optimizer(path, module, optimizer):
             with warnings.catch_warnings(action="ignore"):
                 dcp.load(empty, storage_reader=reader)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
-        raise SystemExit(another_model(path, error)) from None
+        raise SystemExit(of_no_use(path, error)) from None
     for key, value in empty.items():
         name, _, what = key.rpartition(".")
         optimizer.state[learns[name]][what] = value
 
 
-def another_model(path, error):
-    return f"{path} was saved by another model ({' '.join(str(error).split())[:300]}); resume with the flags of its config.json"
+def of_no_use(path, error):
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, SafetensorError):
+        return f"{path} holds a file that is truncated or damaged ({reason}); go on from another checkpoint (--resume DIR)"
+    return f"{path} was saved by another model ({reason}); resume with the flags of its config.json"
 
 
 # ----------------------------------------------------------- 5. bad days ---------------------------------------------------------------
@@ -802,6 +850,39 @@ def leave(why, saved, say):
     raise SystemExit(130 if why == ASKED else 1)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What cannot be written inside (no room, no permission, a file where a folder should be) is one sentence: SystemExit."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error}); make room there or give another --out, and start again "
+                         "(a training run with --resume auto)") from None
+
+
+def make_folder(path):
+    """-> the folder, made where it is missing. Raises SystemExit where it cannot be made or written to."""
+    path = Path(path)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no permission, or a read-only disk")
+    return path
+
+
+def read_json(path):
+    """What a JSON file of a run says, a dict; None without such a file. Raises SystemExit where it is broken."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} is not the JSON that a run wrote there ({error}); move it away and start again") from None
+
+
 def write_json(path, value):
     """Indented JSON, complete or not at all."""
     replace_text(path, json.dumps(value, indent=1, default=str) + "\n")
@@ -810,17 +891,16 @@ def write_json(path, value):
 def replace_text(path, text):
     """A file's new content, or, whenever we are killed, its old one."""
     partial = Path(f"{path}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)                                      # else a power cut could leave the new name with nothing in it
+        os.replace(partial, path)
 
 
 def append_jsonl(path, record):
     """One line, flushed: what a killed run logged is on disk. Raises SystemExit where the disk is full."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error}); make room, and go on with --resume auto") from None
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def start_logs(out, args, done, unusable, *, steps, rank, world, names=("log",)):
@@ -835,9 +915,18 @@ def start_logs(out, args, done, unusable, *, steps, rank, world, names=("log",))
 
 def open_log(path, done):
     """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again. A last line that a
-    kill cut off goes too."""
-    whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if done and path.exists() else []
-    replace_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= done))
+    kill cut off goes too. Raises SystemExit for any other line that is broken."""
+    lines, kept = [], []
+    if done and path.exists():
+        lines = path.read_bytes().splitlines()
+    for n, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError) as error:
+            if n < len(lines):
+                raise SystemExit(f"{path}:{n} is no line that a run wrote ({error!r}); mend it, or move the file away, and start again") from None
+    replace_text(path, "".join(kept))
 
 
 def evaluation(work, when, asked, *, module, out, args, rank):
@@ -848,14 +937,14 @@ def evaluation(work, when, asked, *, module, out, args, rank):
         results = whole(module, work)
     samples, results["asked"] = results.pop("samples"), asked
     if rank == 0:
-        (out / f"samples-{when}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        replace_text(out / f"samples-{when}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
         write_json(out / f"{when}.json", results)
     return results
 
 
 def read_known(path, asked):
     """An evaluation that an earlier part of a run saved, if it asked the same questions (data.fingerprint), or None. Every rank must come here."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path) or {}
     return of_rank_zero(found if found.get("asked") == asked else None)
 
 

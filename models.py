@@ -16,7 +16,7 @@ Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their think
 
     python models.py mini/student                       # check a model, folder or hub id, and print its parts
     python models.py mini/student --teacher mini/teacher      # and how its vocabulary goes with a text teacher's
-    python models.py runs/lora/step-0000100 --save runs/lora/merged       # a LoRA adapter added into its base, for those who do not know peft
+    python models.py runs/lora --save runs/lora/merged       # a LoRA adapter added into its base, for those who do not know peft
     python models.py Qwen/Qwen3-8B --random-weights 1 --save Qwen/Qwen3-8B      # no download: its shape with one layer of random weights (shapes.py)
 """
 import argparse
@@ -44,8 +44,8 @@ ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weight
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
 
 def load_audio_model(path, *, dtype=torch.float32):
-    """A directory or hub id of a model, or a directory of a LoRA adapter (which is added into its base's weights) -> (audio language model, its
-    processor), in eval mode.
+    """A directory or hub id of a model, a directory of a LoRA adapter (which is added into its base's weights), or a training run's folder (its newest
+    whole checkpoint) -> (audio language model, its processor), in eval mode.
 
     Raises SystemExit with one sentence when it cannot be used."""
     model, processor = _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
@@ -95,6 +95,7 @@ def load_same_shape(path, student, dtype):
 
 def _load(path, what, autos, reader_class, dtype):
     # no remote code, and safetensors alone (check_weights): nothing that comes with a checkpoint is executed or unpickled
+    path = newest_checkpoint(path)
     adapter = Path(path) if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").exists() else None
     if adapter:
         path = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
@@ -424,10 +425,55 @@ def fill(model, folder):
             raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
         _peft().set_peft_model_state_dict(model, saved)
     else:                           # through the class, because the hub's names are not the module's own
-        saved, found = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True)
-        if found["missing_keys"]:
-            raise ValueError(f"{len(found['missing_keys'])} tensors are missing, such as {sorted(found['missing_keys'])[0]}")
+        # with this model's own config: without config.json in the folder, the class's default of 7B would be built
+        saved, found = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=model.dtype, use_safetensors=True, output_loading_info=True)
+        for kind in ("missing", "unexpected"):
+            if names := sorted(found[f"{kind}_keys"]):
+                raise ValueError(f"{len(names)} tensors are {kind}, such as {names[0]}")
         model.load_state_dict(saved.state_dict())
+
+
+def fault_of(checkpoint, *, optimizer=True):
+    """Why a run's checkpoint is not whole, in a few words; None where it is. Its checkpoint.json lists its files, with
+    their bytes. optimizer=False: its model alone is wanted."""
+    try:
+        saved = json.loads((checkpoint / "checkpoint.json").read_text())
+        int(saved["step"])
+        for name, size in saved.get("files", {}).items():
+            path = checkpoint / name
+            if name.startswith("optimizer/") and not optimizer:
+                continue
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size < size:
+                return f"{name} is truncated: {path.stat().st_size:,} of {size:,} bytes"
+    except FileNotFoundError:
+        return "checkpoint.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"checkpoint.json is broken: {error!r}"
+    return None
+
+
+def newest_whole(folder, *, optimizer=True):
+    """A run's folder -> (its newest checkpoint that is whole, or None; a sentence on each newer one that is not)."""
+    passed_over = []
+    for checkpoint in sorted(Path(folder).glob("step-*"), reverse=True):
+        fault = fault_of(checkpoint, optimizer=optimizer)
+        if fault is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is passed over ({fault})")
+    return None, passed_over
+
+
+def newest_checkpoint(path):
+    """The folder of a training run -> its newest checkpoint whose model is whole; any other folder, or a hub id: itself."""
+    checkpoint, passed_over = newest_whole(path, optimizer=False)
+    if passed_over and checkpoint is None:
+        raise SystemExit(f"{path} has no checkpoint that is whole: {'; '.join(passed_over)}; give another folder")
+    for sentence in passed_over:
+        print(sentence)
+    return str(checkpoint or path)
 
 
 def write_card(folder, *, base, script, flags, results=None):

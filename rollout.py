@@ -9,6 +9,7 @@ the model's own distribution would bias every gradient that is taken on it.
 import contextlib
 import json
 import os
+import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,10 +129,11 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     return [said[i] for i in range(len(examples))]
 
 
-def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=16, progress=True, **decoding):
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64, progress=True, **decoding):
     """The text view's greedy answers -> {id: {"text", "ids", "ended"}}; what a file at `path` holds of the same model and prompts is not asked again.
 
-    Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most."""
+    Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most. Behind the first
+    chunk it says how long all of them will take."""
     path, tokenizer = Path(path), processor.tokenizer
     some = torch.cat([p.detach().flatten()[:1000].float().cpu() for p in (*models.decoder(model).parameters(), models.head_weight(model))])
     weights = zlib.crc32(some.numpy().tobytes())                                                 # another student, or this one trained further
@@ -149,6 +151,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         partial.write_text("".join(json.dumps(line) + "\n" for line in known.values()), encoding="utf-8")
         os.replace(partial, path)
     todo, chunk = [e for e in examples if e.id not in known], 4 * batch_size * world
+    begun = time.time()
     for start in tqdm(range(0, len(todo), chunk), desc="the text view's answers", disable=not progress or not todo or not first):
         rows = todo[start:start + chunk]
         said = generate(model, processor, rows, view="text", words="transcript", temperature=0, max_new_tokens=max_new_tokens, with_end=True,
@@ -159,6 +162,9 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         if first:
             with open(path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in new))
+            if progress and start == 0 and len(todo) > chunk:
+                minutes = (time.time() - begun) / chunk * len(todo) / 60
+                tqdm.write(f"the text view's answers: {len(todo):,} prompts, about {minutes:.0f} minutes")
     return {e.id: known[e.id] for e in examples}
 
 

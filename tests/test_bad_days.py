@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,11 @@ import torch
 
 import bad_days
 import common
+import evaluate
+import mini_world
+import models
 import train_cord
+import train_source_layer
 from bad_days import ROOT, end, family, fork, lines, losses, near_run, none_survive, ranks_of, same_run, spawn, steps, until
 from test_train_cord import write_spoken
 from test_train_source_layer import write_world
@@ -508,3 +513,214 @@ def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
         if code != 1 or "Traceback" in said or tries[name][3] not in last or lines(run.out):
             odd[name] = (code, said[-1500:])
     assert not odd, "\n\n".join(f"{name}: {code}\n{said}" for name, (code, said) in odd.items())
+
+
+# ------------------------------------------------------ checkpoints that are not whole ----------------------------------------------------
+
+DAMAGE = {
+    "config.json": ("config.json", None, "config.json is missing"),
+    "optimizer": ("optimizer/*.safetensors", None, r"optimizer/.*\.safetensors is missing"),
+    "projections": ("projections.safetensors", None, "projections.safetensors is missing"),
+    "truncated": ("model.safetensors", 1 << 20, r"model.safetensors is truncated: 1,048,576 of [\d,]+ bytes"),
+    "gone": ("checkpoint.json", None, "checkpoint.json is missing"),
+    "cut": ("checkpoint.json", 5, "checkpoint.json is broken: JSONDecodeError"),
+}
+
+
+def damage(checkpoint, name):
+    """A file of a checkpoint is deleted, or cut to so many bytes -> what shall be said of it."""
+    pattern, size, words = DAMAGE[name]
+    path = min(checkpoint.glob(pattern))
+    path.unlink() if size is None else os.truncate(path, size)
+    return words
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tmp_path):
+    """--resume DIR refuses it and says why; auto says why, and takes the one before; without any other it stops."""
+    whole, folder = undisturbed("source", 4), tmp_path / "run"
+    shutil.copytree(whole, folder)
+    newest, before = folder / "step-0000004", folder / "step-0000003"
+    words, said = damage(newest, name), []
+    ask = lambda resume: common.find_checkpoint(train_source_layer.parse_flags(["--resume", str(resume)]), folder, torch.device("cpu"))
+    with pytest.raises(SystemExit, match=f"{newest} is not (whole .{words}|a checkpoint)"):
+        ask(newest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "speaker", lambda rank: said.append)
+        assert ask("auto") == before
+    sentence, = said
+    assert re.fullmatch(rf"{newest} is passed over \({words}.*\)", sentence)
+    shutil.rmtree(before)
+    with pytest.raises(SystemExit, match=f"{folder} has no checkpoint that is whole: .*{words}"):
+        ask("auto")
+
+
+def test_auto_goes_on_from_the_newest_that_is_whole(flags, undisturbed, tmp_path):
+    """To the last bit of what an undisturbed run gives; what was broken is put aside, so that nothing takes it for the newest."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed("source", 4), out)
+    damage(out / "step-0000004", "truncated")
+    goes_on("source", flags, out, undisturbed("source", 4), 4)
+    assert f"{out / 'step-0000004'} is passed over (model.safetensors is truncated" in (said := said_by(out))
+    assert f"going on from step 3, {out / 'step-0000003'}" in said and (out / "aside-0000004").exists()
+
+
+def said_by(out):
+    return "".join(path.read_text(errors="replace") for path in out.parent.glob(f"{out.name}-*.txt"))
+
+
+def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
+    """Without config.json transformers would build its default of 7B; and a deeper model's weights do not fit, whatever is missing."""
+    folder = tmp_path / "step"
+    shutil.copytree(undisturbed("source", 4) / "step-0000004", folder)
+    trained = models.load_audio_model(folder)[0]
+    (folder / "config.json").unlink()
+    model = models.load_audio_model(mini_world.MINI / "student")[0]
+    models.fill(model, folder)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), trained.state_dict().values(), strict=True))
+    layers = models.decoder(model).layers
+    del layers[-1]
+    model.config.text_config.num_hidden_layers = len(layers)
+    with pytest.raises(ValueError, match="tensors are unexpected, such as"):
+        models.fill(model, folder)
+
+
+def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
+    """A checkpoint of before files were listed, or of the right size with other bytes in it."""
+    folder = tmp_path / "step"
+    shutil.copytree(undisturbed("source", 4) / "step-0000004", folder)
+    saved = json.loads((folder / "checkpoint.json").read_text())
+    common.write_json(folder / "checkpoint.json", {"step": 4, "ranks": 1})
+    os.truncate(folder / "model.safetensors", 1 << 20)
+    model = models.load_audio_model(mini_world.MINI / "student")[0]
+    with pytest.raises(SystemExit, match=f"{folder} holds a file that is truncated or damaged .*--resume DIR"):
+        common.load_model(folder, model)
+    shutil.rmtree(folder / "optimizer")
+    with pytest.raises(SystemExit, match=r"is not whole \(no optimizer"):
+        common.load_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
+    assert saved["files"].keys() >= {"config.json", "model.safetensors", "projections.safetensors", "statistics.safetensors"}
+
+
+def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, capsys):
+    """Wherever a model is named: --model runs/a, --student runs/a. A model needs no optimizer."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed("source", 4), folder)
+    assert models.newest_checkpoint(folder) == str(folder / "step-0000004")
+    assert models.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and models.newest_checkpoint(mini_world.MINI / "student") == str(mini_world.MINI / "student")
+    damage(folder / "step-0000004", "optimizer")
+    assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004") and not capsys.readouterr().out
+    damage(folder / "step-0000004", "truncated")
+    assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000003")
+    assert "step-0000004 is passed over (model.safetensors is truncated" in capsys.readouterr().out
+    damage(folder / "step-0000003", "config.json")
+    with pytest.raises(SystemExit, match="has no checkpoint that is whole: .*config.json is missing"):
+        models.load_audio_model(folder)
+
+
+# ------------------------------------------------------------ two runs, one folder --------------------------------------------------------
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_second_run_is_kept_out(ranks, flags, tmp_path):
+    """Another run into the same --out, or the same one started twice, is refused for as long as the first one lives, and not a moment longer."""
+    out = tmp_path / "run"
+    argv = flags("source", out, "--max-steps", "1000")
+    first = fork("source", argv, out)
+    until(lambda: steps(out), first)
+    for more in ([], ["--resume", "auto"]):
+        second = fork("source", argv + more, out, ranks)
+        second.wait(120)
+        assert second.codes() == [1] * ranks and "Traceback" not in second.text(), second.text()
+        assert f"another run is writing into {out}; wait for its end, or give another --out" in second.text(), second.text()
+    assert first.codes() == [None]
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    again = fork("source", flags("source", out, "--max-steps", str(steps(out)[-1] + 1), "--resume", "auto"), out)        # its data worker may still be about
+    assert again.wait() == 0 and "going on from step" in again.text(), again.text()
+    none_survive(first)
+
+
+def test_of_two_that_go_on_at_once_one_does(flags, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed("source", 4), out)
+    argv = flags("source", out, "--max-steps", "6", "--resume", "auto")
+    runs = [fork("source", argv, out) for _ in range(2)]
+    assert sorted(run.wait() for run in runs) == [0, 1], said_by(out)
+    assert said_by(out).count("another run is writing into") == 1 and len(lines(out)) == 6 and steps(out) == [5, 6]
+
+
+# --------------------------------------------------------------- files of a run ------------------------------------------------------------
+
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, flush, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")) or flush(number))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(str(new)) or replace(old, new))
+    common.write_json(tmp_path / "results.json", {"a": 1})
+    assert done == [str(tmp_path / "results.json.part"), str(tmp_path / "results.json")]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("config.json", '{"dry_run": fal', "config.json is not the JSON that a run wrote there .*move it away and start again"),
+    ("config.json", "[]", "config.json is not the JSON that a run wrote there .it holds no object."),
+    ("log.jsonl", '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote .*mend it, or move the file away"),
+    ("log.jsonl", '{"step": 1}\n"step"\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote"),
+    ("log.jsonl", b'{"step": 1}\n\xff\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote"),
+    ("before.json", "", "before.json is not the JSON that a run wrote there")])
+def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
+    folder = folder_of(tmp_path, [None] * 3)
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit, match=f"^{folder}/{words}"):
+        common.find_checkpoint(train_source_layer.parse_flags(["--resume", "auto"]), folder, torch.device("cpu"))
+        common.read_known(folder / "before.json", "fingerprint")
+        common.open_log(folder / "log.jsonl", 3)
+
+
+def test_a_log_that_a_kill_cut_off_is_no_broken_one(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n\0\0\0')
+    common.open_log(tmp_path / "log.jsonl", 3)
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("script, ranks", [("source", 1), ("cord", 1), pytest.param("cord", 2, marks=pytest.mark.slow)])
+def test_an_out_that_is_a_file(script, ranks, flags, tmp_path):
+    out = tmp_path / "run"
+    out.write_text("mine")
+    run = fork(script, flags(script, out, "--max-steps", "1"), out, ranks)
+    run.wait(90)
+    assert run.codes() == [1] * ranks and "Traceback" not in run.text() and f"{out} cannot be written ([Errno 17] File exists" in run.text(), run.text()
+    assert out.read_text() == "mine"
+
+
+def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
+    """root may write anywhere, so that the system's answer is put in; and in /proc nobody makes a folder."""
+    with pytest.raises(SystemExit, match=r"^/proc/run cannot be written \(\[Errno 2\].*give another --out"):
+        common.claim("/proc/run")
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    with pytest.raises(SystemExit, match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out"):
+        common.claim(tmp_path / "run")
+    with pytest.raises(SystemExit, match="run cannot be written"):
+        evaluate.main(["--task", "both", "--model", str(mini_world.MINI / "student"), "--data", "any.jsonl", "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_disk_that_is_full_at_the_start(script, disk, flags, tmp_path):
+    if not disk:
+        pytest.skip("no small disk can be mounted here")
+    out = disk / "run"
+    bad_days.fill(disk / "other")
+    run = fork(script, flags(script, out, "--max-steps", "1"), tmp_path / "said")
+    assert run.wait(90) == 1 and "Traceback" not in run.text(), run.text()
+    assert re.search(rf"^{out}\S* cannot be written \(.*No space left on device.*\); make room there", run.text(), re.M), run.text()
+
+
+def test_a_disk_that_is_full_when_a_result_is_written(disk, tmp_path):
+    if not disk:
+        pytest.skip("no small disk can be mounted here")
+    said = tmp_path / "said.json"
+    said.write_text(json.dumps([{"id": "1", "task": "sound", "choices": ["bell", "dog"], "answer": "bell", "model_output": "bell"}]))
+    bad_days.fill(disk / "other")
+    (tmp_path / "file").write_text("mine")
+    for out in (disk / "results.json", tmp_path / "file" / "results.json"):
+        with pytest.raises(SystemExit, match=f"^{out.parent}.* cannot be written .*make room there or give another --out"):
+            evaluate.main(["--task", "mmau", "--predictions", str(said), "--out", str(out)])
+    with pytest.raises(SystemExit, match=f"^{tmp_path / 'file'} cannot be written .*File exists"):              # before a model is loaded
+        evaluate.main(["--task", "gap", "--model", "nowhere", "--data", "any.jsonl", "--out", str(tmp_path / "file")])
