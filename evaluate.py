@@ -181,6 +181,7 @@ def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=
     Returns (difference, [low, high]): accuracy of A minus that of B in points, and its 95 % bootstrap interval. With `labels`
     (class of each example) it is the difference in unweighted accuracy, resampled within each class. Pairing removes what makes
     a question easy or hard for both: the interval is much narrower than two separate ones suggest.
+    It speaks of other questions, not of another run: the same training in another order moves both.
     Raises ValueError when the lists differ in length or are empty."""
     a, b = np.asarray(correct_a, dtype=int), np.asarray(correct_b, dtype=int)
     if a.shape != b.shape or a.size == 0:

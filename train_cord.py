@@ -23,8 +23,9 @@ The rows of the paper's tables (python experiments.py cord: all of them, two epo
     full CORD                             (the default)
 
 Where the paper is silent, and what we do:
-1. Teacher: a frozen copy from before training, as the paper's figure draws it. The current weights (--teacher current) do as well at a low
-   learning rate; at twice that both views fall together (python experiments.py cord-teacher).
+1. Teacher: a frozen copy from before training, as the paper's figure draws it. The current weights
+   (--teacher current) were no worse at a low learning rate; at twice that both views fell together in
+   two of three seeds (python experiments.py cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call; --share-rollouts takes the KL on the group's.
 3. D_t and log p are of what was sampled from: control tokens are banned in both views; log p at the row's own temperature, D_t at 1.
 4. L_tok and L_seq: sums over a rollout's tokens, as written, and means over the rollouts of the global batch, on any number of GPUs.
@@ -32,6 +33,8 @@ Where the paper is silent, and what we do:
 6. AdamW, linear warm-up over 3 %, cosine to zero. Decoder and projector learn, the audio tower is frozen.
 7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have no gradient and are not run again.
    An answer of the text view that was cut at the token limit is no reference: its prompt gets no group reward.
+8. E_y[sum_t w_t D_t] also depends on which y are drawn. That term of its gradient, the score-function
+   term, is dropped, as the paper writes it: L_tok changes the tokens' distributions, not the draw.
 """
 import argparse
 import contextlib

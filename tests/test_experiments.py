@@ -1,5 +1,6 @@
 """The experiments: every command runs, the statistics are evaluate.py's, and README's numbers follow from the committed verdicts."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,79 @@ def test_cords_claims():
     assert points > -2
     for line in experiments.markdown_elsewhere(committed("cord")).splitlines():
         assert line in README, line
+
+
+ROWS = {"full": FULL, "no acoustic": NO_ACOUSTIC, "top": "top-layer text KD + SFT",
+        "forward KL": "off-policy forward KL", "SFT": "SFT on the text view's answers"}
+# table, row, over which, parts
+SEEDS = [
+    ("table", "full", BASELINE, ["aqa"]),
+    ("table", "full", "no acoustic", ["aqa", "ser"]),
+    ("table", "SFT only", BASELINE, ["aqa"]),
+    ("table", "top", "SFT only", ["aqa"]),
+    ("table", "no acoustic", "top", ["aqa"]),
+    ("hidden-seeds", "JSD", "mse, as strong", ["aqa", "ser"]),
+    ("cord", "CORD", BASELINE, ["text"]),
+    ("cord", "CORD, lower rate", BASELINE, ["text"]),
+    ("cord", "CORD", "forward KL", ["audio"]),
+    ("cord", "CORD", "SFT", ["audio"]),
+    ("cord", "forward KL", BASELINE, ["text"]),
+    ("cord", "SFT", BASELINE, ["text"]),
+    ("cord", "weighted reverse KL", "uniform reverse KL", ["audio"]),
+    ("cord", "CORD", "GRPO + uniform KL", ["audio"]),
+    ("cord", "GRPO only", BASELINE, ["audio", "text"]),
+    ("cord", "CORD", "weighted reverse KL", ["audio"]),
+    ("cord-teacher", "current, 2e-4", "initial, 2e-4", ["audio", "text"]),
+    ("cord-teacher", "current, 4e-4", "initial, 4e-4", ["audio", "text"]),
+    ("cord-teacher", "initial, 2e-4", BASELINE, ["text"]),
+    ("cord-teacher", "initial, 4e-4", BASELINE, ["text"]),
+]
+
+
+@pytest.mark.parametrize("name, row, other, parts", SEEDS)
+def test_readme_quotes_what_each_seed_gave(name, row, other, parts):
+    """One seed's intervals do not carry a claim about another run: the text quotes all three seeds."""
+    rows = committed(name)["rows"]
+    runs, others = (rows[ROWS.get(label, label)]["runs"] for label in (row, other))
+    for part in parts:
+        first, second, third = (
+            experiments.accuracy(runs[seed], part) - experiments.accuracy(others[seed], part)
+            for seed in ("0", "1", "2"))
+        assert f"{first:+.1f}, {second:+.1f} and {third:+.1f}" in " ".join(README.split())
+
+
+def test_readme_quotes_the_gap_that_each_seed_closed():
+    for name, rows in (("cord", ["CORD", "CORD, lower rate"]),
+                       ("cord-teacher", ["initial, 2e-4", "initial, 4e-4"])):
+        found = committed(name)["rows"]
+        for row in rows:
+            _, _, (first, second, third) = experiments.reduction(found[row], found[BASELINE])
+            said = f"{first:.1f}, {second:.1f} and {third:.1f} %"
+            assert said in " ".join(README.split()), (name, row)
+
+
+def test_no_sentence_of_readme_rests_on_an_interval_over_questions():
+    """Intervals stand in tables and in what a run prints, where their heading says what they are of."""
+    sentences = [line for line in README.splitlines() if not line.startswith(("|", "    "))]
+    assert not [line for line in sentences if re.search(r"\[[-+]?\d+\.\d, [-+]?\d+\.\d\]", line)]
+
+
+def test_how_much_of_the_test_stands_in_training():
+    def share(task, words, split, count):
+        """Per cent of the test's 300 whose words stand in the training set."""
+        record = lambda split, i: mini_world.make_record(task, i, split, seed=0)[words]
+        known = {record(split, i) for i in range(count)}
+        return sum(record("test", i) in known for i in range(300)) / 3
+
+    transcripts = share("speech", "transcript", "spoken", mini_world.SPLITS["spoken"]["speech"])
+    melodies = share("music", "description", "train", mini_world.SPLITS["train"]["music"])
+    text = " ".join(README.split())
+    assert f"about {5 * round(transcripts / 5)} % of the test's transcripts stand in training" in text
+    assert f"about {5 * round(melodies / 5)} % of the test's melody descriptions" in text
+
+
+def test_the_term_that_is_dropped_is_named():
+    assert all("score-function term" in " ".join(text.split()) for text in (train_cord.__doc__, README))
 
 
 def test_pictures_are_drawn_from_the_committed_numbers(tmp_path):
