@@ -27,6 +27,7 @@ Where this departs from the papers and from MMAU's own script:
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import re
@@ -49,6 +50,8 @@ TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's 
 SER_TASK = "emotion"                    # the task name of emotion recognition in a manifest
 EMOTIONS = {"anger": "angry", "sadness": "sad", "happiness": "happy", "excited": "happy", "excitement": "happy"}     # IEMOCAP: excited is happy
 NO_ANSWER = "no answer"
+VIEWS = ("text", "audio")
+UNSPOKEN = "unspoken"                   # the kind of question that nobody could say aloud
 SHARED = ("aqa", "ser", "both", "gap")                                  # the tasks that several ranks may do together
 TAKEN = {"average", "ua", "intervals", "official", "groups", "counts", "correct"}             # names in the results, which no task may have
 
@@ -181,7 +184,6 @@ def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=
     Returns (difference, [low, high]): accuracy of A minus that of B in points, and its 95 % bootstrap interval. With `labels`
     (class of each example) it is the difference in unweighted accuracy, resampled within each class. Pairing removes what makes
     a question easy or hard for both: the interval is much narrower than two separate ones suggest.
-    It speaks of other questions, not of another run: the same training in another order moves both.
     Raises ValueError when the lists differ in length or are empty."""
     a, b = np.asarray(correct_a, dtype=int), np.asarray(correct_b, dtype=int)
     if a.shape != b.shape or a.size == 0:
@@ -237,7 +239,21 @@ def evaluate_model(model, processor, examples, *, splits=(), **decoding):
     for name, examples in groups:
         results[name], said = score(examples, [next(outputs) for _ in examples])
         samples += [{"set": name, **s} for s in said]
-    return {**results.pop("main"), "splits": results, "samples": samples}
+    main = results.pop("main")
+    return {**main, "splits": results, "samples": samples, "decoding": decoding_of(**decoding)}
+
+
+def decoding_of(*, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):
+    """generate's keywords, its defaults filled in -> those that decide what is said (at
+    temperature 0 nothing is drawn)."""
+    drawn = {"top_k": top_k, "top_p": top_p, "seed": seed} if temperature else {}
+    return {"max_new_tokens": max_new_tokens, "temperature": temperature, **drawn}
+
+
+def differences(decoding, other):
+    """-> "max_new_tokens 200, not 2048": what `other` has first; "" if they are equal."""
+    names = [name for name in {**decoding, **other} if decoding.get(name) != other.get(name)]
+    return ", ".join(f"{name} {other.get(name)}, not {decoding.get(name)}" for name in names)
 
 
 def report(results):
@@ -316,16 +332,31 @@ def flat(by_group):
     return {i: right for group in by_group.values() for i, right in group.items()}
 
 
+def table_of(correct):
+    """correct: view -> kind -> id -> right? -> gap_of's dict of all; "kinds": the same for each
+    kind of question; "correct" itself."""
+    text, audio = correct["text"], correct["audio"]
+    kinds = {kind: gap_of(text[kind], audio[kind]) for kind in text}
+    return {**gap_of(flat(text), flat(audio)), "kinds": kinds, "correct": correct}
+
+
+def question_key(example):
+    """The same for the same words about the same clip, wherever the folder of the clips lies."""
+    clip = Path(*example.audio.parts[-2:])
+    return data.fingerprint([dataclasses.replace(example, audio=clip)])
+
+
 def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.0, **decoding):
     """Ask every spoken question twice, as audio and as text; greedy by default. elsewhere: also score what only audio can ask (Table 2).
 
-    Returns gap_of's dict; "kinds": the same for each kind of question; "correct": {"text", "audio"} -> kind -> id -> bool; "elsewhere":
-    evaluate_model's dict on the other examples, if there are any; "samples": list of dicts. Raises data.DataError without a spoken question."""
+    Returns table_of's dict; "keys" (id -> question_key) and "decoding": what two runs must share to
+    be compared; "elsewhere": evaluate_model's dict on the other examples, if there are any;
+    "samples": list of dicts. Raises data.DataError without a spoken question."""
     asked, samples = spoken(examples), []
     if not asked:
         raise data.DataError("no example has a transcript, so the audio-text gap cannot be measured; add transcripts to the manifest")
     kinds = sorted({e.kind or e.task for e in asked})
-    correct = {view: {kind: {} for kind in kinds} for view in ("text", "audio")}
+    correct = {view: {kind: {} for kind in kinds} for view in VIEWS}
     for view, words in ("text", "transcript"), ("audio", None):
         said = generate(model, processor, asked, view=view, words=words, temperature=temperature, **decoding)
         for e, output in zip(asked, said):
@@ -336,8 +367,10 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
             correct[view][kind][e.id] = right = judge.agree(output, answer, choices)
             samples.append({"id": e.id, "view": view, "transcript": e.transcript, "question": e.question, "choices": choices, "answer": answer,
                             "kind": kind, "model_output": output, "correct": right})
-    results = {**gap_of(*map(flat, correct.values())), "correct": correct, "samples": samples,
-               "kinds": {kind: gap_of(correct["text"][kind], correct["audio"][kind]) for kind in kinds}}
+    results = {
+        **table_of(correct), "samples": samples, "keys": {e.id: question_key(e) for e in asked},
+        "decoding": {**decoding_of(temperature=temperature, **decoding), "words": "transcript"},
+    }
     rest = [e for e in examples if e not in asked]
     if elsewhere and rest:
         found = evaluate_model(model, processor, rest, temperature=temperature, **decoding)
@@ -372,6 +405,78 @@ def report_gap(results, before=None):
         if "elsewhere" in results and "elsewhere" in before:
             lines += ["elsewhere (heard only):", report_change(before["elsewhere"], results["elsewhere"])]
     return "\n".join(lines)
+
+
+def read_baseline(path, decoding):
+    """--baseline: a gap that was measured before training, with this decoding. Raises DataError."""
+    found = read_json(path, "the results.json of a gap evaluation or of a CORD run")
+    if isinstance(found, dict):
+        found = found.get("before", found)              # a training run holds "before" and "after"
+    if not isinstance(found, dict) or "text_accuracy" not in found:
+        raise data.DataError(f"{path}: holds no gap; give a results.json that --task gap or "
+                             "train_cord.py wrote")
+    if not {"keys", "decoding"} <= found.keys():
+        raise data.DataError(f"{path}: does not say how it was decoded; measure the model before "
+                             "training anew, with --task gap")
+    if other := differences(decoding, found["decoding"]):
+        raise data.DataError(f"{path}: was decoded with {other}; give both the same flags")
+    return found
+
+
+def baseline_of(baseline, name, examples, path):
+    """What the model before training said to these examples of the set `name`, whichever files they
+    stood in then -> table_of's dict. Raises DataError where it was not asked one of them."""
+    sets = {baseline.get("set"): baseline, **baseline.get("splits", {})}
+    right = {view: {} for view in VIEWS}                            # question_key -> right?
+    for other in sorted(sets, key=lambda other: other == name):     # the namesake last: it counts
+        keys = sets[other]["keys"]                                  # what is unspoken has none
+        for view in VIEWS:
+            verdicts = flat(sets[other]["correct"][view])
+            right[view].update({keys[i]: verdict for i, verdict in verdicts.items() if i in keys})
+    if missing := [e.id for e in examples if question_key(e) not in right["text"]]:
+        raise data.DataError(f"{path}: lacks {len(missing):,} of the {len(examples):,} questions "
+                             f"of {name}, or had them in other words ({missing[0]} is the first); "
+                             "measure the model before training on the same files")
+    correct = {view: {} for view in VIEWS}
+    for e in examples:
+        for view in VIEWS:
+            kind = correct[view].setdefault(e.kind or e.task, {})
+            kind[e.id] = right[view][question_key(e)]
+    return table_of(correct)
+
+
+def unspoken(path, examples):
+    """The ids that speak.py left out of the manifest `path`, because there is no saying them: they
+    belong to the benchmark all the same. Raises DataError."""
+    listed = Path(path).with_suffix(".skipped.jsonl")
+    asked = {e.id for e in examples}
+    if not listed.exists():
+        return []
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+        ids = [json.loads(line)["id"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.DataError(f"{listed}: is not what speak.py writes ({error!r}); run it again, or "
+                             "move the file away") from None
+    return [i for i in ids if i not in asked]
+
+
+def with_unspoken(table, ids):
+    """table_of's dict, with these questions counted as wrong in both views: a kind of their own."""
+    if not ids:
+        return table
+    wrong = {UNSPOKEN: dict.fromkeys(ids, False)}
+    return {**table, **table_of({view: {**table["correct"][view], **wrong} for view in VIEWS})}
+
+
+def together(tables):
+    """set -> table_of's dict -> one such dict of all questions, whose kinds are the sets."""
+    correct = {view: {} for view in VIEWS}
+    for name, table in tables.items():
+        for view in VIEWS:
+            verdicts = flat(table["correct"][view])         # two files may use the same id
+            correct[view][name] = {f"{name} {i}": verdict for i, verdict in verdicts.items()}
+    return table_of(correct)
 
 
 def name_failures(before, after):
@@ -554,41 +659,82 @@ def stems(files):
 
 
 def run_gap(args, rank, device):
-    """--task gap: every question of every manifest, heard and read; with --baseline, how much of that one's gap is gone. Each rank asks its share."""
+    """--task gap: every question of every manifest, heard and read; with --baseline, how much of
+    its gap is gone. Each rank asks its share."""
     say = print if rank == 0 else (lambda *a, **k: None)
-    baseline = read_json(args.baseline, "the results.json of a gap evaluation or of a CORD run") if args.baseline else {}
-    baseline = baseline.get("before", baseline) if isinstance(baseline, dict) else {}     # a training run holds "before" and "after"
-    if args.baseline and "text_accuracy" not in baseline:
-        raise data.DataError(f"{args.baseline}: holds no gap; give a results.json that --task gap or train_cord.py wrote")
-    sets = [(name, spoken(data.read_manifest(file, split=args.split))[:args.limit]) for name, file in zip(stems(args.data), args.data)]
-    if empty := [file for file, (_, examples) in zip(args.data, sets) if not examples]:
-        raise data.DataError(f"{empty[0]}: has no example with a transcript, so nothing can be asked in both views; add transcripts")
-    data.check_audio([e for _, examples in sets for e in examples])                       # by every rank, so that all stop for the same clip
-    model, processor = models.load_audio_model(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    decoding = {name: getattr(args, name) for name in names}
+    baseline, befores = None, {}
+    if args.baseline:
+        baseline = read_baseline(args.baseline, {**decoding_of(**decoding), "words": "transcript"})
+
+    # 1. The questions, and what the baseline said to each of them
+    sets, left_out = {}, {}
+    whole = not args.limit and args.split is None           # a part of a file is no benchmark
+    for name, file in zip(stems(args.data), args.data):
+        examples = spoken(data.read_manifest(file, split=args.split))[:args.limit]
+        if not examples:
+            raise data.DataError(f"{file}: has no example with a transcript, so nothing can be "
+                                 "asked in both views; add transcripts")
+        sets[name] = examples
+        left_out[name] = unspoken(file, examples)
+        if left_out[name] and not whole:
+            say(f"{file}: {len(left_out[name]):,} questions could not be spoken and do not count "
+                "here, beside --limit or --split")
+            left_out[name] = []
+        if baseline:
+            before = baseline_of(baseline, name, examples, args.baseline)
+            befores[name] = with_unspoken(before, left_out[name])
+    # by every rank, so that all stop for the same clip
+    data.check_audio([e for examples in sets.values() for e in examples])
+
+    # 2. The model, asked
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, processor = models.load_audio_model(args.model, dtype=kind)
     models.check(model.to(device), processor)
     found, samples = {}, []
-    for name, examples in sets:
-        found[name] = evaluate_views(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
-                                     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-        said = found[name].pop("samples")
+    for name, examples in sets.items():
+        table = evaluate_views(model, processor, examples, batch_size=args.batch_size, **decoding)
+        said = table.pop("samples")
         samples += [{"set": name, **s} for s in said]
-        for view in ("text", "audio"):
-            if mcq := [{**s, "task": "mcq"} for s in said if s["view"] == view and s["choices"] and "kind" in s]:
-                score_ = score_mmau(mcq, voicebench=True, guess=args.seed if args.voicebench_guess else None)
-                found[name].setdefault("voicebench", {})[view] = {"accuracy": score_["official"]["mcq"], "counts": score_["counts"]}
-        before = baseline if name == sets[0][0] else baseline.get("splits", {}).get(name)
+        for view in VIEWS:
+            choosing = [s for s in said if s["view"] == view and s["choices"] and "kind" in s]
+            if not choosing:
+                continue
+            guess = args.seed if args.voicebench_guess else None
+            mcq = score_mmau([{**s, "task": "mcq"} for s in choosing], voicebench=True, guess=guess)
+            by_letter = {"accuracy": mcq["official"]["mcq"], "counts": mcq["counts"]}
+            table.setdefault("voicebench", {})[view] = by_letter
+        found[name] = with_unspoken(table, left_out[name])
+
+    # 3. The tables: of each set and, of several, together
+    tables = dict(found)
+    if len(sets) > 1:
+        tables["all files"] = together(found)
+        befores["all files"] = together(befores) if baseline else None
+    for name, table in tables.items():
+        before = befores.get(name)
         if before:
-            found[name]["gap_reduction_percent"] = gap_reduction(before, found[name])
-        say(f"-- {name}\n{report_gap(found[name], before)}")
-        for view, theirs in found[name].get("voicebench", {}).items():
+            table["gap_reduction_percent"] = gap_reduction(before, table)
+        say(f"-- {name}\n{report_gap(table, before)}")
+        if left_out.get(name):
+            say(f"{len(left_out[name]):,} of {table['questions']:,} questions could not be spoken: "
+                "counted as wrong")
+        for view, theirs in table.get("voicebench", {}).items():
             counts = theirs["counts"]
-            say(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
-                "answers they find no letter" + " and one is drawn" * args.voicebench_guess)
+            drawn = " and one is drawn" if args.voicebench_guess else ""
+            say(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in "
+                f"{counts['no_letter']} of {counts['records']} answers they find no letter{drawn}")
     if rank > 0:
         return
-    first, out = found.pop(sets[0][0]), common.make_folder(args.out or "runs/evaluate")
+    first, *further = found
+    results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
+    if further:
+        results["together"] = tables["all files"]
+        del results["together"]["correct"]                  # it stands in the sets
+    out = common.make_folder(args.out or "runs/evaluate")
     common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    common.write_json(out / "results.json", {**first, "splits": found, "settings": vars(args)})
+    common.write_json(out / "results.json", {**results, "settings": vars(args)})
 
 
 def run_kl(args):
@@ -645,14 +791,34 @@ def other_results(path):
     return other
 
 
+def merged(other, name):
+    """Another run's results -> those of all its examples, whichever files they stood in, as compare
+    takes them. What two of its files hold counts as in the one called `name`."""
+    sets = {other.get("set"): other, **other.get("splits", {})}
+    found = {"aqa": {"correct": {}}, "ser": {"correct": {}}}
+    for key in sorted(sets, key=lambda key: key == name):
+        for part in found:
+            for group, verdicts in sets[key].get(part, {}).get("correct", {}).items():
+                found[part]["correct"].setdefault(group, {}).update(verdicts)
+    return found
+
+
 def tell(results, other, args, out):
     """Write results.json, if there is a name for it, and print the tables."""
     if out:
         common.make_folder(out.parent)
         common.write_json(out, {**results, "settings": vars(args)})
     print(report(results))
-    if other is not None:
-        print(f"against {args.compare}, paired, 95 % bootstrap interval:", *compare(results, other), sep="\n")
+    if other is None:
+        return
+    decoded = ""
+    if "decoding" in results and "decoding" in other:
+        decoded = differences(results["decoding"], other["decoding"])
+    decoded = f", which was decoded with {decoded}" if decoded else ""
+    print(f"against {args.compare}{decoded}, paired, 95 % bootstrap interval:")
+    print(*compare(results, merged(other, results.get("set"))), sep="\n")
+    for name, split in results.get("splits", {}).items():
+        print(f"-- {name}", *compare(split, merged(other, name)), sep="\n")
 
 
 def score_file(args):
@@ -678,6 +844,7 @@ def run(args, rank, device):
                              max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     if rank > 0:
         return
+    results["set"] = sets[0][0]
     out, samples = common.make_folder(args.out or "runs/evaluate"), results.pop("samples")
     common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     mmau = [s for s in samples if s["task"] != SER_TASK]
