@@ -637,6 +637,8 @@ def load_optimizer(path, module, optimizer):
 
 
 def of_no_use(path, error):
+    if isinstance(error, CheckpointException):              # of each rank that failed, its own
+        error = next(cause for cause, _ in error.failures.values())
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, SafetensorError):
         return (f"{path} holds a file that is truncated or damaged ({reason}); go on from another "
