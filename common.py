@@ -324,7 +324,7 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
         model*.safetensors, config.json, ...    `model` in the hub's layout, with its card (README.md)
         NAME.safetensors                        each of `beside`, {file name: module}
         optimizer/*.safetensors                 of `module`'s parameters; each rank writes its part, any number of ranks can read it
-        checkpoint.json                         step, ranks, all files with their bytes (models.fault_of), and later the scores
+        checkpoint.json                         step, ranks, files and their bytes, later scores
 
     Written under a temporary name, flushed to the disk, and renamed when complete, so that a folder called step-N is always whole. Raises SystemExit where the
     disk is full (or the ranks' weights are not the same): the checkpoints before are as they were."""
@@ -356,8 +356,10 @@ def save_checkpoint(folder, *, step, model, processor, beside, module, optimizer
         with failing_together():
             if rank == 0:
                 ranks = dist.get_world_size() if dist.is_initialized() else 1
-                files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
-                (partial / "checkpoint.json").write_text(json.dumps({"step": step, "ranks": ranks, "files": files}))
+                paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+                files = {str(path.relative_to(partial)): path.stat().st_size for path in paths}
+                about = {"step": step, "ranks": ranks, "files": files}
+                (partial / "checkpoint.json").write_text(json.dumps(about))
                 for path in [*partial.rglob("*"), partial]:
                     flush(path)
                 put_away(final)
@@ -423,8 +425,10 @@ def complete(folder):
 def drop_old(folder, keep, best=None):
     """Keep the `keep` newest checkpoints, and the one with the highest score named `best`."""
     found = complete(folder)
-    whole = [path for path in found if models.fault_of(path) is None] if best else []
-    scores = {path: json.loads((path / "checkpoint.json").read_text()).get("scores", {}) for path in whole}
+    scores = {}
+    for path in found:
+        if best and models.fault_of(path) is None:
+            scores[path] = read_json(path / "checkpoint.json").get("scores", {})
     scored = [path for path in scores if scores[path].get(best) is not None]        # nothing may have been asked that gives it
     for old in set(found[:-keep]) - {max(scored, key=lambda path: scores[path][best])} if scored else found[:-keep]:
         put_away(old)
@@ -472,7 +476,7 @@ lock                  held by the run that writes here, for as long as its proce
 config.json           every flag, versions, commit, ranks, steps
 log.jsonl             a line a step: loss terms, speed, seconds spent, memory; a step that was left out says why
 step-N/               a checkpoint: the model in the hub's layout, the optimizer, checkpoint.json (step, scores)
-aside-N/              a checkpoint that a run went back behind (--resume DIR of an earlier one, or it was not whole); nothing reads it
+aside-N/              a checkpoint that a run went back behind; nothing reads it
 before, eval-N, after.json    evaluations, each question's verdict in them; samples-*.jsonl: what was said
 skipped.jsonl         training examples that could not be used, and why
 results.json, run.png         before and after
@@ -484,36 +488,44 @@ python train_....py (flags of config.json) --resume auto     goes on from the ne
 def start_folder(folder, checkpoint, rank, world):
     """Make the run's folder. A run that does not resume from there wants it to itself: another's checkpoints and evaluations would pass for its own.
     What a dry run or a kill left is removed; raises SystemExit where it would be a real run's checkpoints."""
-    folder = Path(folder)
     if rank == 0:
         with writing(folder):
-            if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
-                if list(folder.glob("step-*")) and not was_dry(folder):
-                    raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by --resume auto, or give another --out")
-                for old in folder.glob("step-*"):
-                    shutil.rmtree(old)
-                for old in (path for name in ("eval-*.json", "before.json", "after.json", "results.json", "skipped.jsonl") for path in folder.glob(name)):
-                    old.unlink()
-            else:                                               # behind an earlier one the run takes another way: what came later is not its own, and not the newest
-                for later in (path for path in sorted(folder.glob("step-*"), reverse=True) if path.name > checkpoint.name):
-                    aside = later.with_name(later.name.replace("step", "aside"))
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(later, aside)
-                for old in (path for path in folder.glob("eval-*.json") if path.stem[5:] > checkpoint.name[5:]):
-                    old.unlink()
-            for old in folder.glob("partial-*"):
-                shutil.rmtree(old)
-            make_folder(folder)
-            (folder / "README.txt").write_text(ABOUT)
+            clear_folder(Path(folder), checkpoint)
+            (Path(folder) / "README.txt").write_text(ABOUT)
     wait_for_all()
 
 
-def claim(folder):
-    """Take a run's folder for this process, as long as it lives; the folder is made. Every rank must come here. Raises
-    SystemExit, on all of them, where it cannot be written, or another run holds it.
+def clear_folder(folder, checkpoint):
+    """What another run left goes. Behind an earlier checkpoint a run takes another way: what
+    came later is not its own."""
+    if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+        if list(folder.glob("step-*")) and not was_dry(folder):
+            raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
+                             "--resume auto, or give another --out")
+        for old in folder.glob("step-*"):
+            shutil.rmtree(old)
+        for name in ("eval-*.json", "before.json", "after.json", "results.json", "skipped.jsonl"):
+            for old in folder.glob(name):
+                old.unlink()
+    else:
+        for later in sorted(folder.glob("step-*"), reverse=True):
+            if later.name > checkpoint.name:
+                aside = later.with_name(later.name.replace("step", "aside"))
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(later, aside)
+        for old in folder.glob("eval-*.json"):
+            if old.stem[5:] > checkpoint.name[5:]:
+                old.unlink()
+    for old in folder.glob("partial-*"):
+        shutil.rmtree(old)
 
-    lockf, not flock: data workers would inherit that one, and hold it a moment longer than a run that was killed. The
-    file is never closed, because that would give the lock back."""
+
+def claim(folder):
+    """Take a run's folder for this process, as long as it lives; the folder is made. Every rank has to
+    come here. Raises SystemExit, on all, where it cannot be written or another run holds it.
+
+    lockf, not flock: data workers would inherit that one, and hold it a moment longer than a run
+    that was killed. The file is never closed, because that would give the lock back."""
     fault = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -532,28 +544,32 @@ def claim(folder):
 
 
 def find_checkpoint(args, folder, device):
-    """--resume auto: the newest whole checkpoint below folder, or None; --resume DIR: that one; the same on every rank, which all must come here. torchrun
-    --max-restarts starts us again after a rank died: then auto, whatever was asked, if the folder is that of a run with the same flags. Raises SystemExit if
-    DIR is none or not whole, and for a dry run: it would leave a real run's folder looking like its own, which the next run clears."""
+    """--resume auto: the newest whole checkpoint below folder, or None; --resume DIR: that one; the
+    same on every rank, which all must come here. torchrun --max-restarts starts us again after a
+    rank died: then auto, whatever was asked, if the folder is that of a run with the same flags.
+    Raises SystemExit if DIR is none or not whole, and for a dry run: it would leave a real run's
+    folder looking like its own, which the next run clears."""
     claim(folder)
     same_folder(folder)
     # each node's torchrun counts its own restarts; and it starts again after a refusal too, so that the count alone does not make a checkpoint ours
     again = over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), dist.ReduceOp.MAX, device) > 0 and same_flags(args, folder)
-    found, passed_over = of_rank_zero((None, []) if was_dry(folder) else models.newest_whole(folder))
+    found, passed_over = (None, []) if was_dry(folder) else models.newest_whole(folder)
+    found, passed_over = of_rank_zero((found, passed_over))
     if args.dry_run and args.resume:
         raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
     if args.dry_run or args.resume in (None, "auto") or of_rank_zero(again and found):
         if args.dry_run or not of_rank_zero(again or args.resume):
             return None
         if passed_over and not found:
-            raise SystemExit(f"{folder} has no checkpoint that is whole: {'; '.join(passed_over)}; give another --out")
+            raise SystemExit(f"{folder} has no checkpoint that is whole: {'; '.join(passed_over)}; "
+                             "give another --out")
         for sentence in passed_over:
             speaker(dist.get_rank() if dist.is_initialized() else 0)(sentence)
         return found
     if not (Path(args.resume) / "checkpoint.json").is_file():
         raise SystemExit(f"{args.resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
     if fault := models.fault_of(Path(args.resume)):
-        raise SystemExit(f"{args.resume} is not whole ({fault}); go on from another checkpoint, or with auto")
+        raise SystemExit(f"{args.resume} is not whole ({fault}); go on from another, or with auto")
     return Path(args.resume)
 
 
@@ -595,9 +611,10 @@ def load_model(path, model, *beside):
 def load_optimizer(path, module, optimizer):
     """Fill the optimizer's state, each rank its part, whatever number of ranks wrote it. Rates and decay are those of today's flags. Raises SystemExit where
     other parameters learnt."""
-    # models.fault_of has looked for the files that checkpoint.json names; one of before it named any has to hold some
-    if not any(Path(path).glob("optimizer/*.safetensors")) and "files" not in read_json(Path(path) / "checkpoint.json"):
-        raise SystemExit(f"{path} is not whole (no optimizer/*.safetensors); go on from another checkpoint (--resume DIR)")
+    # models.fault_of has looked for the files that checkpoint.json lists; an old one lists none
+    listed = "files" in read_json(Path(path) / "checkpoint.json")
+    if not listed and not any(Path(path).glob("optimizer/*.safetensors")):
+        raise SystemExit(f"{path} is not whole (no optimizer/*.safetensors); go on from another")
     reader = HuggingFaceStorageReader(str(Path(path) / "optimizer"))
     try:
         known, learns = reader.read_metadata().state_dict_metadata, {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -620,9 +637,12 @@ def load_optimizer(path, module, optimizer):
 
 
 def of_no_use(path, error):
+    if isinstance(error, CheckpointException):              # of each rank that failed, its own
+        error = next(cause for cause, _ in error.failures.values())
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, SafetensorError):
-        return f"{path} holds a file that is truncated or damaged ({reason}); go on from another checkpoint (--resume DIR)"
+        return (f"{path} holds a file that is truncated or damaged ({reason}); go on from another "
+                "checkpoint (--resume DIR)")
     return f"{path} was saved by another model ({reason}); resume with the flags of its config.json"
 
 
@@ -852,16 +872,17 @@ def leave(why, saved, say):
 
 @contextlib.contextmanager
 def writing(path):
-    """What cannot be written inside (no room, no permission, a file where a folder should be) is one sentence: SystemExit."""
+    """What cannot be written inside (no room, no permission, a file in a folder's place) is one
+    sentence: SystemExit."""
     try:
         yield
     except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error}); make room there or give another --out, and start again "
-                         "(a training run with --resume auto)") from None
+        raise SystemExit(f"{path} cannot be written ({error}); make room there or give another "
+                         "--out, and start again (a training run with --resume auto)") from None
 
 
 def make_folder(path):
-    """-> the folder, made where it is missing. Raises SystemExit where it cannot be made or written to."""
+    """-> the folder, made if it is missing. Raises SystemExit where nobody can write into it."""
     path = Path(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -871,7 +892,7 @@ def make_folder(path):
 
 
 def read_json(path):
-    """What a JSON file of a run says, a dict; None without such a file. Raises SystemExit where it is broken."""
+    """A JSON file of a run -> a dict; None without the file. Raises SystemExit for a broken one."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -880,7 +901,8 @@ def read_json(path):
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} is not the JSON that a run wrote there ({error}); move it away and start again") from None
+        raise SystemExit(f"{path} is not the JSON that a run wrote there ({error}); move it away "
+                         "and start again") from None
 
 
 def write_json(path, value):
@@ -893,7 +915,7 @@ def replace_text(path, text):
     partial = Path(f"{path}.part")
     with writing(path):
         partial.write_text(text, encoding="utf-8")
-        flush(partial)                                      # else a power cut could leave the new name with nothing in it
+        flush(partial)          # else a power cut could leave the new name with nothing in it
         os.replace(partial, path)
 
 
@@ -925,7 +947,8 @@ def open_log(path, done):
                 kept.append(line.decode() + "\n")
         except (ValueError, KeyError, TypeError) as error:
             if n < len(lines):
-                raise SystemExit(f"{path}:{n} is no line that a run wrote ({error!r}); mend it, or move the file away, and start again") from None
+                raise SystemExit(f"{path}:{n} is no line that a run wrote ({error!r}); mend it, or "
+                                 "move the file away, and start again") from None
     replace_text(path, "".join(kept))
 
 
@@ -937,7 +960,8 @@ def evaluation(work, when, asked, *, module, out, args, rank):
         results = whole(module, work)
     samples, results["asked"] = results.pop("samples"), asked
     if rank == 0:
-        replace_text(out / f"samples-{when}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        replace_text(out / f"samples-{when}.jsonl", text)
         write_json(out / f"{when}.json", results)
     return results
 

@@ -22,7 +22,7 @@ Where this departs from the papers and from MMAU's own script:
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl telephone.jsonl      # the further sets are reported apart
     torchrun --nproc_per_node 8 evaluate.py --task both --model DIR --data test.jsonl             # each GPU asks its share; aqa, ser and gap, too
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
-    python evaluate.py --task layers --model runs/source_layer --data test.jsonl                  # which layers are alike? (inside.py)
+    python evaluate.py --task layers --model runs/source_layer --data test.jsonl    # which layers are alike? (inside.py)
     python evaluate.py --task report --run runs/source_layer                                      # how does a training run go? (report.py)
 """
 
@@ -561,7 +561,8 @@ def main(argv=None):
     parser.add_argument("--voicebench-guess", action="store_true",
                         help="mcq, gap: where VoiceBench's templates find no letter, draw one (--seed) as its script does; default: wrong, counted")
     parser.add_argument("--model", metavar="DIR",
-                        help="an audio language model: a folder, a name on the hub, or a run's folder, which means its newest checkpoint")
+                        help="an audio language model: a folder, a name on the hub, or a run's "
+                             "folder (its newest whole checkpoint)")
     parser.add_argument("--data", metavar="FILE", nargs="+", help="a manifest (JSONL; see data.py); each further one is reported apart")
     parser.add_argument("--teacher", metavar="DIR", help="layers, features: the text LLM; default: the one that the run of --model names")
     parser.add_argument("--split", help="only the manifest's examples of this split")
@@ -587,7 +588,7 @@ def main(argv=None):
         if args.model:
             args.model = common.of_rank_zero(models.newest_checkpoint(args.model))
         if args.task not in ("mmau", "mcq", "report") and rank == 0:
-            common.make_folder(args.out or "runs/evaluate")               # now, and not after hours of answers
+            common.make_folder(args.out or "runs/evaluate")         # not after hours of answers
         if args.task in SHARED:
             (run_gap if args.task == "gap" else run)(args, rank, device)
         elif world > 1:
@@ -848,7 +849,7 @@ def run(args, rank, device):
     out, samples = common.make_folder(args.out or "runs/evaluate"), results.pop("samples")
     common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     mmau = [s for s in samples if s["task"] != SER_TASK]
-    common.write_json(out / "predictions.json", mmau)                                     # MMAU's format, for its own script
+    common.write_json(out / "predictions.json", mmau)       # MMAU's format, for its own script
     tell(results, other, args, out / "results.json")
 
 

@@ -9,12 +9,12 @@ Three questions about paper A that its tables do not answer, asked of two models
    on the token that it is paired with, where 1 / length would be chance?
 3. Which features get the gradient of L_layer, with each divergence of losses.py, and with a "massive" feature planted into both models?
 
-    python evaluate.py --task layers --model runs/source_layer --data test.jsonl                   # 1 and 2, before and after training
+    python evaluate.py --task layers --model runs/source_layer --data test.jsonl   # 1 and 2, before and after training
     python evaluate.py --task features --model mini/student --teacher mini/teacher --data test.jsonl     # 3
 
 And one about CORD (the paper's Figure 3): where along a rollout, and on which tokens, do hearing and reading part ways?
 
-    python evaluate.py --task kl --model runs/cord --data test.jsonl                               # before and after training
+    python evaluate.py --task kl --model runs/cord --data test.jsonl               # before and after training
 """
 import math
 

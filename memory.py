@@ -259,7 +259,12 @@ def estimate(args, shape, gpus, clips):
     forward = {"held": sum(held.values()), **gathered, **copies, "activations": clips * clip, "gathered: the teacher's head": reader_head,
                "the head's gradient, in float32 and as it is kept": s.head_learns * (4 if head == 4 else 6)}
     tokens = min(2048, max(128, int((args.memory - sum(forward.values())) * 1e9 / 4) // (12 * s.words) // 128 * 128), clips * lengths["response"])       # losses._rows_per_chunk
-    answers = lambda n: {f"keys and values of {n}": n * (lengths["prompt"] + args.response_tokens) * s.cached, "sampling": 28 * n * s.words / 1e9}     # logits three times, probabilities twice in float64
+
+    def answers(n, tokens=lengths["prompt"] + args.response_tokens):
+        # of a token: logits three times, probabilities twice in float64
+        kept = n * tokens * s.cached
+        return {f"keys and values of {n}": kept, "sampling": 28 * n * s.words / 1e9}
+
     moments = {
         "forward pass, at the losses": {**forward, "a chunk: logits of both, gradient": 12 * s.words * tokens / 1e9},
         "backward pass, its begin": {"held": sum(held.values()), **gathered, **copies, "activations": clips * clip, "the head's gradient, kept and multiplied": 2 * head * s.head_learns,
@@ -280,6 +285,16 @@ def estimate(args, shape, gpus, clips):
         moments["loading, the calibration"] = {"the student": each * s.whole, "snapshot": snapshot, "the teacher": 2 * s.reader / gpus, **copies,
                                   "gathered": (2 * max(s.snapshot_root, s.reader_root) + 4 * max(s.block, s.reader_block)) * shared,
                                   "states of every layer": s.depth * tokens * (each * s.width + 2 * s.reader_width + 2 * s.width) / 1e9}
+    # The first answers are given before it is shared out, too
+    loaded = {"the student": each * s.whole}
+    loaded["bfloat16 copies of weights, by autocast"] = 2 * s.linear * wide(args)
+    if source:
+        loaded |= {"snapshot": snapshot, "the teacher": 2 * s.reader / gpus}
+    else:
+        loaded["its copy"] = 2 * (s.decoder + s.head) * copied
+        texts = answers(args.text_batch, lengths["text view"])
+        moments["loading, the text view's answers"] = {**loaded, **texts}
+    moments["loading, the evaluation before"] = {**loaded, **answers(args.eval_batch)}
     return held, moments
 
 
@@ -426,6 +441,7 @@ def main(argv=None):
     add("--words", type=int, help="of each vocabulary, at most so many, for --measure on a small machine")
     for name, kind, default, text in (("lora", int, 0, "rank of adapters; 0: the weights learn"), ("micro-batch", int, 1, "clips in one forward pass; CORD: with all their rollouts"),
                                       ("prompts", int, 8, "CORD: prompts of a step on one GPU, whose rollouts are sampled at once"), ("eval-batch", int, 8, "answers at once in an evaluation"),
+                                      ("text-batch", int, 64, "CORD: the text view's answers at once"),
                                       ("seconds", float, 30.0, "length of a clip"), ("response-tokens", int, None, "tokens of a response or rollout; default: source_layer 700, cord 200"), ("memory", float, 80.0, "GB of one GPU")):
         add(f"--{name}", type=kind, default=default, help=text)
     args = parser.parse_args(argv)

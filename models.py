@@ -44,8 +44,9 @@ ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weight
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
 
 def load_audio_model(path, *, dtype=torch.float32):
-    """A directory or hub id of a model, a directory of a LoRA adapter (which is added into its base's weights), or a training run's folder (its newest
-    whole checkpoint) -> (audio language model, its processor), in eval mode.
+    """A directory or hub id of a model, a directory of a LoRA adapter (which is added into its
+    base's weights), or a training run's folder (its newest whole checkpoint) -> (audio language
+    model, its processor), in eval mode.
 
     Raises SystemExit with one sentence when it cannot be used."""
     model, processor = _load(path, "an audio language model", (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM), AutoProcessor, dtype)
@@ -425,9 +426,10 @@ def fill(model, folder):
             raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
         _peft().set_peft_model_state_dict(model, saved)
     else:                           # through the class, because the hub's names are not the module's own
-        # with this model's own config: without config.json in the folder, the class's default of 7B would be built
+        # with this model's config: without config.json the class's default of 7B would be built
         saved, found = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=model.dtype, use_safetensors=True, output_loading_info=True)
+            folder, config=copy.deepcopy(model.config), dtype=model.dtype,
+            use_safetensors=True, output_loading_info=True)
         for kind in ("missing", "unexpected"):
             if names := sorted(found[f"{kind}_keys"]):
                 raise ValueError(f"{len(names)} tensors are {kind}, such as {names[0]}")
@@ -435,8 +437,8 @@ def fill(model, folder):
 
 
 def fault_of(checkpoint, *, optimizer=True):
-    """Why a run's checkpoint is not whole, in a few words; None where it is. Its checkpoint.json lists its files, with
-    their bytes. optimizer=False: its model alone is wanted."""
+    """Why a run's checkpoint is not whole, in a few words; None where it is. Its checkpoint.json
+    lists its files, with their bytes. optimizer=False: its model alone is wanted."""
     try:
         saved = json.loads((checkpoint / "checkpoint.json").read_text())
         int(saved["step"])
@@ -456,7 +458,7 @@ def fault_of(checkpoint, *, optimizer=True):
 
 
 def newest_whole(folder, *, optimizer=True):
-    """A run's folder -> (its newest checkpoint that is whole, or None; a sentence on each newer one that is not)."""
+    """A run's folder -> (its newest whole checkpoint or None, a sentence on each newer one)."""
     passed_over = []
     for checkpoint in sorted(Path(folder).glob("step-*"), reverse=True):
         fault = fault_of(checkpoint, optimizer=optimizer)
@@ -467,10 +469,11 @@ def newest_whole(folder, *, optimizer=True):
 
 
 def newest_checkpoint(path):
-    """The folder of a training run -> its newest checkpoint whose model is whole; any other folder, or a hub id: itself."""
+    """A training run's folder -> its newest checkpoint whose model is whole; any other: itself."""
     checkpoint, passed_over = newest_whole(path, optimizer=False)
     if passed_over and checkpoint is None:
-        raise SystemExit(f"{path} has no checkpoint that is whole: {'; '.join(passed_over)}; give another folder")
+        raise SystemExit(f"{path} has no checkpoint that is whole: {'; '.join(passed_over)}; "
+                         "give another folder")
     for sentence in passed_over:
         print(sentence)
     return str(checkpoint or path)

@@ -129,11 +129,12 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     return [said[i] for i in range(len(examples))]
 
 
-def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64, progress=True, **decoding):
-    """The text view's greedy answers -> {id: {"text", "ids", "ended"}}; what a file at `path` holds of the same model and prompts is not asked again.
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64, progress=True,
+                 **decoding):
+    """The text view's greedy answers -> {id: {"text", "ids"}}; what a file at `path` holds of the same model and prompts is not asked again.
 
-    Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill loses one chunk at most. Behind the first
-    chunk it says how long all of them will take."""
+    Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill
+    loses one chunk at most. Behind the first chunk it says how long all of them take."""
     path, tokenizer = Path(path), processor.tokenizer
     some = torch.cat([p.detach().flatten()[:1000].float().cpu() for p in (*models.decoder(model).parameters(), models.head_weight(model))])
     weights = zlib.crc32(some.numpy().tobytes())                                                 # another student, or this one trained further
@@ -164,7 +165,8 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
                 file.write("".join(json.dumps(line) + "\n" for line in new))
             if progress and start == 0 and len(todo) > chunk:
                 minutes = (time.time() - begun) / chunk * len(todo) / 60
-                tqdm.write(f"the text view's answers: {len(todo):,} prompts, about {minutes:.0f} minutes")
+                tqdm.write(f"the text view answers {len(todo):,} prompts, "
+                           f"about {minutes:.0f} minutes")
     return {e.id: known[e.id] for e in examples}
 
 

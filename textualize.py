@@ -106,10 +106,13 @@ def say_failed(failed):
     return [f"left out, {fault}: {n} (see {failed}; delete it to try them again)" for fault, n in sorted(why.items())]
 
 
-def textualize(examples, records, model, processor, out, *, prompts, grounding, batch_size, max_new_tokens, rank, name):
-    """Describe `examples` into the manifest `out`, `batch_size` at a time on each rank. records: id -> its line of the source.
+def textualize(examples, records, model, processor, out, *, prompts, grounding, batch_size,
+               max_new_tokens, rank, name):
+    """Describe `examples` into the manifest `out`, `batch_size` at a time on each rank. records:
+    id -> its line of the source.
 
-    Rank 0 appends all ranks' lines at once, so that a kill loses one batch a rank at most. -> Counter of why descriptions were tried again"""
+    Rank 0 appends all ranks' lines at once, so that a kill loses one batch a rank at most.
+    -> Counter of why descriptions were tried again"""
     counts, failed = Counter(), out.with_suffix(".failed.jsonl")
     done = written(out, name) | written(failed, name)
     todo = [e for e in examples if e.id not in done]
@@ -117,7 +120,7 @@ def textualize(examples, records, model, processor, out, *, prompts, grounding, 
         raise data.DataError(f"{blind[0].where}: has no reasoning trace to ground the description with; add one, or use --grounding none")
     asked = [dataclasses.replace(e, question=prompt(e, prompts, grounding), choices=[]) for e in todo]
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    chunk = batch_size * world                              # rollout.generate gives each rank its share of it
+    chunk = batch_size * world                  # rollout.generate gives each rank its share of it
     listen = dict(batch_size=batch_size, progress=False, with_end=True)
     with tqdm(total=len(examples), initial=len(examples) - len(todo), desc="descriptions", unit="clip", disable=rank > 0) as bar:
         for start in range(0, len(asked), chunk):
@@ -347,7 +350,8 @@ def parse_flags(argv=None):
     parser.add_argument("--grounding", choices=["reasoning", "caption", "none"],
                         help="what of the trace the model is shown; default: reasoning (paper), with mini/student none")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens a description may have")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips described at once on one rank (one GPU)")
+    parser.add_argument("--batch-size", type=int, default=32,
+                        help="clips described at once on one rank (one GPU)")
     parser.add_argument("--limit", type=int, help="only the first N examples")
     parser.add_argument("--seed", type=int, default=0, help="of the mini world and the rating sheet")
     # measuring
@@ -385,6 +389,7 @@ def main(argv=None):
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     mini = Path(args.model).resolve() == (mini_world.MINI / "student").resolve()
     grounding = args.grounding or ("none" if mini else "reasoning")
+    args.model = common.of_rank_zero(models.newest_checkpoint(args.model))      # of a run's folder
     name, failed = f"{args.model}, grounding: {grounding}", out.with_suffix(".failed.jsonl")
     if {e.id for e in examples} - written(out, name) - written(failed, name):
         model, processor = models.load_audio_model(args.model, dtype=half)
@@ -392,7 +397,8 @@ def main(argv=None):
         models.check(model.to(device), processor)
         say(f"{data.about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
         counts = textualize(examples, records, model, processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
-                            grounding=grounding, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, rank=rank, name=name)
+                            grounding=grounding, batch_size=args.batch_size,
+                            max_new_tokens=args.max_new_tokens, rank=rank, name=name)
         del model
         say("\n".join(f"tried again, {why}: {n}" for why, n in sorted(counts.items())) or "no description had to be tried again")
     say(*say_failed(failed), sep="\n", end="\n" * failed.exists())

@@ -9,8 +9,9 @@ CORD (paper B, arXiv 2601.16547): the model that reads teaches the model that li
 
     python train_cord.py                                  # laptop: the mini world, audio synthesised on the first run
     python train_cord.py --dry-run                        # two steps and a small evaluation of everything
-    torchrun --nproc_per_node 8 train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct --weights bfloat16 --shard --micro-batch 5 \\
-        --data numina_spoken.jsonl --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --eval-batch 16
+    torchrun --nproc_per_node 8 train_cord.py --student Qwen/Qwen2-Audio-7B-Instruct \\
+        --weights bfloat16 --shard --data numina_spoken.jsonl \\
+        --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --micro-batch 5 --eval-batch 16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_cord.py ...        # on each node
 
 The rows of the paper's tables (python experiments.py cord: all of them, two epochs, three seeds each):
@@ -105,7 +106,8 @@ def parse_flags(argv=None):
     # evaluation
     parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
     parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
-    parser.add_argument("--text-batch", type=int, default=64, help="prompts that one rank reads and answers at once, before the first step")
+    parser.add_argument("--text-batch", type=int, default=64,
+                        help="prompts that one rank reads and answers at once before step 1")
     parser.add_argument("--show-every", type=int, default=25, help="steps between three rollouts in the terminal and samples.jsonl")
     common.add_run_flags(parser, out="runs/cord", best=["audio", "text"])
     args = parser.parse_args(argv)
@@ -113,7 +115,9 @@ def parse_flags(argv=None):
         parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing to be better than")
     if not args.group_size and (args.token_loss == "none" or args.share_rollouts) or args.share_rollouts and args.token_loss != "reverse-kl":
         parser.error("with --token-loss none and --group-size 0 nothing is learnt; --share-rollouts needs --token-loss reverse-kl and a --group-size")
-    if min(args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch, args.text_batch, args.show_every, args.lora + 1) < 1 or args.epochs <= 0:
+    sizes = (args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch,
+             args.text_batch, args.show_every)
+    if min(*sizes, args.lora + 1) < 1 or args.epochs <= 0:
         parser.error("batch sizes, --max-new-tokens and --show-every are at least 1, --epochs above 0, --lora at least 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
@@ -249,7 +253,7 @@ def main(argv=None):
     started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
     say = common.speaker(rank)
     torch.manual_seed(args.seed)
-    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))                          # of a run's folder
+    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))
     # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the {world} ranks; change one")
@@ -294,8 +298,9 @@ def main(argv=None):
     before = None if args.no_eval or not scored else checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
     asked = {e.id: e for step in range(stop) for e in common.examples_of_step(examples, step, args.batch_size, args.seed)}
     with common.writing(out / "references.jsonl"):
-        references = rollout.text_answers(student, processor, list(asked.values()), out / "references.jsonl",
-                                          **{**answering, "batch_size": args.text_batch})
+        how = {**answering, "batch_size": args.text_batch}
+        references = rollout.text_answers(student, processor, [*asked.values()],
+                                          out / "references.jsonl", **how)
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in list(asked.values())[:1000]])
     say(f"judge ({args.judge}): the text view gives the gold answer to {100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
     if cut := sum(not reference["ended"] for reference in references.values()):

@@ -14,7 +14,8 @@ All but L_ac are taken at the positions that predict the response's tokens, whic
     python train_source_layer.py                                  # laptop: the mini world, audio synthesised on the first run
     python train_source_layer.py --dry-run                        # two steps and a small evaluation of everything
     torchrun --nproc_per_node 8 train_source_layer.py --student Qwen/Qwen2-Audio-7B-Instruct --teacher Qwen/Qwen3-8B --weights bfloat16 \\
-        --shard --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --tower-lr 1 --batch-size 64 --micro-batch 1 --eval-batch 16
+        --shard --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --tower-lr 1 \\
+        --batch-size 64 --micro-batch 1 --eval-batch 16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_source_layer.py ...   # on each node
 
 Table 1 of the paper, row by row (python experiments.py table: all of them, three seeds each):
@@ -233,7 +234,7 @@ def main(argv=None):
     started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
     say = common.speaker(rank)
     torch.manual_seed(args.seed)
-    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))                          # of a run's folder
+    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))
     # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % (args.micro_batch * world):
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {args.micro_batch * world} "

@@ -16,6 +16,7 @@ import torch
 import bad_days
 import common
 import evaluate
+import layer_map
 import mini_world
 import models
 import train_cord
@@ -595,6 +596,14 @@ def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
     model = models.load_audio_model(mini_world.MINI / "student")[0]
     with pytest.raises(SystemExit, match=f"{folder} holds a file that is truncated or damaged .*--resume DIR"):
         common.load_model(folder, model)
+    files = sorted((folder / "optimizer").glob("*.safetensors"))
+    os.truncate(files[0], files[0].stat().st_size - 1000)
+    step = torch.nn.Module()
+    step.student, step.projections = model, layer_map.Projections(layer_map.pairs(7, 9), 128, 160)
+    step.requires_grad_(True)
+    step.student.get_encoder(modality="audio").embed_positions.requires_grad_(False)
+    with pytest.raises(SystemExit, match="holds a file that is truncated or damaged"):
+        common.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
     shutil.rmtree(folder / "optimizer")
     with pytest.raises(SystemExit, match=r"is not whole \(no optimizer"):
         common.load_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
@@ -615,6 +624,13 @@ def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, cap
     damage(folder / "step-0000003", "config.json")
     with pytest.raises(SystemExit, match="has no checkpoint that is whole: .*config.json is missing"):
         models.load_audio_model(folder)
+
+
+def test_a_run_that_starts_from_a_runs_folder_notes_which_checkpoint(flags, undisturbed, tmp_path):
+    out, base = tmp_path / "run", undisturbed("source", 4)
+    run = fork("source", flags("source", out, "--max-steps", "1", "--student", str(base)), out)
+    assert run.wait() == 0, run.text()
+    assert json.loads((out / "config.json").read_text())["student"] == str(base / "step-0000004")
 
 
 # ------------------------------------------------------------ two runs, one folder --------------------------------------------------------

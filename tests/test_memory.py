@@ -57,7 +57,7 @@ def test_memory(script, shapes, weights, lora, monkeypatch):
     """Sums are sums, the most is the largest moment, shares shrink with the GPUs, and one GPU holds what `step` says of full depth."""
     shrink(monkeypatch.setitem)
     args = argparse.Namespace(script=script, shapes=shapes, weights=weights, lora=lora, train=None, memory=80.0, checkpoint_activations=False, group_size=4 * (script == "cord"),
-                              response_tokens=20, seconds=1.0, prompts=2, eval_batch=2, words=None)
+                              response_tokens=20, seconds=1.0, prompts=2, eval_batch=2, text_batch=2, words=None)
     flags = {"cord": memory.train_cord, "source_layer": memory.train_source_layer}[script].parse_flags([])
     shape = memory.shape_of(args, flags, 2)
     one, two, many = (memory.estimate(args, shape, gpus, 1) for gpus in (1, 2, 64))
@@ -155,3 +155,35 @@ def test_readmes_table_of_many_gpus_is_what_the_command_prints(capsys):
         memory.main([*flags])
         most = rows(capsys.readouterr().out)["**the most**"]
         assert f"| {row} | {' | '.join(most)} |" in text
+
+
+@pytest.mark.parametrize("script", ["source_layer", "cord"])
+def test_the_command_of_each_opening_fits_into_72_gb(script):
+    """The training commands of the scripts' first lines, at the real models' shapes and with their own flags, on as many GPUs as they name."""
+    module = {"source_layer": memory.train_source_layer, "cord": memory.train_cord}[script]
+    text = re.sub(r"\\\n\s*", " ", module.__doc__)
+    gpus, words = re.search(r"torchrun --nproc_per_node (\d+) train_\w+\.py (--student Qwen/.*)", text).groups()
+    flags, gpus = module.parse_flags(words.split()), int(gpus)
+    names = {name: shape for shape, name in memory.SHAPES.items()}
+    args = argparse.Namespace(**{**vars(flags), "script": script, "seconds": 30.0, "words": None, "memory": 80.0, "train": None, **({
+        "shapes": names[flags.student], "response_tokens": flags.max_new_tokens, "prompts": flags.batch_size // gpus} if script == "cord" else {
+        "shapes": f"{names[flags.student]}+{names[flags.teacher]}", "response_tokens": 700, "prompts": 0, "group_size": 0, "text_batch": 0})})
+    clips = -(-flags.micro_batch // (1 + args.group_size))
+    held, moments = memory.estimate(args, memory.shape_of(args, flags, memory.ALL), gpus if flags.shard else 1, clips)
+    most = max(sum(parts.values()) for parts in moments.values())
+    print(f"{script}: {most:.1f} GB")
+    assert sum(held.values()) < most <= 72
+
+
+def test_the_first_answers_are_counted(monkeypatch):
+    """Planted: before it is shared out, the student is whole on every GPU while it answers, in 16 bits beside its float32 weights."""
+    shrink(monkeypatch.setitem)
+    flags = memory.train_cord.parse_flags([])
+    args = argparse.Namespace(script="cord", shapes="qwen2-audio-7b", weights="float32", lora=0, train=None, memory=80.0, checkpoint_activations=False, group_size=4,
+                              response_tokens=20, seconds=1.0, prompts=2, eval_batch=2, text_batch=8, words=None)
+    shape = memory.shape_of(args, flags, 2)
+    moments = [memory.estimate(args, shape, gpus, 1)[1] for gpus in (2, 64)]
+    for name, rows, tokens in (("the text view's answers", 8, "text view"), ("the evaluation before", 2, "prompt")):
+        few, many = (found[f"loading, {name}"] for found in moments)
+        assert few == many and few["the student"] == pytest.approx(4 * shape.whole) and few["bfloat16 copies of weights, by autocast"] == 2 * shape.linear > 0
+        assert few[f"keys and values of {rows}"] == pytest.approx(rows * (shape.lengths[tokens] + 20 * (tokens == "prompt")) * shape.cached)

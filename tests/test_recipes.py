@@ -20,7 +20,6 @@ from test_import_datasets import clip, write_parquet
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SCRIPTS = {module.__name__: module.main for module in (evaluate, import_datasets, models, speak, textualize, train_cord, train_source_layer)}
-STEP = re.compile(r"step-\d{7}")
 
 
 def recipe(title):
@@ -37,8 +36,7 @@ def run(command, small=SMALL, **changes):
     command = command[:]
     if command[0] == "torchrun":
         del command[1:3]
-    script, arguments = Path(command[1]).stem, [STEP.sub("step-0000002", word) for word in command[2:]]
-    arguments = [str(small.get(word, word)) for word in arguments]
+    script, arguments = Path(command[1]).stem, [str(small.get(word, word)) for word in command[2:]]
     for flag, value in changes.items():
         flag = "--" + flag.replace("_", "-")
         if flag in arguments:

@@ -111,6 +111,24 @@ def test_two_ranks_write_what_one_writes(world, described, tmp_path):
     assert path.with_name("world-described.jsonl").read_text() == described.read_text()
 
 
+def test_each_rank_takes_a_batch_of_its_own(world, described, tmp_path):
+    """Two gloo processes, --batch-size 3: three clips at once on each of them, and the same file."""
+    path = copy_of(world, tmp_path / "w")
+    (tmp_path / "counted.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, textualize
+right, sizes = data.prompt_batch, []
+data.prompt_batch = lambda rows, *a, **k: sizes.append(len(rows)) or right(rows, *a, **k)
+textualize.main(["--data", {str(path)!r}, "--batch-size", "3"])
+open({str(tmp_path)!r} + "/sizes-" + os.environ["RANK"], "w").write(repr(sizes))
+""")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "counted.py")], check=True, capture_output=True,
+                   timeout=300)
+    assert [(tmp_path / f"sizes-{rank}").read_text() for rank in "01"] == ["[3, 3, 2]"] * 2        # 16 clips are 6 + 6 + 4
+    assert path.with_name("world-described.jsonl").read_text() == described.read_text()
+
+
 @pytest.mark.parametrize("text, finished, why", [
     ("", True, "empty"), ("  \n", True, "empty"), ("A dog barks", False, "cut at the token limit"), ("A dog barks.", True, None),
     ("Five sounds are heard: beep, beep, beep, beep, beep.", True, None),                   # the world says so
