@@ -226,7 +226,9 @@ def with_all(module, frozen, work):
 
 def forget_forward(module, *_):
     """FSDP notes each forward for the backward that follows. Behind a frozen model none does, and the notes would come to gigabytes in a few days."""
-    for group in (part._get_fsdp_state()._fsdp_param_group for part in sharded_parts(module)):      # no public way; torch is pinned
+    # Private names of torch, here alone (tests/test_private_names.py). The public reset_iter_state, since
+    # torch 2.14, also drops the gathered weights that `whole` needs.
+    for group in (part._get_fsdp_state()._fsdp_param_group for part in sharded_parts(module)):
         if group is not None:
             group.comm_ctx.post_forward_order.clear()
             group._post_forward_indices.clear()
@@ -271,7 +273,9 @@ def accumulating(wrapped, last):
 
 def checkpoint_activations(model):
     """Of each decoder layer only the input is kept for the backward pass, which runs the layer again: a third more time for a small part of the memory."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.17 knows the second name alone, version 6 will know the first alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     for layer in models.decoder(model).layers:
         layer.training = True           # the layer's own flag, which transformers asks; not that of what is inside it: nothing shall drop out
 

@@ -107,7 +107,7 @@ class Tap:
                     continue
                 if number in hidden[name]:
                     raise RuntimeError(f"layer {number} ran twice inside one tap.at: one block per forward pass, and backward after it")
-                # Gradient checkpointing (use_reentrant=False) runs the layer and this hook again in backward, and compares what autograd
+                # Gradient checkpointing (use_reentrant=False) may run the layer and this hook again in backward, and compares what autograd
                 # saved in both runs. By then the block is over. So the gather saves its positions out of checkpointing's sight, and the
                 # second run has nothing to repeat, whichever of several forwards it belongs to.
                 with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):

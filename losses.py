@@ -416,6 +416,15 @@ def _compiles(device):
     return device.type == "cuda"
 
 
+def _any_rows(x, of_width=False):
+    """Tells the compiler: one kernel for any number of rows; of_width: of this width.
+
+    PyTorch has no public name for it (2.14), so it stands here alone (tests/test_private_names.py)."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    if of_width:
+        torch._dynamo.mark_static(x, 1)
+
+
 @functools.cache
 def _compiled(work):
     """For a GPU. Left to itself Inductor would store what it needs twice, and cut the rows where the first chunk has few of them; to read the logits and compute it
@@ -578,7 +587,7 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, a, c, hea
                 rows = [z, t, *(None if x is None else x[part] for x in (labels, a, c, heat))]
                 for x in rows:
                     if x is not None:
-                        torch._dynamo.maybe_mark_dynamic(x, 0)                                   # the last chunk is shorter; vocab stays a constant
+                        _any_rows(x)                                                             # the last chunk is shorter; vocab stays a constant
                 *values, g = _compiled(_chunk)(*rows, shared=shared, dtype=h.dtype, **how)
                 out.append(values)
             else:
@@ -696,8 +705,7 @@ def fused_hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None)
         if _compiles(student.device):
             chunk = _compiled(_states_chunk)
             for x in states:
-                torch._dynamo.maybe_mark_dynamic(x, 0)
-                torch._dynamo.mark_static(x, 1)                                                  # a kernel for each width, of any number of rows
+                _any_rows(x, of_width=True)                                                      # a kernel for each width, of any number of rows
         total, gradient = chunk(*states, mean, std, _wide(student.new_zeros(())).fill_(each), kind)
     return _KnownGradient.apply(total, student, gradient if learns else None)
 

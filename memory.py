@@ -63,7 +63,7 @@ def wide(args):
 
 def of_use(student):
     """What models.check would find by running the model: everything but Omni's eyes."""
-    return [p for name, p in student.named_parameters() if not name.startswith("visual.")]
+    return [p for name, p in student.named_parameters() if "visual" not in name.split(".")]
 
 
 def write_examples(args, folder, count, kind="wav", rate=16_000):
@@ -163,15 +163,15 @@ class Attention(torch.autograd.Function):
 
 def kept_for_backward(run, parameters):
     """Bytes that autograd keeps of what run() computes on the meta device under bfloat16 autocast, weights left out: each storage once."""
-    ours, kept, plain, half = {p.untyped_storage()._cdata for p in parameters}, {}, torch.nn.functional.linear, torch.bfloat16
+    ours, kept, plain, half = {p.untyped_storage() for p in parameters}, set(), torch.nn.functional.linear, torch.bfloat16
 
     def keep(x):
-        kept[x.untyped_storage()._cdata] = x                    # the tensor too, so that no other gets its place
+        kept.add(x.untyped_storage())                           # an object for each, the same for all its tensors
         return x
 
     def linear(x, weight, bias=None):                           # autocast knows no meta device
         weight = weight if weight.dtype == half else torch.empty_like(weight, dtype=half, requires_grad=weight.requires_grad)
-        ours.add(weight.untyped_storage()._cdata)
+        ours.add(weight.untyped_storage())
         return plain(x.to(half), weight, bias if bias is None else bias.to(half))
 
     def attention(q, k, v, attn_mask=None, **_):
@@ -179,7 +179,7 @@ def kept_for_backward(run, parameters):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), mock.patch.multiple(torch.nn.functional, linear=linear, scaled_dot_product_attention=attention):
         run()
-    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in ours)
+    return sum(storage.nbytes() for storage in kept - ours)
 
 
 def activations(student, lengths):

@@ -31,7 +31,8 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+from transformers import (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM,
+                          AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
@@ -108,7 +109,8 @@ def _load(path, what, autos, reader_class, dtype):
         check_weights(path, config)
         whole = hasattr(config, "thinker_config")           # Omni: a thinker, which is our model, and a talker that says aloud what it thinks
         config = config.thinker_config if whole else config
-        auto = next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])     # AudioFlamingo3 is filed under "sequence to sequence"
+        # AudioFlamingo3 is filed under "sequence to sequence"
+        auto = autos[0] if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else autos[-1]
         model, found = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
         if adapter:
             peft = _peft()
@@ -118,6 +120,7 @@ def _load(path, what, autos, reader_class, dtype):
             model.name_or_path = str(adapter)
         elif has_lora(model):                               # Granite Speech brings one of its own, and transformers puts it on
             merge_lora(model)
+            # private names of transformers, here alone (tests/test_private_names.py)
             model._hf_peft_config_loaded, model._weight_conversions, model.config.has_lora_adapter = False, None, False
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:300]
@@ -363,6 +366,7 @@ def add_lora(student, rank):
 @contextlib.contextmanager
 def without_lora(model):
     """Inside, every adapter of `model` is off (nothing happens without one). peft's own switch also turns requires_grad off and on, under DDP's feet."""
+    # a private name of peft, here alone (tests/test_private_names.py)
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     for layer in layers:
         layer._disable_adapters = True
@@ -407,9 +411,9 @@ def save(model, processor, folder, state=None):
         if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings().weight is decoder(model).get_input_embeddings().weight:
             state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
         # Back to the hub's names: transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss, and on the hub Omni's
-        # thinker is a part, thinker.*
-        part = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
-        state = {part + name.replace("language_model.model.model.", "language_model.model."): tensor
+        # thinker is a part, thinker.* (5.24 says so by itself where the model came from a whole one)
+        part = "thinker." if model.config.model_type.endswith("_thinker") else ""
+        state = {part + name.replace("language_model.model.model.", "language_model.model.").removeprefix(part): tensor
                  for name, tensor in revert_weight_conversion(model, state).items()}
         logging.disable_progress_bar()
         model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")

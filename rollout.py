@@ -7,6 +7,7 @@ the checkpoint's author thought of sampling (top_k = 50 in transformers, repetit
 the model's own distribution would bias every gradient that is taken on it.
 """
 import contextlib
+import inspect
 import json
 import os
 import time
@@ -203,12 +204,14 @@ def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
     inputs, seq = {k: v.to(student.device) for k, v in {**places, **prompts.features}.items()}, places["input_ids"].shape[1]
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]
     choose = chooser(keys, seq, banned, max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
+    # transformers 5.17 calls it past_key_values, 5.40 will call it cache alone
+    cached = "cache" if "cache" in inspect.signature(student.forward).parameters else "past_key_values"
     with plain_decoding(student):
         # Sound and prompt are the same for a prompt's n rollouts: run them once, all but the last token, which generate() starts from
         cache = DynamicCache(config=student.config.get_text_config())
-        models.hear(student, **{name: x[:, :-1] if name in places else x for name, x in inputs.items()}, past_key_values=cache, use_cache=True)
+        models.hear(student, **{name: x[:, :-1] if name in places else x for name, x in inputs.items()}, **{cached: cache}, use_cache=True)
         cache.batch_repeat_interleave(n)                                                         # A A A B B B, as the rollouts
-        said = student.generate(**{name: inputs[name].repeat_interleave(n, 0) for name in places}, past_key_values=cache,
+        said = student.generate(**{name: inputs[name].repeat_interleave(n, 0) for name in places}, **{cached: cache},
                                 max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[0],
                                 synced_gpus=False, logits_processor=[choose])[:, seq:].tolist()  # [rollouts, new]
     for rollout, row in zip(rollouts, said):

@@ -10,9 +10,9 @@ for so many layers, and what the model says is noise.
 """
 import tokenizers
 from tokenizers import Tokenizer
-from transformers import (PreTrainedTokenizerFast, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2AudioConfig,
-                          Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3Config,
-                          Qwen3ForCausalLM, WhisperFeatureExtractor)
+from transformers import (AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast, Qwen2_5OmniProcessor,
+                          Qwen2_5OmniThinkerConfig, Qwen2AudioConfig, Qwen2AudioProcessor, Qwen2VLImageProcessor,
+                          Qwen2VLVideoProcessor, Qwen3Config, WhisperFeatureExtractor)
 
 STUDENT_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 TEACHER_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<think>", "</think>"]
@@ -63,7 +63,7 @@ def random_student(name, layers, dtype):
         processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=EARS["num_mel_bins"]), words, chat_template=STUDENT_TEMPLATE)
         config = Qwen2AudioConfig(audio_config=dict(model_type="qwen2_audio_encoder", **ears), text_config=dict(model_type="qwen2", **text),
                                   audio_token_id=words.convert_tokens_to_ids("<|AUDIO|>"))
-        return Qwen2AudioForConditionalGeneration._from_config(config, dtype=dtype).eval(), processor
+        return AutoModelForMultimodalLM.from_config(config, dtype=dtype).eval(), processor
     words = word_tokenizer([*STUDENT_SPECIALS, *OMNI_NAMED.values()], STUDENT_TEMPLATE, OMNI_NAMED)
     ids = {key: words.convert_tokens_to_ids(token) for key, token in OMNI_NAMED.items()}
     processor = Qwen2_5OmniProcessor(Qwen2VLImageProcessor(), Qwen2VLVideoProcessor(), WhisperFeatureExtractor(feature_size=EARS["num_mel_bins"], chunk_length=300), words,
@@ -74,9 +74,10 @@ def random_student(name, layers, dtype):
         audio_config={**ears, "output_dim": text["hidden_size"], "n_window": 100}, vision_config={**eyes, "out_hidden_size": text["hidden_size"]},
         text_config={**text, "rope_parameters": rope}, audio_token_index=ids["audio_token"], image_token_index=ids["image_token"], video_token_index=ids["video_token"],
         audio_start_token_id=ids["audio_bos_token"], vision_start_token_id=ids["vision_bos_token"], vision_end_token_id=ids["vision_eos_token"])
-    return Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, dtype=dtype).eval(), processor
+    return AutoModelForMultimodalLM.from_config(config, dtype=dtype).eval(), processor
 
 
 def random_teacher(name, layers, dtype):
     """-> (text LLM with at most so many layers, its tokenizer). Raises SystemExit for a name it does not know."""
-    return (Qwen3ForCausalLM._from_config(Qwen3Config(**_shape(TEACHERS, name, layers)), dtype=dtype).eval(), word_tokenizer(TEACHER_SPECIALS, TEACHER_TEMPLATE))
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**_shape(TEACHERS, name, layers)), dtype=dtype)
+    return model.eval(), word_tokenizer(TEACHER_SPECIALS, TEACHER_TEMPLATE)

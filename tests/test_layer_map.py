@@ -193,7 +193,8 @@ def gradients(model, decoder, views, checkpointing, **kwargs):
     """All views forward, THEN one backward of a loss on tapped states and logits: checkpointing must keep its recomputations apart."""
     model = copy.deepcopy(model).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(kwargs or None)       # None: transformers' default
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs or None)                                    # None: transformers' default
     groups = {name: [2, 4] for name in views[0][1]}
     tap = Tap(decoder(model).layers, groups)
     loss = 0
@@ -237,8 +238,22 @@ def test_checkpointing_on_an_audio_model_with_transformers_default():
 
 
 def test_reentrant_checkpointing_is_refused():
+    """Around a layer with its hooks: they run without gradient."""
+    layer, x = torch.nn.Linear(3, 3), torch.randn(2, 3, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        gradients(text_model(), lambda m: m.model, [text_inputs()], True, use_reentrant=True)
+        with Tap([layer], {"some": [1]}).at(some=torch.tensor([0])):
+            checkpoint(layer, x, use_reentrant=True)
+
+
+def test_reentrant_checkpointing_of_transformers_is_refused_or_right():
+    """5.17 has the hooks inside the checkpoint, where the tap refuses; 5.24 has them outside."""
+    plain = gradients(text_model(), lambda m: m.model, [text_inputs()], checkpointing=False)
+    try:
+        found = gradients(text_model(), lambda m: m.model, [text_inputs()], True, use_reentrant=True)
+    except RuntimeError as error:
+        assert "use_reentrant=False" in str(error)
+    else:
+        torch.testing.assert_close(found, plain)
 
 
 def test_a_frozen_model_in_training_mode_may_run_without_gradient():

@@ -106,6 +106,16 @@ def test_imports_point_down_only(path):
     assert found <= ALLOWED[path.stem], f"{path.name} imports {found - ALLOWED[path.stem]}"
 
 
+def test_readmes_oldest_versions_are_the_requirements_lower_ends():
+    requirements = (ROOT / "requirements.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)>=([\d.]+)", requirements, re.M))
+    assert {"torch", "transformers"} <= oldest.keys() and "==" not in re.sub("#.*|;.*", "", requirements)
+    command, = re.findall(r"^    pip install -r requirements.txt (torch==.*)", README, re.M)
+    asked = dict(word.split("==") for word in shlex.split(command))
+    assert asked.keys() == oldest.keys()
+    assert all(asked[name].startswith(f"{version}.") for name, version in oldest.items())
+
+
 def test_every_file_of_ours_is_in_readmes_list():
     for path in ROOT.glob("*.py"):
         assert f"`{path.name}`" in README, path.name

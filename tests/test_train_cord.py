@@ -134,14 +134,14 @@ def test_the_cache_is_used_though_training_checkpoints_its_activations(student, 
     """Gradient checkpointing switches transformers' cache off; while rolling out it is on again, and the prompt is run once for all rollouts."""
     model, processor = copy.deepcopy(student[0]), student[1]
     expected = [r.ids for r in rollout.roll_out(model, processor, prompts, PLAN, key="0", max_new_tokens=10)]
-    model.gradient_checkpointing_enable()
+    common.checkpoint_activations(model)
     model.train()
     seen = []
     hook = model.model.language_model.register_forward_pre_hook(lambda module, args, named: seen.append(tuple(named["inputs_embeds"].shape[:2])), with_kwargs=True)
     assert [r.ids for r in rollout.roll_out(model, processor, prompts, PLAN, key="0", max_new_tokens=10)] == expected
     hook.remove()
     longest = max(map(len, prompts.audio))
-    assert seen[0] == (3, longest - 1) and set(seen[1:]) == {(9, 1)} and model.training and model.is_gradient_checkpointing
+    assert seen[0] == (3, longest - 1) and set(seen[1:]) == {(9, 1)} and model.training and all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
 
 
 def test_text_answers_are_cached_by_model_and_prompt(student, world, tmp_path, monkeypatch):

@@ -1,0 +1,61 @@
+"""
+Private names of other packages that our scripts use, each in one place, because there is no public one.
+
+A new version may change them without a word. When a test here fails, look at the place that it names,
+and at the test that sees what the name does there. (The pretended GPU, kernels_for_h100.py and
+test_fused.py reach deeper into torch, on purpose: they fail by themselves.)
+"""
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+OURS = {path.stem for path in ROOT.glob("*.py")}
+# (our file, name) -> the module that has it, where we use it, the test that sees what it does
+FSDP = "torch.distributed.fsdp._fully_shard"
+SHARDED = "common.forget_forward", "test_common.py::test_a_shard_is_a_share"
+PRIVATE = {
+    ("common.py", "_get_fsdp_state"): (f"{FSDP}._fully_shard", *SHARDED),
+    ("common.py", "_fsdp_param_group"): (f"{FSDP}._fsdp_state", *SHARDED),
+    ("common.py", "_post_forward_indices"): (f"{FSDP}._fsdp_param_group", *SHARDED),
+    ("losses.py", "_dynamo"): (
+        "torch", "losses._any_rows", "test_fused.py (slow: what is compiled for a GPU)"),
+    ("models.py", "_hf_peft_config_loaded"): (
+        "transformers.integrations.peft", "models._load",
+        "test_models.py::test_granites_own_adapter_becomes_its_weights"),
+    ("models.py", "_weight_conversions"): (
+        "transformers.core_model_loading", "models._load",
+        "test_models.py::test_granites_own_adapter_becomes_its_weights"),
+    ("models.py", "_disable_adapters"): (
+        "peft.tuners.tuners_utils", "models.without_lora",
+        "test_models.py::test_snapshot_and_teacher_are_read_with_the_adapter_off"),
+    ("speak.py", "_handle"): ("ctypes", "speak's library of espeak-ng", "test_speak.py"),
+}
+
+
+@pytest.mark.parametrize("file, name", PRIVATE)
+def test_the_name_is_still_there(file, name):
+    module, place, test = PRIVATE[file, name]
+    source = inspect.getsource(importlib.import_module(module))
+    assert name in source, f"{module} has no {name} any more: look at {place} and at {test}"
+
+
+def test_no_other_private_name_is_used():
+    found = set()
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+                continue
+            of_ours = isinstance(node.value, ast.Name) and node.value.id in OURS | {"self", "cls"}
+            if not of_ours and not node.attr.startswith("__"):
+                found.add((path.name, node.attr))
+    assert found == PRIVATE.keys()
+
+
+def test_the_compilers_marks_are_still_there():
+    for mark in ("maybe_mark_dynamic", "mark_static"):
+        assert hasattr(torch._dynamo, mark), f"torch._dynamo has no {mark} any more: look at losses._any_rows"
