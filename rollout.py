@@ -132,7 +132,8 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
 
 def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64, progress=True,
                  **decoding):
-    """The text view's greedy answers -> {id: {"text", "ids"}}; what a file at `path` holds of the same model and prompts is not asked again.
+    """The text view's greedy answers -> {id: {"text", "ids", "ended"}}; what a file at `path` holds
+    of the same model and prompts is not asked again.
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill
     loses one chunk at most. Behind the first chunk it says how long all of them take."""
