@@ -103,8 +103,9 @@ def plain(text):
 # ------------------------------------------------------------------------------------------------
 # 2. Choices: which one does it name?
 
-# A letter in front: "B", "(B)", "B.", "b) gold", "B - gold"
-LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]][.:]?|[.:](?=\s|$)|\s[-–—]\s|$)\s*", re.I)
+# A letter in front: "B", "(B)", "B.", "b) gold", "B - gold", "B, the voice is high"; not "B, C or D"
+LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]][.:]?|[.:](?=\s|$)|\s[-–—]\s|$"
+                            r"|,(?=\s+(?!or\b|and\b|[A-Z]\b)\w+\s+\w))\s*", re.I)
 # A letter that is called one: "(B)", "option b", and those of a list, "B. gold  C. silver"
 NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Za-z])\b\)?")
 LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
@@ -121,10 +122,10 @@ REASON = re.compile(
 CONCLUSION = re.compile(
     r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)",
     re.I)
-CLAUSE = re.compile(r"[,;:.!?\n]|\b(?:but|so|therefore|thus|hence)\b", re.I)
+CLAUSE = re.compile(r"[,;:.!?\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies a choice that follows it in the same clause, and one that stands before it
-DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without|cannot|than|instead of"
-                    r"|unlike|except|thought|wrong to"
+DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! a doubt)|cannot|than"
+                    r"|instead of|unlike|except|anything but|thought|wrong to|before|after"
                     r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
 DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely"
                     r"|impossible|ruled out|excluded|eliminated)\b", re.I)
@@ -132,9 +133,9 @@ DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wron
 
 def without_article(text, choices=()):
     """"the dog" -> "dog"; but beside "E major" the choice "A major" is not "major"."""
-    text = plain(text).casefold()
+    text = plain(text).casefold().replace("-", " ")
     bare = re.sub(r"^(?:a|an|the)\s+(?=\w)", "", text)
-    others = {plain(choice).casefold() for choice in choices} - {text}
+    others = {plain(choice).casefold().replace("-", " ") for choice in choices} - {text}
     return text if any(bare in other for other in others) else bare
 
 
@@ -176,6 +177,11 @@ def named_choices(text, choices):
     if choices and all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
+        found = value(text)
+        if found and found[0] != "is" and len(sentences(text)) == 1:
+            return set()                                   # "at least 2", "1 or 2"
+    if {without_article(choice) for choice in choices} <= {"yes", "no"}:
+        text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
     alone = set().union(*(standing_alone(plain(sentence), choices) for sentence in sentences(text)))
     if alone:
         return alone
@@ -304,7 +310,7 @@ COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|woul
                       r"|(?:let's |let me |to )?(?:check|verify)"
                       r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b", re.I)
 # What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
-THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|for a total of)\b(?=.*\d)", re.I)
+THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|for a total of|in total|altogether)\b(?=.*\d)", re.I)
 PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 
 
@@ -431,11 +437,12 @@ ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
 # What a number alone would not say, the first that is found
 NEXT = r"\s+[$£€]?\d"
 RELATIONS = {name: re.compile(pattern, re.I) for name, pattern in {
-    "not": r"\bnot\b|n't\b",
+    "not": r"\b(?:not|cannot|never)\b|n't\b",
+    "twice": rf"\b(?:twice|double|triple|times){NEXT}",
     "or": r"\bor\b\D*\d|\beither\b",
     "range": r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d",
-    "at least": rf"\b(?:at least|no less than|minimum of){NEXT}|\d\S*\s*(?:\+(?!\s*\d)|or more\b)",
-    "at most": rf"\b(?:at most|no more than|up to|maximum of){NEXT}|\d\S*\s*or (?:less|fewer)\b",
+    "at least": rf"\b(?:at least|no less than|minimum of){NEXT}|\d\S*\s*(?:\+(?!\s*\d)|(?:\w+ )?or more\b)",
+    "at most": rf"\b(?:at most|no more than|up to|maximum of){NEXT}|\d\S*\s*(?:\w+ )?or (?:less|fewer)\b",
     "more": rf"\b(?:more than|greater than|over|above){NEXT}",
     "less": rf"\b(?:less than|fewer than|under|below){NEXT}"}.items()}
 
@@ -468,6 +475,8 @@ def value(text):
     text = re.sub(r"(\d+)(?: out of | in )(\d+)(?=\W*$| chance)", r"\1/\2", text)     # 1 in 6
     if len(ASSIGNED.findall(text)) < 2:
         text = one_side(text)
+    else:                                                                               # by name
+        text = " ".join(sorted(part for part in re.split(r"\b(?=[A-Za-z]\w?\s*=)", text) if "=" in part))
     for aside in (BRACKETS, DENIED_NUMBER, CONTEXT):
         rest = aside.sub(" ", text)
         text = rest if NUMBER.search(rest) else text
@@ -480,6 +489,8 @@ def value(text):
     if any(amount is None for amount, _ in quantities):                                 # 1/0
         return None
     relation = next((name for name, pattern in RELATIONS.items() if pattern.search(text)), "is")
+    if relation == "or" and len(set(quantities)) == 1:                                  # 0.75, or 3/4
+        return "is", tuple(quantities[:1])
     return relation, compound(quantities)
 
 
@@ -580,6 +591,7 @@ SPELLING = [
     (r"\\([{}])", r"\1"),
     (r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2"),              # x^{2} = x^2
     (r"(?<=\d)\s+(?=\d)", "&")]                            # 2 1/2 is not 21/2
+BEHIND_WORDS = re.compile(REASON.pattern + r"|,?\s+(?:not|rather than|instead of)\b", re.I)
 OVER = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 
 
@@ -596,7 +608,9 @@ def spelling(text):
 
     for _ in range(3):                                     # a fraction in a fraction: the inner first
         text = OVER.sub(over, text)
-    text = "".join(plain(text).casefold().split())
+    text = plain(text).casefold()
+    text = re.sub(r"^(yes|no)\b.*", r"\1", text)           # "No, he does not."
+    text = "".join(text.split())
     text = re.sub(r"^[a-z](?:_\w+)?(?:=|\\in(?![a-z]))", "", text)       # the name of the unknown
     return re.sub(r"^\(([a-z])\)$", r"\1", text)
 
@@ -611,7 +625,7 @@ def agree(said, reference, choices=()):
     values = value(said), value(reference)
     if values != (None, None):
         return None not in values and same_value(*values)
-    said, reference = (spelling(REASON.split(text, maxsplit=1)[0]) for text in (said, reference))
+    said, reference = (spelling(BEHIND_WORDS.split(text.strip(), maxsplit=1)[0]) for text in (said, reference))
     return bool(said) and said == reference
 
 
