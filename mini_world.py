@@ -783,8 +783,19 @@ def stage(folder, name, module, train):
 
 
 def save_mini(name, model, reader):
-    copy.deepcopy(model).half().save_pretrained(MINI / name)
-    reader.save_pretrained(MINI / name)
+    folder = MINI / name
+    copy.deepcopy(model).half().save_pretrained(folder)
+    reader.save_pretrained(folder)
+
+    # The names that transformers 4 knows too: a run's checkpoints carry these files as they are
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    if hasattr(reader, "feature_extractor"):
+        reader.feature_extractor.save_pretrained(folder)
 
 
 def pretrain_teacher(folder, args, device):

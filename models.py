@@ -39,7 +39,11 @@ from transformers.utils import cached_file, logging
 import data
 import shapes
 
+THINKER = "_thinker"                    # how the model type of an Omni's part ends that hears, reads and writes
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
+READER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json",
+          "added_tokens.json", "chat_template.json", "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
+          "video_preprocessor_config.json")            # the files of a tokenizer and a processor
 
 
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
@@ -112,6 +116,7 @@ def _load(path, what, autos, reader_class, dtype):
         # AudioFlamingo3 is filed under "sequence to sequence"
         auto = autos[0] if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else autos[-1]
         model, found = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+        model.reader_files = _reader_files(path)
         if adapter:
             peft = _peft()
             peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
@@ -150,6 +155,15 @@ def check_weights(path, config=None):
     for name in names:
         if not name.endswith(".safetensors") or not (Path(path) / name).resolve().is_relative_to(root):
             raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside this folder; get the checkpoint again, or convert it")
+
+
+def _reader_files(path):
+    # {name: bytes}, read now: by the time of a checkpoint the folder may be gone, or another one
+    folder, files = Path(cached_file(str(path), "config.json")).parent, {}
+    for name in READER:
+        if (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
+    return files if "tokenizer.json" in files else {}
 
 
 def cast(model, dtype):
@@ -400,11 +414,13 @@ def _peft():
 
 def save(model, processor, folder, state=None):
     """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config, tokenizer, processor and chat template. With LoRA the
-    adapter alone, as peft saves it. state: the model's state_dict, where it had to be gathered from many ranks."""
-    state = model.state_dict() if state is None else state
+    adapter alone, as peft saves it. state: the model's state_dict, where it had to be gathered from many ranks.
+
+    Tokenizer and processor are the base's own files, byte for byte: nothing here changes them, and what transformers 5 writes 4 cannot read."""
+    state, folder = model.state_dict() if state is None else state, Path(folder)
     if has_lora(model):
         save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(model, state_dict=state).items()},
-                  Path(folder) / "adapter_model.safetensors")
+                  folder / "adapter_model.safetensors")
         model.peft_config["default"].save_pretrained(folder)
     else:
         state = {name: tensor.cpu() for name, tensor in state.items()}                      # the hub's layout of experts is a copy: not on the GPU
@@ -412,13 +428,33 @@ def save(model, processor, folder, state=None):
             state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
         # Back to the hub's names: transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss, and on the hub Omni's
         # thinker is a part, thinker.* (5.24 says so by itself where the model came from a whole one)
-        part = "thinker." if model.config.model_type.endswith("_thinker") else ""
-        state = {part + name.replace("language_model.model.model.", "language_model.model.").removeprefix(part): tensor
+        part = "thinker." if model.config.model_type.endswith(THINKER) else ""
+        state = {part + name.removeprefix(part).replace("language_model.model.model.", "language_model.model."): tensor
                  for name, tensor in revert_weight_conversion(model, state).items()}
         logging.disable_progress_bar()
         model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")
         logging.enable_progress_bar()
-    processor.save_pretrained(folder)
+        config = folder / "config.json"
+        config.write_text(json.dumps(hub_config(json.loads(config.read_text())), indent=2) + "\n")
+    if files := getattr(model, "reader_files", None):
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    else:
+        processor.save_pretrained(folder)
+
+
+def hub_config(config):
+    """config.json as a dict -> the same as other loaders expect it, transformers 4 and vLLM: an Omni around its thinker, and the rotary
+    settings under their old names too."""
+    if config["model_type"].endswith(THINKER):              # the talker is not ours: without it the whole class does no more than think
+        config = {"architectures": [name.replace("Thinker", "") for name in config["architectures"]], "dtype": config["dtype"],
+                  "enable_audio_output": False, "model_type": config["model_type"].removesuffix(THINKER), "thinker_config": config}
+    for part in (config, config.get("text_config"), config.get("thinker_config", {}).get("text_config")):
+        rope = dict(part["rope_parameters"]) if part and part.get("rope_parameters") else {}
+        if "rope_theta" in rope:
+            part["rope_theta"] = rope.pop("rope_theta")
+            part["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    return config
 
 
 def fill(model, folder):

@@ -3,6 +3,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import soundfile
 import torch
 from peft import PeftModel
-from transformers import GraniteConfig, GraniteForCausalLM, VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
+from transformers import AutoConfig, GraniteConfig, GraniteForCausalLM, VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
 
 import data
 import families
@@ -270,10 +272,11 @@ def test_merged_is_equal_and_an_adapter_loads_with_and_without_peft(adapted, fol
 
 FRESH = """
 import sys, torch
-from transformers import AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoProcessor
 for folder in sys.argv[1:]:
-    auto = AutoModelForSeq2SeqLM if "flamingo" in folder else AutoModelForMultimodalLM
-    model, processor = auto.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    auto, config = AutoModelForSeq2SeqLM if "flamingo" in folder else AutoModelForMultimodalLM, AutoConfig.from_pretrained(folder)
+    config = getattr(config, "thinker_config", config)
+    model, processor = auto.from_pretrained(folder, config=config).eval(), AutoProcessor.from_pretrained(folder)
     with torch.no_grad():
         torch.save((model(**torch.load(folder + "/batch.pt", weights_only=True)).logits, processor.tokenizer.get_vocab(), processor.chat_template, model.generation_config.eos_token_id),
                    folder + "/out.pt")
@@ -307,10 +310,86 @@ def test_saved_under_the_hubs_names_and_equal_in_a_fresh_process(loaded, example
         assert vocabulary == processor.tokenizer.get_vocab() and template == processor.chat_template and eos == model.generation_config.eos_token_id
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_tokenizer_and_processor_are_the_bases_own_files(adapter, folders, tmp_path):
+    """Byte for byte, whatever version wrote them, and though the base is gone by then: what transformers 5 would write, 4 cannot read."""
+    base = altered(folders["qwen2_audio"][0], tmp_path / "base", drop=("processor_config.json",), merges__txt="#version: 0.2\n")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")                # as transformers 4 wrote it
+    files = {"tokenizer_config.json": json.dumps(config), "processor_config.json": (folders["qwen2_audio"][0] / "processor_config.json").read_text() + "\n"}
+    for name, text in files.items():
+        (base / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in base.iterdir() if path.name in models.READER}
+    model, processor = models.load_audio_model(base)
+    if adapter:
+        models.choose_trained(model, "decoder", list(model.parameters()), lora=2)
+    shutil.rmtree(base)
+    (tmp_path / "saved").mkdir()
+    models.save(model, processor, tmp_path / "saved")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir() if path.name in models.READER}
+    assert after == before and {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"} <= before.keys()
+    if not adapter:                                         # a checkpoint is a base in its turn
+        (tmp_path / "again").mkdir()
+        models.save(*models.load_audio_model(tmp_path / "saved"), tmp_path / "again")
+        assert all((tmp_path / "again" / name).read_bytes() == content for name, content in before.items())
+
+
+@pytest.mark.parametrize("name, whole, architecture", [("qwen2_5_omni", "qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration"),
+                                                       ("qwen3_omni", "qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration")])
+def test_an_omni_is_saved_as_the_whole_of_which_it_is_the_thinker(name, whole, architecture, loaded, tmp_path):
+    """By these names AutoConfig and vLLM's registry know it; and our own loader reads it back, to go on too."""
+    model, processor = loaded[name]
+    models.save(model, processor, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["architectures"], config["enable_audio_output"]) == (whole, [architecture], False)
+    assert config["thinker_config"]["model_type"] == f"{whole}_thinker"
+    assert type(AutoConfig.from_pretrained(tmp_path).thinker_config) is type(model.config)
+    again, filled = models.load_audio_model(tmp_path)[0], copy.deepcopy(model)
+    with torch.no_grad():
+        models.head_weight(filled).zero_()
+    models.fill(filled, tmp_path)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor) and torch.equal(filled.state_dict()[key], tensor)
+    assert again.config.get_text_config().rope_parameters == model.config.get_text_config().rope_parameters
+
+
+def test_rotary_settings_have_their_old_names_too():
+    """transformers 4 does not know rope_parameters, and would take its own default for theta without a word."""
+    saved = models.hub_config({"model_type": "qwen2_audio", "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}})
+    assert saved["text_config"] == {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 5e5, "rope_scaling": None}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
+    thinker = {"model_type": "qwen2_5_omni_thinker", "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "dtype": "float32",
+               "text_config": {"rope_parameters": rope}}
+    text = models.hub_config(thinker)["thinker_config"]["text_config"]
+    assert text["rope_theta"] == 1e6 and text["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 2, 2]}
+    assert text["rope_parameters"] == rope
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni"])
+def test_what_is_saved_loads_with_transformers_alone(name, loaded, tmp_path):
+    """README's command for another environment, in this one: no tensor is left over, and the logits are ours."""
+    model, processor = loaded[name]
+    models.save(model, processor, tmp_path)
+    done = subprocess.run([sys.executable, "-I", str(ROOT / "tests/loads_elsewhere.py"), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "{'missing': 0, 'unexpected': 0, 'mismatched': 0}" in done.stdout
+    wave = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    with torch.no_grad():
+        prompts = data.noise_prompts(processor, [wave])
+        view = data.audio_view(prompts, [0], [[]], processor)
+        logits = (models.hear(model, **view.inputs) @ models.head_weight(model).T)[0, -1]
+    norm = float(re.search(r"norm ([\d.]+)", done.stdout)[1])
+    assert norm == pytest.approx(logits.norm().item(), rel=1e-3) and f"logits {logits.argmax().item()} " in done.stdout
+
+
 def test_large_models_are_saved_in_shards_of_5_gb(loaded, tmp_path, monkeypatch):
     model, processor = loaded["qwen2_audio"]
     asked = {}
-    monkeypatch.setattr(type(model), "save_pretrained", lambda self, folder, **how: asked.update(how))
+
+    def save(self, folder, **how):
+        asked.update(how)
+        self.config.save_pretrained(folder)
+    monkeypatch.setattr(type(model), "save_pretrained", save)
     models.save(model, processor, tmp_path)
     assert asked["max_shard_size"] == "5GB" and asked["state_dict"]
 
