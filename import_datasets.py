@@ -1,7 +1,8 @@
 """
 Datasets as they are downloaded -> our manifests (data.py). Everything after the import reads manifests only.
 
-    python import_datasets.py cota CoTA/data CoTA/cota.jsonl                               # a folder of parquet shards, clips inside them
+    python import_datasets.py cota CoTA CoTA/cota.jsonl                # folders of parquet shards
+    python import_datasets.py cota CoTA/meld CoTA/meld.jsonl --max-seconds 30    # one configuration
     python import_datasets.py cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip   # columns of its own
     python import_datasets.py avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
     python import_datasets.py mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
@@ -17,16 +18,23 @@ know the ids). A row that cannot be used is dropped, and the report says how man
 back by data.py's own parser before it is written. Parquet needs `pip install pyarrow`.
 
 Where a format leaves something open, and what we do:
-1. CoTA's columns on the hub were never verified. Usual exports are recognised (messages, conversations, query and response, instruction and output);
-   where it is not clear which column is which we stop, list the columns, and ask for --columns. A trace must have each of its parts once, closed.
+1. CoTA's columns are audio, user and assistant, as its public readers have them; we never saw its
+   files. Usual exports are recognised, too (messages, conversations, query and response,
+   instruction and output); where it is not clear which column is which we stop, list the columns,
+   and ask for --columns. A trace must have each of its parts once, closed. A broken shard is passed
+   over, and named at the end.
 2. CoTA's choices stand in the question's text: "A. gold", "(b) silver", "Choices: [...]". They become choices if letters run from A without a
    gap and the response names one; otherwise the question stays as it is, open. Its task comes from a column that says sound, music or speech; else
-   from --task; else from the clip's path (words, or corpora that CoTA is made of); a row without any is dropped.
+   from --task; else from the configuration, the folder or file that the shard is called by, as the
+   table CONFIGURATIONS has it; else from the clip's path (words, or corpora that CoTA is made of);
+   else it is the configuration's own name; a row without any is dropped.
 3. An audio path of somebody else's machine ("/data/x/meld/1.wav") is looked for under --audio-root by its longest ending that is there.
 4. AVQA asks about videos; as in R1-AQA's own loader "video" becomes "audio".
 5. VoiceBench speaks question and options, and nothing else is to be read: question and choices are empty, the transcript is the whole prompt, the
    answer is the letter. evaluate.py finds the choices in the transcript again, so its numbers are VoiceBench's own.
 6. Mathematics keeps what can be checked: no proofs, no answers of several parts, no drawings. --numeric keeps answers that are one number.
+   Beside the spoken problem both views read one line, ANSWER_LINE, so that an answer can be found;
+   --no-answer-line leaves it out. Of GSM8K all 1,319 are kept.
 7. An id that was used before gets its row's number appended; nothing is lost.
 """
 import argparse
@@ -36,8 +44,10 @@ import io
 import json
 import os
 import re
+import shutil
 import string
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import soundfile
@@ -46,16 +56,27 @@ from tqdm import tqdm
 import data
 from data import DataError
 
+# CoTA's configurations -> the task that their questions are reported by: four that its readers
+# name, then corpora that it is made of. "meld_train" counts as meld. Any other is a task of its
+# own; add what you find.
+CONFIGURATIONS = {
+    "complex_audio": "mix", "meld": "speech", "S2TT": "speech", "audiocap": "sound",
+    "covost": "speech", "mustard": "speech", "multi_speaker": "speech", "librispeech": "speech",
+    "audioset": "sound", "clotho": "sound", "avqa": "sound", "musicbench": "music",
+}
+ANSWER_LINE = "Put the final answer in \\boxed{}."        # a form that judge.py reads
+
 # -------------------------------------------------------- 1. rows, one at a time -------------------------------------------------------
 
 CHUNK = 1 << 20                         # characters of a JSON list that are read at a time
 SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
-def read_rows(source: Path, splits):
-    """The records of a JSONL file, a JSON list, a parquet file, or a folder of parquet shards -> (where, split or None, row). A row is a dict, or
-    the bytes of a line still to be parsed. The split is what a file's name says: "law" of law-00000-of-00001.parquet (as the hub writes them),
-    "test" of test.jsonl. splits: files whose name says another are not opened. Raises SystemExit, in one sentence, for what cannot be read at all."""
+def choose_files(source: Path, splits) -> dict:
+    """A file, or the parquet shards of a folder -> {path: its split or None}. The split is what a
+    file's name says: "law" of law-00000-of-00001.parquet (as the hub writes them), "test" of
+    test.jsonl. splits: files whose name says another are left out. Raises SystemExit where none is
+    left."""
     if not source.exists():
         raise SystemExit(f"error: {source}: there is no such file or folder; check the path")
     files = sorted(path for path in source.rglob("*.parquet") if path.name[0] != ".") if source.is_dir() else [source]
@@ -66,12 +87,64 @@ def read_rows(source: Path, splits):
     wanted = [file for file in files if not splits or names[file] is None or names[file] in splits]
     if not wanted:
         raise SystemExit(f"error: {source}: holds the splits {', '.join(sorted(set(names.values())))}, not {', '.join(splits)}; change --split")
-    for file in wanted:
+    return {file: names[file] for file in wanted}
+
+
+def read_rows(files, broken=None):
+    """The records of JSONL files, JSON lists and parquet files ({path: split}) -> (where, path,
+    split, row). A row is a dict, or the bytes of a line still to be parsed. Raises SystemExit, in
+    one sentence, for what cannot be read; of parquet a list `broken` gets the sentence instead."""
+    for file, split in files.items():
         with open(file, "rb") as start:
             head = start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         rows = parquet_rows if head.startswith(b"PAR1") or file.suffix == ".parquet" else list_rows if head.startswith(b"[") else jsonl_rows
-        for where, row in rows(file):
-            yield where, names[file], row
+        try:
+            for where, row in rows(file):
+                yield where, file, split, row
+        except BrokenFile as error:
+            if broken is None:
+                raise SystemExit(f"error: {error}") from None
+            broken.append(str(error))
+
+
+class BrokenFile(Exception):
+    """A parquet file that cannot be read to its end, in one sentence."""
+
+
+def clip_bytes(files) -> int:
+    """The bytes of the clips inside parquet files, by their footers: columns called NAME.bytes."""
+    total = 0
+    for file in files:
+        pyarrow = reader_of(file)
+        try:
+            footer = pyarrow.parquet.read_metadata(file)
+        except (pyarrow.ArrowException, OSError):
+            continue                                        # broken: read_rows says so
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            columns = map(group.column, range(group.num_columns))
+            total += sum(column.total_uncompressed_size for column in columns
+                         if column.path_in_schema.endswith(".bytes"))
+    return total
+
+
+@cache
+def configuration(file: Path, source: Path):
+    """A file of CoTA -> (its task by the table CONFIGURATIONS or None, its configuration or None).
+    A shard's configuration is a folder below the source or, without one, the shard's own name, but
+    for split and number."""
+    folders = file.relative_to(source).parts[:-1] if source.is_dir() else ()
+    number = r"(?:(?:^|[-_.])(?:\d+-of-\d+|\d+|part|shard|%s))+$" % "|".join(SPLITS)
+    names = [*folders, re.sub(number, "", file.stem)]
+    names = [name for name in names if name and name.lower() not in ("data", *SPLITS)]
+
+    def plain(name):
+        return re.sub("[^a-z0-9]", "", name.lower())
+
+    for name in (*names, file.parent.name):
+        for known, task in CONFIGURATIONS.items():
+            if plain(name).startswith(plain(known)):
+                return task, name
+    return None, names[0] if names and file.suffix == ".parquet" else None
 
 
 def jsonl_rows(path):
@@ -101,21 +174,26 @@ def list_rows(path):
             raise SystemExit(f"error: {path}: breaks off or is not JSON after row {number}; fetch it again") from None
 
 
-def parquet_rows(path):
+def reader_of(path):
     try:
         import pyarrow.parquet
     except ImportError:
         raise SystemExit(f"error: {path}: parquet is read by pyarrow, which is not installed; pip install pyarrow") from None
-    number = 0
+    return pyarrow
+
+
+def parquet_rows(path):
+    pyarrow, number = reader_of(path), 0
     try:
         # 16 rows at a time, page by page through a buffer of 1 MB: pyarrow's default reads whole row groups ahead, and with clips those are large
         for batch in pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20).iter_batches(batch_size=16):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).partition("\n")[0].rstrip(".")
-        raise SystemExit(f"error: {path}: is not parquet, or broken after row {number} ({what}); fetch it again") from None
+        raise BrokenFile(f"{path}: is not parquet, or broken after row {number} ({what}); fetch it "
+                         "again") from None
 
 
 def iemocap_rows(root: Path):
@@ -131,7 +209,8 @@ def iemocap_rows(root: Path):
             if match := re.match(r"\[[\d.]+ - [\d.]+\]\s+(Ses\w+)\s+(\w+)\s", line):
                 utterance, emotion = match.groups()
                 wav = f"{session}/sentences/wav/{utterance.rpartition('_')[0]}/{utterance}.wav"
-                yield f"{file}:{number}", "test" if session == "Session5" else "train", {"id": utterance, "emotion": emotion, "audio": wav}
+                row = {"id": utterance, "emotion": emotion, "audio": wav}
+                yield f"{file}:{number}", file, "test" if session == "Session5" else "train", row
 
 
 def choose_columns(dataset, given, row) -> dict[str, str]:
@@ -274,7 +353,9 @@ def cota(row, where, args):
     clip = row["audio"][0] if isinstance(row["audio"], list) and row["audio"] else row["audio"]
     path = clip.get("path") if isinstance(clip, dict) else clip
     column, path = ([kind for kind, names in KINDS.items() if re.search(names, str(text or ""), re.I)] for text in (row.get("task"), path))
-    task = column[0] if len(column) == 1 else args.task or (path[0] if len(path) == 1 else None)
+    known, name = row["configuration"]
+    path = path[0] if len(path) == 1 else None
+    task = column[0] if len(column) == 1 else args.task or known or path or name
     if task is None:
         raise DataError(f"{where}: neither a column nor the path says whether it is sound, music or speech (--task)")
     return {"audio": row["audio"], "question": question, "choices": choices, "answer": chosen, "task": task, "reasoning": reasoning}
@@ -292,8 +373,6 @@ def mathematics(problem, gold, where, args):
     """A spoken question that nobody has spoken yet: a line without audio."""
     if not isinstance(problem, str) or not problem.strip():
         raise DataError(f"{where}: the problem is empty")
-    if re.search(r"\bprove\b|\bshow that\b", problem, re.I):
-        raise DataError(f"{where}: a proof is asked for")
     if re.search(r"\[asy\]|!\[|\\includegraphics", problem):
         raise DataError(f"{where}: the problem has a drawing, which cannot be spoken")
     if not gold:
@@ -306,13 +385,18 @@ def mathematics(problem, gold, where, args):
     bare = " ".join(re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2", bare).split())
     if args.numeric and not re.fullmatch(r"-?\s?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?|-?\s?\d+ \d+/\d+", bare):
         raise DataError(f"{where}: the answer is not one number (--numeric)")
-    return {"question": "", "choices": [], "answer": gold, "task": "math", "transcript": problem.strip()}
+    return {
+        "question": "" if args.no_answer_line else ANSWER_LINE,    # beside the words, in both views
+        "choices": [], "answer": gold, "task": "math", "transcript": problem.strip(),
+    }
 
 
 def numinamath(row, where, args):
     found = boxes(row["solution"]) if isinstance(row["solution"], str) else []
     if len(set(found)) > 1:
         raise DataError(f"{where}: the answer has several parts")
+    if re.search(r"\bprove\b|\bshow that\b", str(row["problem"]), re.I):
+        raise DataError(f"{where}: a proof is asked for")
     return mathematics(row["problem"], found[-1] if found else None, where, args) | {"sub-category": row.get("source")}
 
 
@@ -333,6 +417,9 @@ def mmar(row, where, args):
     modality = str(row["modality"])
     if modality not in KINDS and not modality.startswith("mix"):
         raise DataError(f"{where}: the modality is neither sound, music, speech nor a mix")
+    if isinstance(row["choices"], list):                   # some lists hold an empty text
+        choices = [choice for choice in row["choices"] if str(choice).strip()]
+        row = {**row, "choices": choices}
     return benchmark(row, where) | {"audio": row["audio_path"], "task": modality if modality in KINDS else "mix"}
 
 
@@ -368,7 +455,8 @@ def voicebench(row, where, args):
 # name -> (function, {a column it needs: other names that it goes by}, columns it takes if there are any)
 CHAT = ("messages", "conversations")
 IMPORTERS = {
-    "cota": (cota, {"question": ("query", "prompt", "instruction", *CHAT), "response": ("answer", "output", "completion", *CHAT),
+    "cota": (cota, {"question": ("user", "query", "prompt", "instruction", *CHAT),
+                    "response": ("assistant", "answer", "output", "completion", *CHAT),
                     "audio": ("audios", "audio_path", "wav")}, ("id", "task", "choices", "split")),
     "avqa": (avqa, {"question_text": (), "multi_choice": (), "answer": (), "audio_path": ()}, ("id", "split")),
     "numinamath": (numinamath, {"problem": (), "solution": ()}, ("id", "source", "split")),
@@ -458,8 +546,9 @@ def import_row(row, where, split, number, args, folder, root, ids):
 
 
 def convert(args):
-    """Imports args.source and writes args.out, complete or not at all. -> (Counter of (task, split), rows read, what was dropped, what else to know),
-    the last two as in note(). Raises SystemExit, in one sentence, where nothing can be imported."""
+    """Imports args.source and writes args.out, complete or not at all. -> (Counter of (task,
+    split), rows read, what was dropped and what else to know, both as in note(), sentences about
+    broken shards). Raises SystemExit, in one sentence, where nothing can be imported."""
     source, out = Path(args.source), Path(args.out)
     if out.is_dir() or source.exists() and out.resolve() == source.resolve():
         raise SystemExit(f"error: {out}: is a folder or the source itself; name a new file for the manifest")
@@ -468,15 +557,26 @@ def convert(args):
         raise SystemExit(f"error: {root}: there is no such folder of clips; check --audio-root")
     columns, ids, counts, read, dropped, notes, partial = None, set(), Counter(), 0, {}, {}, Path(f"{out}.part")
     folder.mkdir(parents=True, exist_ok=True)
+    broken = []
+    if args.dataset == "iemocap":
+        rows = iemocap_rows(source)
+    else:
+        files = choose_files(source, args.split)
+        # a training set can do without a shard, a benchmark cannot
+        rows = read_rows(files, broken if args.dataset == "cota" else None)
+        if args.dataset not in TEXT_ONLY:
+            say_disk([file for file in files if file.suffix == ".parquet"], out)
     try:
         with open(partial, "wb") as file:
-            rows = iemocap_rows(source) if args.dataset == "iemocap" else read_rows(source, args.split)
-            for where, split, row in tqdm(rows, desc=args.dataset, unit=" rows", mininterval=1):
+            rows = tqdm(rows, desc=args.dataset, unit=" rows", mininterval=1)
+            for where, shard, split, row in rows:
                 read, content = read + 1, None
                 try:
                     row = parse_row(row, where)
                     columns = choose_columns(args.dataset, args.columns, row) if columns is None else columns
                     row |= {ours: row.get(theirs) for ours, theirs in columns.items()}
+                    if args.dataset == "cota":
+                        row["configuration"] = configuration(shard, source)
                     line, path, content = import_row(row, where, split, read, args, folder, root, ids)
                     if content:
                         path.parent.mkdir(exist_ok=True)
@@ -499,13 +599,32 @@ def convert(args):
                     note(notes, "clips that are not there yet (--check-audio drops them)", where)
                 if sum(counts.values()) == args.limit:
                     break
+        if not read and broken:
+            raise SystemExit(f"error: none of the shards can be read; {broken[0]}")
         if not read:
             raise SystemExit(f"error: {source}: holds no rows; fetch it again, or check the path")
         if counts:
             os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    return counts, read, dropped, notes
+    return counts, read, dropped, notes, broken
+
+
+def say_disk(shards, out):
+    """Before anything is written: how much disk the clips inside parquet files will take."""
+    size, free = clip_bytes(shards), shutil.disk_usage(out.parent).free
+    if size:
+        print(f"{out.stem}_audio/ will take about {size / 1e9:.3g} GB, for all clips inside "
+              f"{len(shards):,} parquet files; {free / 1e9:.3g} GB are free there", flush=True)
+
+
+def record_source(source, out) -> str:
+    """Which file was it? Its hash, into OUT.source.json and as a line of text."""
+    with open(source, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    record = {"source": source.name, "bytes": source.stat().st_size, "sha256": sha256}
+    out.with_suffix(".source.json").write_text(json.dumps(record, indent=1) + "\n")
+    return f"{source}: sha256 {sha256} (MMAU was revised in 2025: compare scores on one file)"
 
 
 def parse_row(row, where) -> dict:
@@ -522,7 +641,7 @@ def digest(name) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
-def report(args, counts, read, dropped, notes) -> str:
+def report(args, counts, read, dropped, notes, broken) -> str:
     """The counts by task and split, and what was dropped and why, as text."""
     kept = sum(counts.values())
     lines = [f"{args.out}: {kept:,} of {read:,} rows were imported"] + [f"    {'task':12}{'split':16}{'count':>10}"] * bool(counts)
@@ -531,6 +650,7 @@ def report(args, counts, read, dropped, notes) -> str:
         lines += [title] * bool(table)
         lines += [f"{count:10,}  {reason}   [{', '.join(places)}{', ...' * (count > 3)}]"
                   for reason, (count, places) in sorted(table.items(), key=lambda item: -item[1][0])]
+    lines += [f"broken, the rest of it is lost: {sentence}" for sentence in broken]
     if args.dataset == "iemocap":
         lines.append(f"the complete corpus has 5,531 utterances of the four classes, 1,241 of them in session 5 (split test); here {kept:,} and "
                      f"{counts['emotion', 'test']:,}")
@@ -552,18 +672,23 @@ def main(argv=None):
     parser.add_argument("--max-seconds", type=float, metavar="S", help="drop longer clips, too, in seconds (Qwen2-Audio's window: 30)")
     parser.add_argument("--task", choices=KINDS, help="cota: the task of rows whose column does not say it")
     parser.add_argument("--numeric", action="store_true", help="numinamath, gsm8k: only answers that are one number, for the rule that judges")
+    parser.add_argument("--no-answer-line", action="store_true",
+                        help=f"numinamath, gsm8k: without the written line {ANSWER_LINE!r}")
     parser.add_argument("--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP")
     args = parser.parse_args(argv)
     heard = [name for name in IMPORTERS if name not in TEXT_ONLY]
-    for flag, takers in (("task", ["cota"]), ("numeric", TEXT_ONLY), ("drop_leaks", ["mmau"]), ("audio_root", heard),
-                         ("check_audio", heard), ("max_seconds", heard)):
+    for flag, takers in (("task", ["cota"]), ("numeric", TEXT_ONLY), ("no_answer_line", TEXT_ONLY),
+                         ("drop_leaks", ["mmau"]), ("audio_root", heard), ("check_audio", heard),
+                         ("max_seconds", heard)):
         if getattr(args, flag) and args.dataset not in takers:
             parser.error(f"--{flag.replace('_', '-')} is for {' and '.join(takers)}, not for {args.dataset}")
     for flag in ("limit", "max_seconds"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             parser.error(f"--{flag.replace('_', '-')} must be above zero, not {value}")
-    counts, read, dropped, notes = convert(args)
-    print(report(args, counts, read, dropped, notes))
+    counts, read, dropped, notes, broken = convert(args)
+    print(report(args, counts, read, dropped, notes, broken))
+    if args.dataset == "mmau" and counts and Path(args.source).is_file():
+        print(record_source(Path(args.source), Path(args.out)))
     if not counts:
         most = max(dropped, key=lambda reason: dropped[reason][0])
         raise SystemExit(f"error: {args.source}: all {read:,} rows were dropped, most because of: {most}; nothing was written")

@@ -1,9 +1,12 @@
 """Importers: small files in each dataset's own layout, odd records included, through the real command line; what comes out must be a manifest."""
+import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +14,10 @@ import soundfile
 
 import data
 import import_datasets
+import judge
+import models
 from import_datasets import boxes, main, named, split_choices
+from mini_world import MINI
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -150,6 +156,65 @@ def test_cota_parquet_writes_its_clips_out(tmp_path, capsys):
     assert "holds the splits test, train, not law" in refusal("cota", tmp_path / "data", tmp_path / "out.jsonl", "--split", "law")
 
 
+def hub_row(n):
+    """CoTA on the hub, as its public readers load it. Every clip is another one."""
+    sound = {"bytes": clip(0.2 + n / 1000), "path": f"{n:07d}.wav"}
+    return {"audio": sound, "user": "<audio>What rings?", "assistant": TRACE.format("a bell")}
+
+
+def test_cota_in_configurations(tmp_path, capsys):
+    """Folders or file names; a broken shard is passed over, what it held before its break is kept;
+    the disk that the clips take is said before them."""
+    shards = {"complex_audio/train-00000-of-00002": "mix", "meld/data/train-0-of-1": "speech",
+              "S2TT/e2z-00000-of-00001": "speech", "audiocap-00000-of-00001": "sound",
+              "MELD_train_3": "speech", "data/AudioCaps/part-1": "sound",
+              "odd_sounds/train-00000-of-00001": "odd_sounds", "odd_train-00001-of-00002": "odd"}
+    for n, name in enumerate(shards):
+        write_parquet(tmp_path / f"CoTA/{name}.parquet", [hub_row(2 * n), hub_row(2 * n + 1)])
+    cut = write_parquet(tmp_path / "CoTA/meld/cut.parquet", [hub_row(90)])
+    cut.write_bytes(cut.read_bytes()[:-100])
+    rows = [hub_row(n) for n in range(91, 95)]
+    how = {"row_group_size": 1, "compression": "gzip"}
+    torn = write_parquet(tmp_path / "CoTA/meld/torn.parquet", rows, **how)
+    content = bytearray(torn.read_bytes())
+    at = parquet.read_metadata(torn).row_group(2).column(0).data_page_offset
+    content[at:at + 200] = b"x" * 200
+    torn.write_bytes(content)
+    out = tmp_path / "CoTA/cota.jsonl"
+    printed, _ = run(capsys, "cota", tmp_path / "CoTA", out, "--check-audio")
+    examples = data.read_manifest(out, require=("reasoning",))
+    tasks = Counter(e.task for e in examples)
+    assert tasks["speech"] in range(6, 9)                           # 0 to 2 rows of the torn shard
+    tasks["speech"] = 6
+    assert tasks == Counter(task for task in shards.values() for _ in "ab")
+    assert {(e.question, e.answer) for e in examples} == {("What rings?", "a bell")}
+    broken = [line for line in printed.splitlines() if line.startswith("broken, the rest of it")]
+    assert len(broken) == 2 and str(cut) in broken[0] and str(torn) in broken[1]
+    first = printed.splitlines()[0]
+    assert re.fullmatch(r"cota_audio/ will take about [\d.e-]+ GB, for all clips inside 10 parquet "
+                        r"files; [\d.e+]+ GB are free there", first)
+    written = sum(path.stat().st_size for path in (tmp_path / "CoTA/cota_audio").iterdir())
+    assert written < 1e9 * float(first.split()[4]) < 1.5 * written     # torn rows counted
+
+
+def test_one_configuration_of_cota(tmp_path, capsys):
+    """By its folder, and by its file. Of a source that is all broken there is nothing to import; a
+    benchmark's shard must be whole."""
+    shard = write_parquet(tmp_path / "S2TT/e2z-00000-of-00001.parquet", [hub_row(0)])
+    for source in shard.parent, shard:
+        _, (line,) = run(capsys, "cota", source, tmp_path / "out.jsonl")
+        assert line["task"] == "speech"
+    _, (line,) = run(capsys, "cota", shard, tmp_path / "out.jsonl", "--task", "music")
+    assert line["task"] == "music"
+    (tmp_path / "S2TT/f-00000-of-00001.parquet").write_bytes(b"PAR1")
+    assert len(run(capsys, "cota", shard.parent, tmp_path / "out.jsonl")[1]) == 1
+    assert "f-00000-of-00001.parquet: is not parquet" in refusal(
+        "voicebench", shard.parent, tmp_path / "v.jsonl", "--split", "f")
+    shard.write_bytes(b"")
+    sentence = refusal("cota", shard.parent, tmp_path / "none.jsonl")
+    assert "none of the shards can be read" in sentence and str(shard) in sentence
+
+
 def test_cota_columns(tmp_path, capsys):
     put_clips(tmp_path, "a.wav")
     row = {"uid": 7, "text": "<audio>What rings?", "label": TRACE.format("(B)"), "clip": "a.wav", "options": ["gong", "bell"], "domain": "Sound"}
@@ -262,7 +327,8 @@ def test_numinamath(tmp_path, capsys):
     write_parquet(tmp_path / "data/train-00000-of-00001.parquet", rows)
     printed, lines = run(capsys, "numinamath", tmp_path / "data", tmp_path / "n.jsonl")
     assert [line["answer"] for line in lines] == ["\\frac{3}{4}", "x+3", "10{,}000", "1,250", "7", "45^\\circ", "12 \\text{ cm}"]
-    assert lines[0] == {"id": "numinamath-train-1", "question": "", "choices": [], "answer": "\\frac{3}{4}", "task": "math",
+    assert lines[0] == {"id": "numinamath-train-1", "question": import_datasets.ANSWER_LINE,
+                        "choices": [], "answer": "\\frac{3}{4}", "task": "math",
                         "transcript": "Find x_0.", "sub-category": "olympiads", "split": "train"}
     dropped(printed, "several parts", 3)
     dropped(printed, "no answer after", 2)
@@ -281,11 +347,31 @@ def test_numinamath(tmp_path, capsys):
 def test_gsm8k(tmp_path, capsys):
     rows = [{"question": "How much?", "answer": "She has 16 - 3 = <<16-3=13>>13.\n#### 13"}, {"question": "And now?", "answer": "#### 1,000"},
             {"question": "So?", "answer": "13"}]
+    rows += [{"question": "She wants to prove it. How many?", "answer": "#### 3"}]      # no proof
     printed, lines = run(capsys, "gsm8k", write_jsonl(tmp_path / "test.jsonl", rows), tmp_path / "g.jsonl", "--numeric")
     assert [(line["id"], line["answer"], line["transcript"], line["split"]) for line in lines] == [
-        ("gsm8k-test-1", "13", "How much?", "test"), ("gsm8k-test-2", "1,000", "And now?", "test")]
+        ("gsm8k-test-1", "13", "How much?", "test"), ("gsm8k-test-2", "1,000", "And now?", "test"),
+        ("gsm8k-test-4", "3", "She wants to prove it. How many?", "test")]
     dropped(printed, "no answer after ####", 1, "test.jsonl:3")
     refused_as_manifest(tmp_path / "g.jsonl")
+
+
+def test_both_views_read_the_line_that_asks_for_a_box(tmp_path, capsys):
+    """Beside the spoken problem, and beside its transcript; what it asks for, the judge reads."""
+    source = write_jsonl(tmp_path / "test.jsonl", [{"question": "How much?", "answer": "#### 13"}])
+    _, (line,) = run(capsys, "gsm8k", source, tmp_path / "g.jsonl")
+    put_clips(tmp_path, "x.wav")
+    spoken = write_jsonl(tmp_path / "spoken.jsonl", [{**line, "audio": "x.wav"}])
+    example, = data.read_manifest(spoken)
+    processor = models.load_audio_model(MINI / "student")[1]
+    heard = data.audio_prompt(processor, data.question_text(example))
+    read = data.text_prompt(processor.tokenizer, example.transcript, data.question_text(example))
+    asked = "Put the final answer in \\boxed{}."
+    assert asked in heard and "How much?" not in heard
+    assert f"How much?\n{asked}" in read
+    assert judge.agree("16 - 3 is 13, so \\boxed{13} it is, of 16.", example.answer)
+    _, (line,) = run(capsys, "gsm8k", source, tmp_path / "g.jsonl", "--no-answer-line")
+    assert line["question"] == ""
 
 
 def test_boxes():
@@ -313,6 +399,9 @@ def test_mmau(tmp_path, capsys):
     dropped(printed, "none of the choices", 3, *(f"{source} row {n}" for n in (5, 8, 9)))
     dropped(printed, "a leak, if you train on IEMOCAP", 1, f"{source} row 3")
     assert "    music       test-mini                5" in printed
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    record = {"source": source.name, "bytes": source.stat().st_size, "sha256": sha256}
+    assert sha256 in printed and json.loads((tmp_path / "mmau.source.json").read_text()) == record
     printed, lines = run(capsys, "mmau", source, out, "--drop-leaks")
     assert "m2" not in [line["id"] for line in lines]
     dropped(printed, "a clip of IEMOCAP (--drop-leaks)", 1, f"{source} row 3")
@@ -328,6 +417,17 @@ def test_mmar(tmp_path, capsys):
         examples = data.read_manifest(tmp_path / "out.jsonl")
         assert [e.task for e in examples] == ["sound", "music", "speech", "mix"] and examples[0].kind == "Counting"
         dropped(printed, "the modality is neither", 1)
+
+
+def test_mmar_without_its_empty_choices(tmp_path, capsys):
+    lists = ["x", "y", "z", ""], ["", "x", "y"], ["A. x", "B. y", " "]
+    rows = [{"audio_path": "0.wav", "question": "What?", "choices": choices, "answer": choices[1],
+             "modality": "sound"} for choices in lists]
+    put_clips(tmp_path, "0.wav")
+    run(capsys, "mmar", write_jsonl(tmp_path / "MMAR.jsonl", rows), tmp_path / "out.jsonl")
+    examples = data.read_manifest(tmp_path / "out.jsonl")
+    assert [(e.choices, e.answer) for e in examples] == [
+        (["x", "y", "z"], "y"), (["x", "y"], "x"), (["x", "y"], "y")]
 
 
 def test_iemocap(tmp_path, capsys):

@@ -55,8 +55,11 @@ def downloads(tmp_path, monkeypatch):
     """What `hf download` and the authors' pages would leave here."""
     monkeypatch.chdir(tmp_path)
     audio = lambda i: {"bytes": clip(), "path": f"{i}.wav"}
-    write_parquet(tmp_path / "CoTA/data/train-00000-of-00001.parquet",
-                  [{"audio": audio(i), "question": "<audio>What is heard? A. bell B. dog", "answer": TRACE.format("bell"), "task": "sound"} for i in range(70)])
+    for name, task in ("complex_audio", "bell"), ("meld", "dog"):
+        asked = {"user": "<audio>What is heard? A. bell B. dog", "assistant": TRACE.format(task)}
+        write_parquet(tmp_path / f"CoTA/{name}/train-00000-of-00002.parquet",
+                      [{"audio": audio(i), **asked} for i in range(35)])
+        (tmp_path / f"CoTA/{name}/train-00001-of-00002.parquet").write_bytes(b"PAR1 cut")
     (tmp_path / "MMAU/test-mini-audios").mkdir(parents=True)
     (tmp_path / "MMAU/test-mini-audios/x.wav").write_bytes(clip())
     (tmp_path / "MMAU/mmau-test-mini.json").write_text(json.dumps([
