@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,15 @@ def test_the_cache_is_used_though_training_checkpoints_its_activations(student, 
     hook.remove()
     longest = max(map(len, prompts.audio))
     assert seen[0] == (3, longest - 1) and set(seen[1:]) == {(9, 1)} and model.training and all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
+
+
+def test_nothing_deprecated_is_called(student, prompts):
+    """Names that a later transformers drops: the cache's, and that of checkpointing."""
+    model = copy.deepcopy(student[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        common.checkpoint_activations(model)
+        rollout.roll_out(model, student[1], prompts, PLAN, key="0", max_new_tokens=3)
 
 
 def test_text_answers_are_cached_by_model_and_prompt(student, world, tmp_path, monkeypatch):
