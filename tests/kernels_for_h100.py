@@ -44,7 +44,8 @@ def stop(graph):
 def pretend():
     answer = lambda value: lambda *_, **__: value
     for name, value in dict(is_available=True, _lazy_init=None, current_device=0, device_count=1, get_device_capability=(9, 0), get_device_properties=H100, synchronize=None,
-                            get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None, _exchange_device=0, _maybe_exchange_device=0).items():
+                            get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None, _exchange_device=0, _maybe_exchange_device=0,
+                            is_current_stream_capturing=False).items():
         setattr(torch.cuda, name, answer(value))
     for name, value in dict(get_device_properties=H100, is_available=True, get_compute_capability=90, is_triton_capable=True, raise_if_triton_unavailable=None).items():
         setattr(CudaInterface, name, staticmethod(answer(value)))
