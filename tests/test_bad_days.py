@@ -69,8 +69,8 @@ def undisturbed(flags, tmp_path_factory):
 def test_a_killed_script_goes_on_to_the_last_bit(script, flags, undisturbed, tmp_path):
     """The script itself, killed after its second step, and started again."""
     out = tmp_path / "run"
+    undisturbed(script, 4, wait=False)                      # meanwhile; first, because it may take a while to start
     run = spawn(script, flags(script, out, "--max-steps", "4"), out)
-    undisturbed(script, 4, wait=False)                      # meanwhile
     until(lambda: len(lines(out)) >= 2, run)
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL and steps(out)[-1] < 4
