@@ -672,9 +672,11 @@ def ask(model, tokenizer, triples, yes, no, *, batch_size=32):
     for start in range(0, len(triples), batch_size):
         chunk = triples[start:start + batch_size]
         said = [open_answer(output) for _, output, _ in chunk]
-        prompts = [ASK.format(question=data.question_text(example) or example.transcript,
-                              reference=open_answer(reference), said=answer)
-                   for (example, _, reference), answer in zip(chunk, said)]
+        # what is spoken and what is written: beside a spoken problem may stand no more than "answer in a box"
+        questions = ["\n".join(filter(None, (example.transcript, data.question_text(example))))
+                     for example, _, _ in chunk]
+        prompts = [ASK.format(question=question, reference=open_answer(reference), said=answer)
+                   for question, (_, _, reference), answer in zip(questions, chunk, said)]
         prompts = [data.text_prompt(tokenizer, prompt, "") for prompt in prompts]
         prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         inputs = {name: x.to(model.device) for name, x in data.pad_left(prompts, tokenizer).items()}

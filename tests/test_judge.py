@@ -208,7 +208,7 @@ def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatc
     triples = [(example("What is it?"), f"<RESPONSE>{said}</RESPONSE>", "The answer is four.") for said in ("four", "five", "", "four")]
     verdicts = judge.ask(Says(), tokenizer, triples, [7, 8], [9], batch_size=3)
     assert verdicts == [True, False, False, True] == sum((judge.ask(Says(), tokenizer, [t], [7, 8], [9]) for t in triples), [])
-    assert "Question: What is it?" in seen[0] and "Reference answer: four" in seen[0].replace("four.", "four")
+    assert "Question: two plus two\nWhat is it?" in seen[0] and "Reference answer: four" in seen[0].replace("four.", "four")
 
 
 def test_a_real_model_gives_verdicts_and_a_wrong_name_one_sentence(tmp_path):
