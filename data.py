@@ -531,10 +531,10 @@ def text_prompt(tokenizer, words: str, question: str) -> str:
 
 
 def turn_end_id(tokenizer) -> int:
-    """The id of the token that closes an assistant's turn, read off the tokenizer's own chat template (<|im_end|> in Qwen's).
+    """The token that closes an assistant's turn, by the chat template (<|im_end|> in Qwen's).
 
-    The first special token behind what was said: some templates put a space or a newline before it. Raises DataError where there is
-    none (GLM-ASR's next turn just begins): a student would never learn to stop."""
+    The first special token behind what was said: some templates put a space or a newline before it.
+    Raises DataError where there is none, as in GLM-ASR: nothing would teach to stop."""
     said = "one two three"
     turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": said}]
     _, found, closing = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)
@@ -543,19 +543,24 @@ def turn_end_id(tokenizer) -> int:
     for token in ids:
         if token in special:
             return token
-    raise DataError(f"the chat template of {tokenizer.name_or_path or 'a tokenizer'} closes an assistant's turn with no special token, so that "
-                    "nothing would say where an answer ends; use an instruct model whose template closes its turns")
+    name = tokenizer.name_or_path or "a tokenizer"
+    raise DataError(f"the chat template of {name} closes an assistant's turn with no special "
+                    "token, so that nothing would say where an answer ends; "
+                    "use an instruct model whose template closes its turns")
 
 
 def _special_ids(tokenizer) -> set[int]:
     named = {index for index in tokenizer.all_special_ids if index is not None}
-    return named | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder.items()
+    return named | {index for index, token in added if token.special}
 
 
 def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
-    """What a model of `size` output rows must never say: special tokens (placeholders, turn marks) but those in `keep`, and rows that are no
-    token at all. placeholder: the audio's id, which some tokenizers do not count as special. Sampled, it would ask the next forward for
-    audio that is not there."""
+    """What a model of `size` output rows must never say: special tokens (placeholders, turn marks)
+    but those in `keep`, and rows that are no token at all.
+
+    placeholder: the audio's id, which some tokenizers do not count as special. Sampled, it would
+    ask the next forward for audio that is not there."""
     unused = set(range(size)) - set(tokenizer.get_vocab().values())
     banned = (_special_ids(tokenizer) | unused) - set(keep)
     if placeholder is not None:

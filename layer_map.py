@@ -12,9 +12,10 @@ Layers count from 1, as in the paper: layer l is the output of the l-th decoder 
 
 Where the paper is silent, we choose:
 1. W_i maps student -> teacher, so that the target is fixed. The other way round, W_i = 0 and a student of zeros agree perfectly.
-2. W_i starts from least squares on a calibration batch, at equal widths too: between models that do not share a base, the features of
-   one have nothing to do with those of the other, and the identity would be chance. From a random start the JSD of hidden states
-   lies near its bound ln 2, where it is flat, and at the paper's learning rate of 1e-5 it would hardly leave it.
+2. W_i starts from least squares on a calibration batch, at equal widths too: between models that do
+   not share a base, the features of one have nothing to do with those of the other, and the
+   identity would be chance. From a random start the JSD of hidden states lies near its bound ln 2,
+   where it is flat, and at the paper's learning rate of 1e-5 it would hardly leave it.
 3. A teacher much shallower than the student could round to layer 0; the first layer stands in for it.
 
     python layer_map.py 28 36              # every student layer (the paper's "layer-wise")
@@ -135,7 +136,8 @@ def feature_statistics(hidden):
 class Projections(nn.Module):
     """Per pair i: W_i [teacher_width, student_width] (trained, no bias), and the frozen teacher's mean[i] and std[i] [teacher_width].
 
-    Before `fit`: W_i is the (rectangular) identity, a placeholder, mean 0, std 1. Fit before wrapping in DDP, which then gives every rank rank 0's values.
+    Before `fit`: W_i is the (rectangular) identity, a placeholder, mean 0, std 1.
+    Fit before wrapping in DDP, which then gives every rank rank 0's values.
     Keep it in float32: at 16 bit, steps of its learning rate would round to nothing.
     """
 

@@ -39,11 +39,12 @@ from transformers.utils import cached_file, logging
 import data
 import shapes
 
-THINKER = "_thinker"                    # how the model type of an Omni's part ends that hears, reads and writes
+THINKER = "_thinker"                    # the end of an Omni's model type without its talker
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
-READER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json",
-          "added_tokens.json", "chat_template.json", "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
-          "video_preprocessor_config.json")            # the files of a tokenizer and a processor
+READER = (                              # the files of a tokenizer and a processor
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 # ------------------------------------------------------------ 1. loading --------------------------------------------------------------
@@ -100,7 +101,7 @@ def load_same_shape(path, student, dtype):
 
 
 def _load(path, what, autos, reader_class, dtype):
-    # no remote code, and safetensors alone (check_weights): nothing that comes with a checkpoint is executed or unpickled
+    # No remote code, and safetensors alone (check_weights): nothing is executed or unpickled
     path = newest_checkpoint(path)
     adapter = Path(path) if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").exists() else None
     if adapter:
@@ -140,21 +141,24 @@ def _load(path, what, autos, reader_class, dtype):
 
 
 def check_weights(path, config=None):
-    """Whatever from_pretrained would load of this folder or hub id is a safetensors file inside it, links followed. Raises SystemExit if not.
+    """Every weight that from_pretrained would load of this folder or hub id is a safetensors file
+    inside it, links followed. Raises SystemExit if not.
 
-    An index may name any file, which transformers then opens: a pickle, or ../another.safetensors."""
+    An index may name any file, which transformers then opens: a pickle, ../another.safetensors."""
     names = ["model.safetensors", "adapter_model.safetensors"]
     if getattr(config, "transformers_weights", None):
         names.append(config.transformers_weights)
     with contextlib.suppress(OSError):                      # most models have no index
-        index = json.loads(Path(cached_file(str(path), "model.safetensors.index.json")).read_text())
-        names += index["weight_map"].values()
+        index = Path(cached_file(str(path), "model.safetensors.index.json"))
+        names += json.loads(index.read_text())["weight_map"].values()
     root = Path(path).resolve()
-    if root.parent.name == "snapshots":                     # the hub's cache, where every file is a link to ../../blobs
+    if root.parent.name == "snapshots":                     # the hub's cache: links to ../../blobs
         root = root.parents[1]
     for name in names:
-        if not name.endswith(".safetensors") or not (Path(path) / name).resolve().is_relative_to(root):
-            raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside this folder; get the checkpoint again, or convert it")
+        inside = (Path(path) / name).resolve().is_relative_to(root)
+        if not inside or not name.endswith(".safetensors"):
+            raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside this "
+                             "folder; get the checkpoint again, or convert it")
 
 
 def _reader_files(path):
@@ -299,17 +303,24 @@ def check(model, processor, *, shared_prompts=False):
     learns = [p for p in model.parameters() if id(p) in used]
 
     with _in_float32(model, learns):
-        alone = {key: x for key, x in view.inputs.items() if key != "position_ids"}          # as transformers counts positions by itself
+        # without our position_ids: as transformers counts positions by itself
+        alone = {key: x for key, x in view.inputs.items() if key != "position_ids"}
         real = view.inputs["attention_mask"].bool()
-        last = hear(model, **view.inputs)[real]                                              # [tokens, hidden]
+        last = hear(model, **view.inputs)[real]                                  # [tokens, hidden]
         if not _close(_whole(model, alone).logits[real], last @ head_weight(model).T):
             raise SystemExit(_odd_head(model))
         if shared_prompts:
-            apart, joint = (data.audio_view(two, rows, said, processor).to(model.device) for rows, said in (
-                ([0, 1, 0], [[1, 2], [3], [4, 5]]), ([0, 0, 1], [[1, 2], [4, 5], [3]])))     # only neighbours share a prompt
-            apart, joint = (hear(model, **v.inputs).flatten(0, 1)[v.predict_positions] for v in (apart, joint))       # [5 tokens, hidden]
+            def heard_at(rows, said):                       # only neighbours share a prompt
+                view = data.audio_view(two, rows, said, processor).to(model.device)
+                last = hear(model, **view.inputs).flatten(0, 1)
+                return last[view.predict_positions]                              # [5, hidden]
+
+            apart = heard_at([0, 1, 0], [[1, 2], [3], [4, 5]])
+            joint = heard_at([0, 0, 1], [[1, 2], [4, 5], [3]])
             if not _close(apart[[0, 1, 3, 4, 2]], joint):
-                raise SystemExit(f"{name}'s attention does not take a mask of its own, so that a prompt's rollouts cannot share it, as CORD has them do")
+                raise SystemExit(f"{name}'s attention does not take a mask of its own, so that a "
+                                 "prompt's rollouts cannot share it, as CORD has them do; take a "
+                                 "family of README's table")
     return learns
 
 
@@ -324,18 +335,21 @@ def check_teacher(model):
 
 @contextlib.contextmanager
 def _in_float32(model, parameters):
-    """Inside, `model` computes exactly, and little: the first two layers of its decoder and 512 rows of its head, float32 without autocast.
+    """Inside, `model` computes exactly, and little: the first two layers of its decoder and 512
+    rows of its head, in float32 without autocast and gradient.
 
-    In bfloat16 two right ways to the same numbers differ by some per cent at the end of a deep model, and so would a wrong one. parameters: those
-    that matter. They come back as they were; meanwhile tower, projector and two layers are there twice, 4 GB of a 7B model."""
+    In bfloat16 two right ways to the same numbers differ by some per cent at the end of a deep
+    model, and so would a wrong one. parameters: those that matter. They come back as they were; meanwhile
+    tower, projector and two layers are there twice, about 4 GB more for a 7B model."""
     weight, head, text = head_weight(model), model.get_output_embeddings(), decoder(model)
     if getattr(text.config, "final_logit_softcapping", None):
         raise SystemExit(_odd_head(model))
     layers, embeddings = text.layers, text.get_input_embeddings()
-    rows = weight.detach()[::max(1, len(weight) // 512)].float()                             # [512 or so, hidden]
+    rows = weight.detach()[::max(1, len(weight) // 512)].float()            # [512 or so, hidden]
     few = nn.Linear(*rows.T.shape, bias=False, device="meta")
     few.weight = nn.Parameter(rows)
-    kept, wanted = {}, {id(tensor) for tensor in [*parameters, *(b for b in model.buffers() if b.is_floating_point())]}
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    kept, wanted = {}, {id(tensor) for tensor in [*parameters, *buffers]}
     hook = embeddings.register_forward_hook(lambda module, given, out: out.float())
     text.layers = layers[:2]
     model.set_output_embeddings(few)
@@ -355,14 +369,19 @@ def _in_float32(model, parameters):
 
 
 def _check_window(model):
-    # Rollouts that share a prompt bring a mask of their own, for all layers alike: a layer with a window would lose it without a word
+    # Rollouts that share a prompt bring one mask for all layers: a window would be lost
     config = decoder(model).config
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    short = window is not None and window < config.max_position_embeddings
-    kinds = getattr(config, "layer_types", None)
-    if set(kinds) - {"full_attention"} if kinds else short:
-        raise SystemExit(f"{type(model).__name__} has layers that do not see the whole prompt (layer_types or sliding_window in its config), so that a "
-                         "prompt's rollouts cannot share it, as CORD has them do; take a model with full attention in every layer")
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        partial = set(layer_types) != {"full_attention"}
+    else:
+        longest = config.max_position_embeddings
+        window = getattr(config, "sliding_window", None) or longest
+        partial = getattr(config, "use_sliding_window", True) and window < longest
+    if partial:
+        raise SystemExit(f"{type(model).__name__} has layers that do not see the whole prompt "
+                         "(layer_types or sliding_window in its config), so that a prompt's rollouts "
+                         "cannot share it, as CORD has them do; take a model with full attention in every layer")
 
 
 def _as_trained(model):
@@ -464,7 +483,8 @@ def save(model, processor, folder, state=None):
     """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config, tokenizer, processor and chat template. With LoRA the
     adapter alone, as peft saves it. state: the model's state_dict, where it had to be gathered from many ranks.
 
-    Tokenizer and processor are the base's own files, byte for byte: nothing here changes them, and what transformers 5 writes 4 cannot read."""
+    Tokenizer and processor are the base's own files, byte for byte: nothing here changes them, and
+    what transformers 5 writes 4 cannot read."""
     state, folder = model.state_dict() if state is None else state, Path(folder)
     if has_lora(model):
         save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(model, state_dict=state).items()},
@@ -477,10 +497,13 @@ def save(model, processor, folder, state=None):
         # Back to the hub's names: transformers 5.17 writes one ".model" too many for decoders inside, which other loaders miss, and on the hub Omni's
         # thinker is a part, thinker.* (5.24 says so by itself where the model came from a whole one)
         part = "thinker." if model.config.model_type.endswith(THINKER) else ""
-        state = {part + name.removeprefix(part).replace("language_model.model.model.", "language_model.model."): tensor
-                 for name, tensor in revert_weight_conversion(model, state).items()}
+        extra, hub = "language_model.model.model.", {}
+        for name, tensor in revert_weight_conversion(model, state).items():
+            name = name.removeprefix(part).replace(extra, "language_model.model.")
+            hub[part + name] = tensor
         logging.disable_progress_bar()
-        model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="5GB")
+        model.save_pretrained(folder, state_dict=hub, save_original_format=False,
+                              max_shard_size="5GB")
         logging.enable_progress_bar()
         config = folder / "config.json"
         config.write_text(json.dumps(hub_config(json.loads(config.read_text())), indent=2) + "\n")
@@ -492,12 +515,17 @@ def save(model, processor, folder, state=None):
 
 
 def hub_config(config):
-    """config.json as a dict -> the same as other loaders expect it, transformers 4 and vLLM: an Omni around its thinker, and the rotary
-    settings under their old names too."""
-    if config["model_type"].endswith(THINKER):              # the talker is not ours: without it the whole class does no more than think
-        config = {"architectures": [name.replace("Thinker", "") for name in config["architectures"]], "dtype": config["dtype"],
-                  "enable_audio_output": False, "model_type": config["model_type"].removesuffix(THINKER), "thinker_config": config}
-    for part in (config, config.get("text_config"), config.get("thinker_config", {}).get("text_config")):
+    """config.json as a dict -> the same as other loaders expect it, transformers 4 and vLLM:
+    an Omni around its thinker, and the rotary settings under their old names too."""
+    if config["model_type"].endswith(THINKER):
+        config = {
+            "architectures": [name.replace("Thinker", "") for name in config["architectures"]],
+            "dtype": config["dtype"],
+            "enable_audio_output": False,                   # the talker is not ours
+            "model_type": config["model_type"].removesuffix(THINKER),
+            "thinker_config": config}
+    thinker = config.get("thinker_config", {})
+    for part in (config, config.get("text_config"), thinker.get("text_config")):
         rope = dict(part["rope_parameters"]) if part and part.get("rope_parameters") else {}
         if "rope_theta" in rope:
             part["rope_theta"] = rope.pop("rope_theta")

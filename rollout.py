@@ -81,8 +81,9 @@ def stop_ids(tokenizer):
 
 def banned_ids(model, tokenizer):
     """What must not be said: control tokens but those that end an answer (data.control_ids)."""
-    audio = getattr(model.config, "audio_token_id", getattr(model.config, "audio_token_index", None))
-    size = model.config.get_text_config().vocab_size
+    config = model.config
+    audio = getattr(config, "audio_token_id", getattr(config, "audio_token_index", None))
+    size = config.get_text_config().vocab_size
     return data.control_ids(tokenizer, size, keep=stop_ids(tokenizer), placeholder=audio)
 
 
