@@ -38,12 +38,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import common
+from plumbing import ranks
+
+from plumbing.files import make_folder, replace_text, write_json, writing
 import data
 import judge
 import models
 from judge import extract_choice, voicebench_letter
-from report import plot_report, read_run, summary
+from lab.report import plot_report, read_run, summary
 from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's tasks; every other one (MMAR's mixes, ...) gets a row of its own behind them
@@ -583,12 +585,12 @@ def main(argv=None):
     if args.greedy or args.temperature is None:
         args.temperature = 0.0 if args.greedy or args.task == "gap" else 0.6
     args.max_new_tokens = args.max_new_tokens or (200 if args.task == "kl" else 2048)
-    rank, world, device = common.start_distributed()
+    rank, world, device = ranks.start_distributed()
     try:
         if args.model:
-            args.model = common.of_rank_zero(models.newest_checkpoint(args.model))
+            args.model = ranks.of_rank_zero(models.newest_checkpoint(args.model))
         if args.task not in ("mmau", "mcq", "report") and rank == 0:
-            common.make_folder(args.out or "runs/evaluate")         # not after hours of answers
+            make_folder(args.out or "runs/evaluate")         # not after hours of answers
         if args.task in SHARED:
             (run_gap if args.task == "gap" else run)(args, rank, device)
         elif world > 1:
@@ -599,13 +601,13 @@ def main(argv=None):
         if rank > 0:                    # rank 0 mostly meets the same error: then it says so and ends, and torchrun ends this process before it can
             time.sleep(30)
         raise SystemExit(f"evaluate.py: {error}") from None
-    common.stop_distributed()
+    ranks.stop_distributed()
 
 
 def look_inside(args):
     """--task layers and features: what inside.py has to say, as JSON, a PNG and a few lines. A checkpoint's run tells the rest: its teacher,
     its map, and the student that it started from. Every second example fits W_i, the others are looked at."""
-    import inside
+    from lab import inside
     import layer_map
 
     model = Path(args.model)
@@ -631,10 +633,10 @@ def look_inside(args):
     known, found = states(settings.get("student", model) if args.task == "layers" else model)
     pairs = layer_map.pairs(len(found["student"]), len(found["teacher"]))                  # the whole map, whatever the run distilled
     projections = inside.fit(pairs, known)
-    out = common.make_folder(args.out or "runs/evaluate")
+    out = make_folder(args.out or "runs/evaluate")
     if args.task == "features":
         report_ = inside.features_report(found, pairs, projections)
-        with common.writing(out / "features.png"):
+        with writing(out / "features.png"):
             inside.plot_features(report_, out / "features.png")
     else:
         before = inside.layers_report(found, pairs, projections)
@@ -644,10 +646,10 @@ def look_inside(args):
         trained = inside.trained(beside, pairs, refitted) if beside.exists() else refitted
         report_ = {"pairs": pairs, "before": before, "after": inside.layers_report(found, pairs, trained)}
         report_["vocabulary"] = report_["after"]["vocabulary"]
-        with common.writing(out / "layers.png"):
+        with writing(out / "layers.png"):
             inside.plot_layers(before, report_["after"], pairs, out / "layers.png")
     print(*(inside.features_lines if args.task == "features" else inside.layers_lines)(report_), sep="\n")
-    common.write_json(out / f"{args.task}.json", report_)
+    write_json(out / f"{args.task}.json", report_)
     print(f"{out}: {args.task}.json, {args.task}.png")
 
 
@@ -733,15 +735,15 @@ def run_gap(args, rank, device):
     if further:
         results["together"] = tables["all files"]
         del results["together"]["correct"]                  # it stands in the sets
-    out = common.make_folder(args.out or "runs/evaluate")
-    common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    common.write_json(out / "results.json", {**results, "settings": vars(args)})
+    out = make_folder(args.out or "runs/evaluate")
+    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    write_json(out / "results.json", {**results, "settings": vars(args)})
 
 
 def run_kl(args):
     """--task kl: the spread of D_t over rollouts, as JSON, a PNG and a few lines. A checkpoint's run names the student that it started from, which
     is the teacher before and after training."""
-    import inside
+    from lab import inside
 
     model = Path(args.model)
     settings = read_json(model.parent / "config.json", "a run's flags") if (model / "checkpoint.json").exists() else {}
@@ -761,9 +763,9 @@ def run_kl(args):
     for when, student in [("before", teacher)] + [("after", load(model)[0])] * bool(settings):
         pairs = inside.divergences(student, processor, teacher, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed)
         reports[when] = inside.kl_report(pairs, processor.tokenizer)
-    out = common.make_folder(args.out or "runs/evaluate")
-    common.write_json(out / "kl.json", reports)
-    with common.writing(out / "kl.png"):
+    out = make_folder(args.out or "runs/evaluate")
+    write_json(out / "kl.json", reports)
+    with writing(out / "kl.png"):
         inside.plot_kl(reports, out / "kl.png")
     print(*inside.kl_lines(reports), sep="\n")
     print(f"{out}: kl.json, kl.png")
@@ -772,7 +774,7 @@ def run_kl(args):
 def run_report(args):
     """--task report: report.py's summary and picture and, of a run that is finished, what it says at its end."""
     found = read_run(args.run)
-    with common.writing(found["folder"] / "report.png"):
+    with writing(found["folder"] / "report.png"):
         plot_report(found)
     print(*summary(found), sep="\n")
     if found["results"]:
@@ -807,8 +809,8 @@ def merged(other, name):
 def tell(results, other, args, out):
     """Write results.json, if there is a name for it, and print the tables."""
     if out:
-        common.make_folder(out.parent)
-        common.write_json(out, {**results, "settings": vars(args)})
+        make_folder(out.parent)
+        write_json(out, {**results, "settings": vars(args)})
     print(report(results))
     if other is None:
         return
@@ -846,10 +848,10 @@ def run(args, rank, device):
     if rank > 0:
         return
     results["set"] = sets[0][0]
-    out, samples = common.make_folder(args.out or "runs/evaluate"), results.pop("samples")
-    common.replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    out, samples = make_folder(args.out or "runs/evaluate"), results.pop("samples")
+    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     mmau = [s for s in samples if s["task"] != SER_TASK]
-    common.write_json(out / "predictions.json", mmau)       # MMAU's format, for its own script
+    write_json(out / "predictions.json", mmau)       # MMAU's format, for its own script
     tell(results, other, args, out / "results.json")
 
 

@@ -15,7 +15,7 @@ Four rules hold for every loss here:
 
 Everything here needs nothing but torch (2.11: on a GPU sums in float32 of bfloat16 products): copy the file, or "The fused form" on with the few small functions above that it names.
 
-    python bench.py losses          # time, memory and share of the floor, beside Liger's and beside the formulas
+    python -m lab.bench losses          # time, memory and share of the floor, beside Liger's and beside the formulas
 
 Papers: A = arXiv 2509.18579 (L_top, L_layer, L_ac, L_SFT), B = arXiv 2601.16547 (CORD: the reverse KL per token).
 """

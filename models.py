@@ -37,7 +37,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
 import data
-import shapes
+from lab import shapes
 
 THINKER = "_thinker"                    # the end of an Omni's model type without its talker
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights

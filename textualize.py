@@ -36,11 +36,13 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-import common
+from plumbing import ranks
+
+from plumbing.files import write_json
 import data
 import evaluate
 import judge
-import mini_world
+import mini.world
 import models
 import rollout
 
@@ -277,7 +279,7 @@ def write_sheet(described, page, *, clips, seed):
     sheet = json.dumps({"sheet": name, "verdicts": VERDICTS, "items": items}).replace("<", "\\u003c")      # no text can close the script
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(PAGE.replace("SHEET", sheet, 1), encoding="utf-8")
-    common.write_json(key_path(page), {"sheet": name, "items": key})
+    write_json(key_path(page), {"sheet": name, "items": key})
     return len(items)
 
 
@@ -344,7 +346,7 @@ def ratings_table(found):
 def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # writing
-    parser.add_argument("--model", default=str(mini_world.MINI / "student"), help="audio LLM, folder or hub id (paper: Qwen2.5-Omni-7B)")
+    parser.add_argument("--model", default=str(mini.world.MINI / "student"), help="audio LLM, folder or hub id (paper: Qwen2.5-Omni-7B)")
     parser.add_argument("--data", help="manifest to describe (data.py); default: the mini world's training split")
     parser.add_argument("--out", help="manifest to write, in the folder of --data; default: its name with -described")
     parser.add_argument("--grounding", choices=["reasoning", "caption", "none"],
@@ -356,7 +358,7 @@ def parse_flags(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the mini world and the rating sheet")
     # measuring
     parser.add_argument("--check", action="store_true", help="how often --teacher answers right from the description alone")
-    parser.add_argument("--teacher", default=str(mini_world.MINI / "teacher"), help="text LLM for --check (paper: Qwen3-8B)")
+    parser.add_argument("--teacher", default=str(mini.world.MINI / "teacher"), help="text LLM for --check (paper: Qwen3-8B)")
     parser.add_argument("--rating-sheet", metavar="PAGE", help="write a page for blind human rating (HTML), and its key beside it")
     parser.add_argument("--clips", type=int, default=10, help="clips of each task on the page; a third of them with another's description")
     parser.add_argument("--score-ratings", metavar="JSON", nargs="+", help="saved answers: what was kept? needs --rating-sheet, the page rated")
@@ -373,11 +375,11 @@ def main(argv=None):
     if args.score_ratings:
         print(ratings_table(score_ratings(args.score_ratings, Path(args.rating_sheet))))
         return
-    rank, world, device = common.start_distributed()
+    rank, world, device = ranks.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
     if args.data is None:
-        with common.rank_zero_first(rank, world):
-            args.data = mini_world.build("train", seed=args.seed)
+        with ranks.rank_zero_first(rank, world):
+            args.data = mini.world.build("train", seed=args.seed)
     source = Path(args.data)
     out = Path(args.out) if args.out else source.with_name(f"{source.stem}-described.jsonl")
     if out.resolve().parent != source.resolve().parent or out.resolve() == source.resolve():
@@ -387,16 +389,16 @@ def main(argv=None):
     records = {record["id"]: record for record in records}
 
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    mini = Path(args.model).resolve() == (mini_world.MINI / "student").resolve()
-    grounding = args.grounding or ("none" if mini else "reasoning")
-    args.model = common.of_rank_zero(models.newest_checkpoint(args.model))      # of a run's folder
+    is_mini = Path(args.model).resolve() == (mini.world.MINI / "student").resolve()
+    grounding = args.grounding or ("none" if is_mini else "reasoning")
+    args.model = ranks.of_rank_zero(models.newest_checkpoint(args.model))      # of a run's folder
     name, failed = f"{args.model}, grounding: {grounding}", out.with_suffix(".failed.jsonl")
     if {e.id for e in examples} - written(out, name) - written(failed, name):
         model, processor = models.load_audio_model(args.model, dtype=half)
         seconds = data.check_audio(examples)
         models.check(model.to(device), processor)
         say(f"{data.about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
-        counts = textualize(examples, records, model, processor, out, prompts=MINI_PROMPTS if mini else PROMPTS,
+        counts = textualize(examples, records, model, processor, out, prompts=MINI_PROMPTS if is_mini else PROMPTS,
                             grounding=grounding, batch_size=args.batch_size,
                             max_new_tokens=args.max_new_tokens, rank=rank, name=name)
         del model
@@ -414,11 +416,11 @@ def main(argv=None):
             if view in found:
                 say(f"{view:12}" + "".join(f"{found[view][t]:10.1f}" for t in tasks))
         if rank == 0:
-            common.write_json(out.with_suffix(".check.json"), found)
+            write_json(out.with_suffix(".check.json"), found)
     if args.rating_sheet and rank == 0:
         page = Path(args.rating_sheet)
         say(f"{page}: {write_sheet(described, page, clips=args.clips, seed=args.seed)} items; the key to it is {key_path(page)}")
-    common.stop_distributed()
+    ranks.stop_distributed()
 
 
 if __name__ == "__main__":

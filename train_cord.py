@@ -14,7 +14,7 @@ CORD (paper B, arXiv 2601.16547): the model that reads teaches the model that li
         --eval-data gsm8k_spoken.jsonl openbookqa.jsonl --lr 3e-5 --batch-size 64 --micro-batch 5 --eval-batch 16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_cord.py ...        # on each node
 
-The rows of the paper's tables (python experiments.py cord: all of them, two epochs, three seeds each):
+The rows of the paper's tables (python -m lab.experiments cord: all of them, two epochs, three seeds each):
 
     SFT on the text view's answers        --token-loss sft --group-size 0
     off-policy forward KL                 --token-loss forward-kl --group-size 0
@@ -26,7 +26,7 @@ The rows of the paper's tables (python experiments.py cord: all of them, two epo
 Where the paper is silent, and what we do:
 1. Teacher: a frozen copy from before training, as the paper's figure draws it. The current weights
    (--teacher current) were no worse at a low learning rate; at twice that both views fell together in
-   two of three seeds (python experiments.py cord-teacher).
+   two of three seeds (python -m lab.experiments cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call; --share-rollouts takes the KL on the group's.
 3. D_t and log p are of what was sampled from: control tokens are banned in both views; log p at the row's own temperature, D_t at 1.
 4. L_tok and L_seq: sums over a rollout's tokens, as written, and means over the rollouts of the global batch, on any number of GPUs.
@@ -49,16 +49,20 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import common
+from plumbing import checkpoints, ranks, run
+
+from plumbing.files import append_jsonl, write_json, writing
+
+from plumbing.optimizer import clip, parameter_groups
 import data
 import evaluate
 import judge
 import losses
-import mini_world
+import mini.world
 import models
-import report
+from plumbing import plots
 import rollout
-from split_adamw import SplitAdamW
+from plumbing.optimizer import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
 EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
@@ -75,7 +79,7 @@ MEANS = {"kl": ("kl", "tokens"), "entropy": ("entropy", "tokens"), "top_weight":
 def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # models and data
-    parser.add_argument("--student", default=str(mini_world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2-Audio-7B-Instruct)")
+    parser.add_argument("--student", default=str(mini.world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2-Audio-7B-Instruct)")
     parser.add_argument("--teacher", default="initial", choices=["initial", "current"], help="who reads: a frozen copy, or the weights of this step")
     parser.add_argument("--data", help="training manifest with transcripts (data.py); default: the mini world")
     parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
@@ -109,7 +113,7 @@ def parse_flags(argv=None):
     parser.add_argument("--text-batch", type=int, default=64,
                         help="prompts that one rank reads and answers at once before step 1")
     parser.add_argument("--show-every", type=int, default=25, help="steps between three rollouts in the terminal and samples.jsonl")
-    common.add_run_flags(parser, out="runs/cord", best=["audio", "text"])
+    run.add_run_flags(parser, out="runs/cord", best=["audio", "text"])
     args = parser.parse_args(argv)
     if args.group_size == 1 or args.group_size < 0:
         parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing to be better than")
@@ -121,7 +125,7 @@ def parse_flags(argv=None):
         parser.error("batch sizes, --max-new-tokens and --show-every are at least 1, --epochs above 0, --lora at least 0")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1")
-    common.check_run_flags(args, parser)
+    run.check_run_flags(args, parser)
     return args
 
 
@@ -214,7 +218,7 @@ class CordStep(nn.Module):
         return last.flatten(0, 1)[chunk.text.predict_positions]
 
     def forward(self, chunk, read, counts):
-        args, view, parts, each, teacher_head = self.args, chunk.audio, {}, {}, common.full(self.teacher[1].weight)      # gathered by all ranks, or by none
+        args, view, parts, each, teacher_head = self.args, chunk.audio, {}, {}, ranks.full(self.teacher[1].weight)      # gathered by all ranks, or by none
         last = models.hear(self.student, **view.inputs)                                          # [prompts, seq, hidden]
         heard, lengths = last.flatten(0, 1)[view.predict_positions], [len(r.ids) for r in chunk.read]        # [tokens, hidden]
         advantage, sft, on_policy = chunk.advantage / max(counts["group"], 1), args.token_loss == "sft", args.token_loss == "reverse-kl"
@@ -250,20 +254,20 @@ def learning_rate_factor(step, steps):
 
 def main(argv=None):
     args = parse_flags(argv)
-    started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
-    say = common.speaker(rank)
+    started, out, (rank, world, device) = time.time(), Path(args.out), ranks.start_distributed()
+    say = run.speaker(rank)
     torch.manual_seed(args.seed)
-    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))
+    args.student = ranks.of_rank_zero(models.newest_checkpoint(args.student))
     # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the {world} ranks; change one")
     share = args.batch_size // world
     train_file, eval_files = args.data, args.eval_data
     if train_file is None:
-        with common.rank_zero_first(rank, world):
-            train_file, *made = mini_world.spoken(args.seed, small=args.dry_run)
+        with ranks.rank_zero_first(rank, world):
+            train_file, *made = mini.world.spoken(args.seed, small=args.dry_run)
         eval_files = eval_files or made
-    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, ("transcript",), say)
+    examples, scored, seconds, unusable = run.read_data(train_file, eval_files, args, ("transcript",), say)
 
     # 4.2 models
     kind = torch.bfloat16 if args.weights == "bfloat16" or args.lora and device.type == "cuda" else torch.float32
@@ -276,7 +280,7 @@ def main(argv=None):
     encode = functools.partial(data.encode_prompts, processor=processor, tokenizer=tokenizer, words="transcript", max_seconds=args.max_seconds)
 
     # 4.3 before: what the student can do as it comes, and the text view's answers, which the judge compares with
-    checkpoint, done = common.find_checkpoint(args, out, device), 0
+    checkpoint, done = checkpoints.find_checkpoint(args, out, device), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -284,20 +288,20 @@ def main(argv=None):
         f"student {student.num_parameters():,} parameters, {learns:,} learn; teacher: {args.teacher} weights")
     apart = args.token_loss == "reverse-kl" and not args.share_rollouts
     plan = [(args.temperature, True, False)] * apart + [(args.group_temperature, args.share_rollouts, True)] * args.group_size
-    say(common.memory_line(args, world, step_module, student=[student], teacher=step_module.teacher))
+    say(ranks.memory_line(args, world, step_module, student=[student], teacher=step_module.teacher))
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {share} x {len(plan)} x {world} "
         f"(prompts x rollouts x ranks) = {args.batch_size * len(plan)} rollouts a step, {steps} steps")
-    common.start_folder(out, checkpoint, rank, world)
+    checkpoints.start_folder(out, checkpoint, rank, world)
     answering = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
 
     def score(when, elsewhere=True):
-        return common.evaluation(lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering), when, data.fingerprint(scored),
+        return run.evaluation(lambda: evaluate.evaluate_views(student, processor, scored, elsewhere=elsewhere, **answering), when, data.fingerprint(scored),
                                  module=wrapped, out=out, args=args, rank=rank)
 
-    before = None if args.no_eval or not scored else checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
-    asked = {e.id: e for step in range(stop) for e in common.examples_of_step(examples, step, args.batch_size, args.seed)}
-    with common.writing(out / "references.jsonl"):
+    before = None if args.no_eval or not scored else checkpoint and run.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
+    asked = {e.id: e for step in range(stop) for e in run.examples_of_step(examples, step, args.batch_size, args.seed)}
+    with writing(out / "references.jsonl"):
         how = {**answering, "batch_size": args.text_batch}
         references = rollout.text_answers(student, processor, [*asked.values()],
                                           out / "references.jsonl", **how)
@@ -309,36 +313,36 @@ def main(argv=None):
     # 4.4 checkpoint; DDP or FSDP; optimizer
     reader = step_module if step_module.teacher[0] is models.decoder(student) else step_module.teacher[0]        # the module whose weights reading needs
     if args.shard and reader is not step_module:
-        common.shard_reader(*step_module.teacher)
+        ranks.shard_reader(*step_module.teacher)
     if checkpoint:
-        done = common.load_model(checkpoint, student)
+        done = checkpoints.load_model(checkpoint, student)
         say(f"going on from step {done}, {checkpoint}")
-    wrapped = common.wrap(step_module, student, args, world=world, compute=kind if device.type == "cpu" else torch.bfloat16)
+    wrapped = ranks.wrap(step_module, student, args, world=world, compute=kind if device.type == "cpu" else torch.bfloat16)
     learns = [p for p in step_module.parameters() if p.requires_grad]
-    groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
+    groups = parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay)
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
     if checkpoint:
-        common.load_optimizer(checkpoint, step_module, optimizer)
+        checkpoints.load_optimizer(checkpoint, step_module, optimizer)
     card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags=vars(args))
-    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside={}, module=step_module, optimizer=optimizer,
+    save = functools.partial(checkpoints.save_checkpoint, out, model=student, processor=processor, beside={}, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
-    common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world, names=("log", "samples"))
+    run.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world, names=("log", "samples"))
 
     # 4.5 the loop: roll out, judge, read, then forward, accumulate, backward, clip, step
     first, begun, saved, quiet, spoiled = done, time.time(), checkpoint, 0, 0                            # quiet: steps since a group last had any signal
-    prepared = common.feed(encode, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
+    prepared = run.feed(encode, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
     where = {"do": "lower --batch-size or --micro-batch, shorten --max-new-tokens, or use --checkpoint-activations, --lora RANK or --shard"}
-    common.forget_peak_memory(device)
-    with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
+    run.forget_peak_memory(device)
+    with run.bad_days(where, prepared, lambda: save(step=done), say) as signals, run.progress(done, stop, rank) as bar:
         for step, (prompts, faults, waited) in zip(range(done, stop), prepared):
             if before and args.eval_every and step and step % args.eval_every == 0:        # here, so that it is made up for by a run that was killed meanwhile
-                now = common.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}", elsewhere=False)
-                common.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args, rank)
+                now = run.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}", elsewhere=False)
+                checkpoints.note_scores(saved, {view: now[f"{view}_accuracy"] for view in ("text", "audio")}, args, rank)
                 say(f"step {step}: text {now['text_accuracy']:.1f}  audio {now['audio_accuracy']:.1f}")
             clock, mine, spoilt = [time.time()], prompts.examples, []
-            common.seed_step(args.seed, step, rank)
+            run.seed_step(args.seed, step, rank)
             where |= {"part": "the rollouts", "batch": f"{share * len(plan)} rollouts", "length": max(map(len, prompts.audio)) + args.max_new_tokens}
-            rollouts = common.whole(wrapped, lambda: rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens))
+            rollouts = ranks.whole(wrapped, lambda: rollout.roll_out(student, processor, prompts, plan, key=f"{args.seed} {step}", max_new_tokens=args.max_new_tokens))
             clock.append(time.time())
             sums = {**dict.fromkeys(("loss", "token", "group", *sum(MEANS.values(), ())), 0.0), "rollouts": len(rollouts),
                     "sampled": sum(len(r.ids) for r in rollouts), "at_limit": sum(not r.ended for r in rollouts),
@@ -349,17 +353,17 @@ def main(argv=None):
             chunks = chunks_of(rollouts, prompts, processor, args.micro_batch, device)
             if args.shard:                              # every rank runs as many: one with nothing in it does no harm
                 idle = chunks_of([dataclasses.replace(rollouts[0], kl=False, advantage=0.0)], prompts, processor, 1, device)
-                chunks += idle * (int(common.over_ranks(len(chunks), torch.distributed.ReduceOp.MAX, device)) - len(chunks))
+                chunks += idle * (int(ranks.over_ranks(len(chunks), torch.distributed.ReduceOp.MAX, device)) - len(chunks))
             where |= {"part": "the text view", "batch": f"{args.micro_batch} rollouts"}
             with autocast():
-                taught = common.whole(reader, lambda: [step_module.read(chunk) for chunk in chunks])
+                taught = ranks.whole(reader, lambda: [step_module.read(chunk) for chunk in chunks])
             clock.append(time.time())
-            counts = common.sum_over_ranks({"token": sum(r.kl for r in rollouts), "group": sum(r.group for r in rollouts)}, device)
+            counts = ranks.sum_over_ranks({"token": sum(r.kl for r in rollouts), "group": sum(r.group for r in rollouts)}, device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
             for i, (chunk, read) in enumerate(zip(chunks, taught)):
                 where |= {"part": "the forward pass", "length": chunk.audio.inputs["input_ids"].shape[1]}
-                with common.accumulating(wrapped, last=i + 1 == len(chunks)):
+                with ranks.accumulating(wrapped, last=i + 1 == len(chunks)):
                     with autocast():
                         parts, each = wrapped(chunk, read, counts)
                     where["part"] = "the backward pass"
@@ -370,19 +374,19 @@ def main(argv=None):
                 for r, divergence in zip(chunk.read, each["kl"].split([len(r.ids) for r in chunk.read]) if each else ()):
                     r.divergence = divergence.tolist()
             where["part"] = "the optimizer"
-            norm, sums = common.clip(learns, args.clip), common.sum_over_ranks({**sums, "asked": len(signals)}, device)
+            norm, sums = clip(learns, args.clip), ranks.sum_over_ranks({**sums, "asked": len(signals)}, device)
             if sound := math.isfinite(sums["loss"] + norm):        # the same on every rank
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done, spoiled = step + 1, 0 if sound else spoiled + 1
             clock.append(time.time())
             if sums.pop("faults"):
-                common.note_unusable(faults, unusable, out, done, rank)
-            why = common.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
+                run.note_unusable(faults, unusable, out, done, rank)
+            why = run.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
             line = {"step": done, **{name: sums[name] for name in ("loss", "token", "group")}, "grad_norm": norm,
                     "lr": optimizer.param_groups[0]["lr"], **{name: sums[x] / sums[y] for name, (x, y) in MEANS.items() if sums[y]},
                     **{f"seconds_{what}": end - start for what, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])},
-                    "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), **common.costs(clock[-1] - clock[0] + waited, waited, device)}
+                    "rollout_tokens_per_second": sums["sampled"] / (clock[1] - clock[0]), **run.costs(clock[-1] - clock[0] + waited, waited, device)}
             text = "  ".join(f"{name} {line[name]:.3f}" for name in ("loss", *MEANS) if name in line) + f"  {line['rollout_tokens_per_second']:,.0f} rollout tokens/s"
             if (quiet := quiet + 1 if sums["groups"] and not sums["signal"] else 0) == QUIET:
                 say(f"step {done}: for {QUIET} steps all rollouts of every group were judged alike, so the group reward teaches nothing: read "
@@ -390,33 +394,33 @@ def main(argv=None):
             if dead := [e.id for n, e in enumerate(mine) if all(r.unusable for r in rollouts if r.row == n)]:
                 say(f"step {done}: all rollouts of {', '.join(dead)} are empty or were cut at --max-new-tokens {args.max_new_tokens}")
             if not sound:
-                line = common.left_out(done, sums["loss"], norm, spoilt, [e.id for e in mine], say)
-            common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
+                line = run.left_out(done, sums["loss"], norm, spoilt, [e.id for e in mine], say)
+            run.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
             if rank == 0 and (done % args.show_every == 0 or done == 1):
                 for record in rollout.samples([r for r in rollouts if r.kl or not apart][:3], prompts, references, verdicts, tokenizer):
-                    common.append_jsonl(out / "samples.jsonl", {"step": done, **record})
+                    append_jsonl(out / "samples.jsonl", {"step": done, **record})
                     say("  {transcript} | {rollout} | {verdict}".format(**record))
             if done == stop or why or done % args.save_every == 0 or before and args.eval_every and done % args.eval_every == 0:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
-                common.leave(why, saved, say)
+                run.leave(why, saved, say)
 
     # 4.6 after
     if before:
         after = score("after")
         table, minutes = evaluate.report_gap(after, before), (time.time() - started) / 60
         if rank == 0:
-            common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
+            write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes,
                                                      "gap_reduction_percent": evaluate.gap_reduction(before, after)})
             card(out / f"step-{done:07d}", results=table)
             say(table)
             if args.data is None and not args.dry_run:
                 say("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            report.plot_cord(out)
+            plots.plot_cord(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
-    common.stop_distributed()
+    ranks.stop_distributed()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ All but L_ac are taken at the positions that predict the response's tokens, whic
         --batch-size 64 --micro-batch 1 --eval-batch 16
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_source_layer.py ...   # on each node
 
-Table 1 of the paper, row by row (python experiments.py table: all of them, three seeds each):
+Table 1 of the paper, row by row (python -m lab.experiments table: all of them, three seeds each):
 
     SFT only                              --text-kd none --no-acoustic-kd
     top-layer text KD + SFT               --text-kd top --no-acoustic-kd
@@ -29,7 +29,7 @@ Table 1 of the paper, row by row (python experiments.py table: all of them, thre
 Where the paper is silent, and what we do:
 1. Divergence of hidden states: JSD of softmaxes over features, standardised with the frozen teacher's mean and deviation; raw, a few "massive"
    ones would own it (losses.py). On the mini world three seeds do not decide between it and mse at
-   equal strength (python experiments.py hidden-seeds). For a small difference it is an eighth of mse:
+   equal strength (python -m lab.experiments hidden-seeds). For a small difference it is an eighth of mse:
    our alphas are 8 times those that were best for mse.
 2. W_i maps student to teacher width, starts from least squares on a calibration batch, has its own learning rate and is saved
    beside the model, never inside it (layer_map.py).
@@ -46,15 +46,19 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import common
+from plumbing import checkpoints, ranks, run
+
+from plumbing.files import write_json
+
+from plumbing.optimizer import clip, parameter_groups
 import data
 import evaluate
 import layer_map
 import losses
-import mini_world
+import mini.world
 import models
-import report
-from split_adamw import SplitAdamW
+from plumbing import plots
+from plumbing.optimizer import SplitAdamW
 
 # What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
@@ -69,8 +73,8 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     boolean = argparse.BooleanOptionalAction
     # models and data
-    parser.add_argument("--student", default=str(mini_world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2.5-Omni-7B)")
-    parser.add_argument("--teacher", default=str(mini_world.MINI / "teacher"), help="text LLM that reads (paper: Qwen3-8B)")
+    parser.add_argument("--student", default=str(mini.world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2.5-Omni-7B)")
+    parser.add_argument("--teacher", default=str(mini.world.MINI / "teacher"), help="text LLM that reads (paper: Qwen3-8B)")
     parser.add_argument("--acoustic-teacher", default="snapshot", help="snapshot (paper) or a model of the student's shape")
     parser.add_argument("--data", help="training manifest with reasoning and description (data.py); default: the mini world")
     parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
@@ -104,7 +108,7 @@ def parse_flags(argv=None):
     parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
     parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
     parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens an answer may have, trace included (7B with CoTA: 2048)")
-    common.add_run_flags(parser, out="runs/source_layer", best=["aqa", "ser"])
+    run.add_run_flags(parser, out="runs/source_layer", best=["aqa", "ser"])
     args = parser.parse_args(argv)
     kind, _, every = args.text_kd.partition(":")
     if kind not in ("none", "top", "skip", "layer") or (kind == "skip") != every.isdigit() or every == "0":
@@ -117,7 +121,7 @@ def parse_flags(argv=None):
         parser.error("batch sizes, --epochs and --max-new-tokens are at least 1, --lora at least 0")
     if args.layers and kind in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
-    common.check_run_flags(args, parser)
+    run.check_run_flags(args, parser)
     args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
     return args
 
@@ -177,7 +181,7 @@ class SourceLayerStep(nn.Module):
         heard, inside = self.hear(batch)                                                           # [tokens, hidden], tapped
         read, taught = (None, None) if self.frozen[0] is None else self.read(batch)                # [tokens, teacher hidden], tapped
         loss, top, sft = self.jsd_ce(
-            heard, models.head_weight(self.student), read, None if read is None else common.full(models.head_weight(self.frozen[0])), batch.labels,
+            heard, models.head_weight(self.student), read, None if read is None else ranks.full(models.head_weight(self.frozen[0])), batch.labels,
             ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
         parts |= ({"top": top} if read is not None else {}) | ({"sft": sft} if args.sft else {})
         if self.pairs:
@@ -231,10 +235,10 @@ def learning_rate_factor(step, steps):
 
 def main(argv=None):
     args = parse_flags(argv)
-    started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
-    say = common.speaker(rank)
+    started, out, (rank, world, device) = time.time(), Path(args.out), ranks.start_distributed()
+    say = run.speaker(rank)
     torch.manual_seed(args.seed)
-    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))
+    args.student = ranks.of_rank_zero(models.newest_checkpoint(args.student))
     # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % (args.micro_batch * world):
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {args.micro_batch * world} "
@@ -242,10 +246,10 @@ def main(argv=None):
     train_file, eval_files = args.data, args.eval_data
     if train_file is None:
         sizes = {"train": 16, "test": 8} if args.dry_run else {"train": None, "test": 300}
-        with common.rank_zero_first(rank, world):
-            train_file, *made = [mini_world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
+        with ranks.rank_zero_first(rank, world):
+            train_file, *made = [mini.world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
         eval_files = eval_files or made
-    examples, scored, seconds, unusable = common.read_data(train_file, eval_files, args, ("reasoning", "description")[:1 + (args.text_kd != "none")], say)
+    examples, scored, seconds, unusable = run.read_data(train_file, eval_files, args, ("reasoning", "description")[:1 + (args.text_kd != "none")], say)
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
@@ -259,12 +263,12 @@ def main(argv=None):
     elif args.acoustic_kd:
         snapshot = models.frozen_copy(student, half) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
         models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
-        snapshot = common.shard(snapshot, models.blocks(snapshot)) if args.shard else snapshot
+        snapshot = ranks.shard(snapshot, models.blocks(snapshot)) if args.shard else snapshot
     if args.text_kd != "none":
         teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
         models.check_teacher(teacher.to(device).requires_grad_(False))
         if args.shard:
-            common.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
+            ranks.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
         shared = (student_ids.to(device), teacher_ids.to(device))
         student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))
@@ -281,7 +285,7 @@ def main(argv=None):
                              max_seconds=args.max_seconds) for i in range(0, len(chunk), args.micro_batch)]
 
     # 4.3 before: what the student can do as it comes
-    checkpoint, done = common.find_checkpoint(args, out, device), 0
+    checkpoint, done = checkpoints.find_checkpoint(args, out, device), 0
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     stop = min(steps, 2) if args.dry_run else steps
     learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -290,62 +294,62 @@ def main(argv=None):
     say(data.about_clips(seconds, processor))
     say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {args.batch_size // args.micro_batch // world} x {world} "
         f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
-    say(common.memory_line(args, world, step_module, student=[student], teacher=[teacher], snapshot=[snapshot]))
+    say(ranks.memory_line(args, world, step_module, student=[student], teacher=[teacher], snapshot=[snapshot]))
     say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
-    common.start_folder(out, checkpoint, rank, world)
+    checkpoints.start_folder(out, checkpoint, rank, world)
 
     def score(when):
         how = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
-        return common.evaluation(lambda: evaluate.evaluate_model(student, processor, scored, **how), when, data.fingerprint(scored), module=wrapped, out=out, args=args, rank=rank)
+        return run.evaluation(lambda: evaluate.evaluate_model(student, processor, scored, **how), when, data.fingerprint(scored), module=wrapped, out=out, args=args, rank=rank)
 
-    before = None if args.no_eval or not scored else checkpoint and common.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
+    before = None if args.no_eval or not scored else checkpoint and run.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
 
     # 4.4 checkpoint or calibration; DDP or FSDP; optimizer
     where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
     beside = {"projections.safetensors": step_module.projections} if pairs else {}
     beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
     if checkpoint:
-        done = common.load_model(checkpoint, student, *(functools.partial(layer_map.load, module, checkpoint / name) for name, module in beside.items()))
+        done = checkpoints.load_model(checkpoint, student, *(functools.partial(layer_map.load, module, checkpoint / name) for name, module in beside.items()))
         say(f"going on from step {done}, {checkpoint}")
     else:
-        few = micro_batches(common.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1))
+        few = micro_batches(run.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1))
         longest = max(batch.audio.inputs["input_ids"].shape[1] for batch in few)
-        with autocast(), common.out_of_memory_named({**where, "part": "the calibration", "length": longest}):
+        with autocast(), run.out_of_memory_named({**where, "part": "the calibration", "length": longest}):
             step_module.calibrate(batch.to(device) for batch in few)
-    wrapped = common.wrap(step_module, student, args, world=world, compute=half)
+    wrapped = ranks.wrap(step_module, student, args, world=world, compute=half)
     learns = [p for p in step_module.parameters() if p.requires_grad]
     special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
                (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
     special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
-    groups = common.parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
+    groups = parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
     optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
     if checkpoint:
-        common.load_optimizer(checkpoint, step_module, optimizer)
+        checkpoints.load_optimizer(checkpoint, step_module, optimizer)
     card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
-    save = functools.partial(common.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
+    save = functools.partial(checkpoints.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
                              card=card, rank=rank, keep=args.keep, best=args.keep_best)
-    common.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world)
+    run.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world)
 
     # 4.5 the loop: forward, accumulate, backward, clip, step
     first, begun, saved, usual_top, spoiled = done, time.time(), checkpoint, None, 0
-    prepared = common.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
-    common.forget_peak_memory(device)
-    with common.bad_days(where, prepared, lambda: save(step=done), say) as signals, common.progress(done, stop, rank) as bar:
+    prepared = run.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
+    run.forget_peak_memory(device)
+    with run.bad_days(where, prepared, lambda: save(step=done), say) as signals, run.progress(done, stop, rank) as bar:
         for step, (batches, faults, waited) in zip(range(done, stop), prepared):
             if before and args.eval_every and step and step % args.eval_every == 0:        # here, so that it is made up for by a run that was killed meanwhile
-                now = common.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}")
-                common.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
+                now = run.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}")
+                checkpoints.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
                 for sentence in evaluate.name_failures(before, now):
                     say(f"step {step}: {sentence}")
             clock, batches = time.time() - waited, [batch.to(device) for batch in batches]
             tokens = data.denominators(batches)
-            common.seed_step(args.seed, step, rank)
+            run.seed_step(args.seed, step, rank)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
             sums, spoilt = {"faults": len(faults)}, []
             for i, batch in enumerate(batches):
                 where |= {"part": "the forward pass", "length": max(view.inputs["input_ids"].shape[1] for view in (batch.audio, batch.text))}
-                with common.accumulating(wrapped, last=i + 1 == len(batches)):
+                with ranks.accumulating(wrapped, last=i + 1 == len(batches)):
                     with autocast():
                         parts = wrapped(batch, tokens)
                     where["part"] = "the backward pass"
@@ -354,46 +358,46 @@ def main(argv=None):
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
             where["part"] = "the optimizer"
-            norm, sums = common.clip(learns, args.clip), common.sum_over_ranks({**sums, "asked": len(signals)}, device)
+            norm, sums = clip(learns, args.clip), ranks.sum_over_ranks({**sums, "asked": len(signals)}, device)
             if sound := math.isfinite(sums["loss"] + norm):        # the same on every rank
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done, spoiled, taken = step + 1, 0 if sound else spoiled + 1, time.time() - clock
             if sums.pop("faults"):
-                common.note_unusable(faults, unusable, out, done, rank)
-            why = common.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
+                run.note_unusable(faults, unusable, out, done, rank)
+            why = run.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
             if sound and args.divergence == "kl" and "top" in sums:
                 if usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top:
                     say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}: use --divergence jsd")
                 usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
             line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-                    "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, **common.costs(taken, waited, device)}
+                    "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, **run.costs(taken, waited, device)}
             text = "  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s"
             if not sound:
-                line = common.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
-            common.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
+                line = run.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
+            run.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
             if done == stop or why or done % args.save_every == 0 or before and args.eval_every and done % args.eval_every == 0:
                 where["part"] = "writing a checkpoint"
                 saved = save(step=done)
             if why:
-                common.leave(why, saved, say)
+                run.leave(why, saved, say)
 
     # 4.6 after
     if before:
         after = score("after")
         table, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
         if rank == 0:
-            common.write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
+            write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
             card(out / f"step-{done:07d}", results=table)
             say(table)
             if not args.dry_run:                        # eight questions a task show nothing
                 say("\n".join(evaluate.name_failures(before, after)))
                 if args.data is None:
                     say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            report.plot_run(out)
+            plots.plot_run(out)
             say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
     wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
-    common.stop_distributed()
+    ranks.stop_distributed()
 
 
 if __name__ == "__main__":

@@ -217,10 +217,10 @@ def near_run(out, other, rel):
 # -------------------------------------------------------- habits of a fork ------------------------------------------------------------
 
 def eat_before(name, step, path, rank):
-    """Before common's or one of its modules' functions `name` ("models.save") does its work for the step-th time on that rank, somebody else fills the disk with
+    """Before a function of plumbing.checkpoints or of one of its modules, `name` ("models.save") does its work for the step-th time on that rank, somebody else fills the disk with
     a file at `path`. None: no small disk could be mounted; then it says that it has no room, or, where it is not asked again, files cannot grow beyond a megabyte."""
-    import common
-    holder, last = (common, name) if "." not in name else (getattr(common, name.split(".")[0]), name.split(".")[1])
+    from plumbing import checkpoints
+    holder, last = (checkpoints, name) if "." not in name else (getattr(checkpoints, name.split(".")[0]), name.split(".")[1])
     work = getattr(holder, last)
 
     def hungry(*args, **named):
@@ -229,7 +229,7 @@ def eat_before(name, step, path, rank):
             if path:
                 fill(path)
             elif name == "same_on_all_ranks":
-                common.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 20)
+                shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 20)
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         return work(*args, **named)
@@ -253,8 +253,8 @@ def spoil_a_weight(step, rank):
     """On one rank a bit of a weight turns over before the checkpoint of that step."""
     import torch
 
-    import common
-    check = common.same_on_all_ranks
+    from plumbing import checkpoints
+    check = checkpoints.same_on_all_ranks
 
     def after_a_ray(module):
         if os.environ.get("RANK") == str(rank) and step == after_a_ray.calls:
@@ -265,30 +265,31 @@ def spoil_a_weight(step, rank):
         return check(module)
 
     after_a_ray.calls = 1
-    common.same_on_all_ranks = after_a_ray
+    checkpoints.same_on_all_ranks = after_a_ray
 
 
 def stop_at(step):
     """Asked to stop in that step."""
-    import common
-    log = common.log_step
+    from plumbing import run
+    log = run.log_step
 
     def until_then(line, *more, **named):
         log(line, *more, **named)
         if line["step"] == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    common.log_step = until_then
+    run.log_step = until_then
 
 
 def scored_as(best, scores):
     """The n-th evaluation gives the n-th score, and seen.jsonl says which checkpoints stay then."""
-    import common
-    note, left = common.note_scores, list(scores)
+    from plumbing import checkpoints
+    from plumbing.files import append_jsonl
+    note, left = checkpoints.note_scores, list(scores)
 
     def noted(checkpoint, found, *more):
         assert best in found
         note(checkpoint, {**found, best: left.pop(0)}, *more)
-        common.append_jsonl(checkpoint.parent / "seen.jsonl", {"stay": steps(checkpoint.parent)})
+        append_jsonl(checkpoint.parent / "seen.jsonl", {"stay": steps(checkpoint.parent)})
 
-    common.note_scores = noted
+    checkpoints.note_scores = noted

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import bad_days
-import common
+from plumbing import checkpoints, ranks, run
+from plumbing.files import append_jsonl, open_log, write_json
 import evaluate
 import layer_map
-import mini_world
+import mini.world
 import models
 import train_cord
 import train_source_layer
@@ -103,7 +104,7 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
     argv = flags(script, out, "--max-steps", str(LONG), *evaluate, evaluate=True)
 
     def evaluates():
-        done = max((int(path.name[5:]) for path in common.complete(out)), default=0)
+        done = max((int(path.name[5:]) for path in checkpoints.complete(out)), default=0)
         return not (out / "before.json").exists() if not done else done % 2 == 0 and not (out / f"eval-{done:07d}.json").exists()
 
     for name, more, seconds in moments(numbers, True):
@@ -182,15 +183,15 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
 
 def test_restarts_that_may_wait_for_the_dead_are_warned_of(monkeypatch, capsys):
     """torch 2.11 keeps one store over all restarts unless it is told not to."""
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **k: None)
-    monkeypatch.setattr(common.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
     for name, value in dict(RANK="0", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="2").items():
         monkeypatch.setenv(name, value)
-    common.start_distributed()
+    ranks.start_distributed()
     assert "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun" in capsys.readouterr().out
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    common.start_distributed()
+    ranks.start_distributed()
     assert not capsys.readouterr().out
 
 
@@ -204,9 +205,9 @@ def test_what_a_restart_takes_for_its_own(tmp_path, monkeypatch, changes, dry, r
     at = lambda number: str(folder / f"step-{int(number):07d}")
     changes = [at(2) if word == "2" else word for word in changes]
     were = ["--resume", at(resume)] if resume else changes if "auto" in changes else []
-    common.write_json(folder / "config.json", {**vars(train_cord.parse_flags(were)), "dry_run": dry})
+    write_json(folder / "config.json", {**vars(train_cord.parse_flags(were)), "dry_run": dry})
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    got = common.find_checkpoint(train_cord.parse_flags(changes), folder, torch.device("cpu"))
+    got = checkpoints.find_checkpoint(train_cord.parse_flags(changes), folder, torch.device("cpu"))
     assert got == (found and Path(at(found)))
 
 
@@ -215,10 +216,10 @@ def test_going_back_leaves_what_came_after_aside(tmp_path):
     folder = folder_of(tmp_path, [None] * 4)
     for number in (2, 4):
         (folder / f"eval-{number:07d}.json").write_text("{}")
-    common.start_folder(folder, folder / "step-0000002", 0, 1)
+    checkpoints.start_folder(folder, folder / "step-0000002", 0, 1)
     assert steps(folder) == [1, 2] and sorted(path.name for path in folder.glob("aside-*")) == ["aside-0000003", "aside-0000004"]
     assert [path.name for path in folder.glob("eval-*")] == ["eval-0000002.json"]
-    common.start_folder(folder, folder / "step-0000001", 0, 1)
+    checkpoints.start_folder(folder, folder / "step-0000001", 0, 1)
     assert steps(folder) == [1] and len(list(folder.glob("aside-*"))) == 3
 
 
@@ -239,9 +240,9 @@ def test_a_log_is_cut_back_by_a_rename(tmp_path):
     """Planted: writing it anew in its place would lose all of it to a kill in between."""
     log = tmp_path / "log.jsonl"
     for step in range(1, 5):
-        common.append_jsonl(log, {"step": step})
+        append_jsonl(log, {"step": step})
     os.link(log, tmp_path / "before")
-    common.open_log(log, 2)
+    open_log(log, 2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2] and len((tmp_path / "before").read_text().splitlines()) == 4
 
 
@@ -426,7 +427,7 @@ def folder_of(tmp_path, scores):
     """Checkpoints 1, 2, ... with these scores."""
     for number, score in enumerate(scores, 1):
         (tmp_path / f"step-{number:07d}").mkdir()
-        common.write_json(tmp_path / f"step-{number:07d}" / "checkpoint.json", {"step": number, **({} if score is None else {"scores": score})})
+        write_json(tmp_path / f"step-{number:07d}" / "checkpoint.json", {"step": number, **({} if score is None else {"scores": score})})
     return tmp_path
 
 
@@ -437,7 +438,7 @@ def folder_of(tmp_path, scores):
     ([{"b": 1}, {"a": 2}, {"b": 3}], 1, [2, 3])])
 def test_which_checkpoints_stay(tmp_path, scores, keep, stay):
     folder = folder_of(tmp_path, scores)
-    common.drop_old(folder, keep, "a")
+    checkpoints.drop_old(folder, keep, "a")
     assert steps(folder) == stay and not list(folder.glob("partial-*"))
 
 
@@ -543,11 +544,11 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tm
     shutil.copytree(whole, folder)
     newest, before = folder / "step-0000004", folder / "step-0000003"
     words, said = damage(newest, name), []
-    ask = lambda resume: common.find_checkpoint(train_source_layer.parse_flags(["--resume", str(resume)]), folder, torch.device("cpu"))
+    ask = lambda resume: checkpoints.find_checkpoint(train_source_layer.parse_flags(["--resume", str(resume)]), folder, torch.device("cpu"))
     with pytest.raises(SystemExit, match=f"{newest} is not (whole .{words}|a checkpoint)"):
         ask(newest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "speaker", lambda rank: said.append)
+        patch.setattr(run, "speaker", lambda rank: said.append)
         assert ask("auto") == before
     sentence, = said
     assert re.fullmatch(rf"{newest} is passed over \({words}.*\)", sentence)
@@ -576,7 +577,7 @@ def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
     shutil.copytree(undisturbed("source", 4) / "step-0000004", folder)
     trained = models.load_audio_model(folder)[0]
     (folder / "config.json").unlink()
-    model = models.load_audio_model(mini_world.MINI / "student")[0]
+    model = models.load_audio_model(mini.world.MINI / "student")[0]
     models.fill(model, folder)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), trained.state_dict().values(), strict=True))
     layers = models.decoder(model).layers
@@ -591,11 +592,11 @@ def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
     folder = tmp_path / "step"
     shutil.copytree(undisturbed("source", 4) / "step-0000004", folder)
     saved = json.loads((folder / "checkpoint.json").read_text())
-    common.write_json(folder / "checkpoint.json", {"step": 4, "ranks": 1})
+    write_json(folder / "checkpoint.json", {"step": 4, "ranks": 1})
     os.truncate(folder / "model.safetensors", 1 << 20)
-    model = models.load_audio_model(mini_world.MINI / "student")[0]
+    model = models.load_audio_model(mini.world.MINI / "student")[0]
     with pytest.raises(SystemExit, match=f"{folder} holds a file that is truncated or damaged .*--resume DIR"):
-        common.load_model(folder, model)
+        checkpoints.load_model(folder, model)
     files = sorted((folder / "optimizer").glob("*.safetensors"))
     os.truncate(files[0], files[0].stat().st_size - 1000)
     step = torch.nn.Module()
@@ -603,10 +604,10 @@ def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
     step.requires_grad_(True)
     step.student.get_encoder(modality="audio").embed_positions.requires_grad_(False)
     with pytest.raises(SystemExit, match="holds a file that is truncated or damaged"):
-        common.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
+        checkpoints.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
     shutil.rmtree(folder / "optimizer")
     with pytest.raises(SystemExit, match=r"is not whole \(no optimizer"):
-        common.load_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
+        checkpoints.load_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
     assert saved["files"].keys() >= {"config.json", "model.safetensors", "projections.safetensors", "statistics.safetensors"}
 
 
@@ -615,7 +616,7 @@ def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, cap
     folder = tmp_path / "run"
     shutil.copytree(undisturbed("source", 4), folder)
     assert models.newest_checkpoint(folder) == str(folder / "step-0000004")
-    assert models.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and models.newest_checkpoint(mini_world.MINI / "student") == str(mini_world.MINI / "student")
+    assert models.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and models.newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
     damage(folder / "step-0000004", "optimizer")
     assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004") and not capsys.readouterr().out
     damage(folder / "step-0000004", "truncated")
@@ -670,7 +671,7 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done, flush, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")) or flush(number))
     monkeypatch.setattr(os, "replace", lambda old, new: done.append(str(new)) or replace(old, new))
-    common.write_json(tmp_path / "results.json", {"a": 1})
+    write_json(tmp_path / "results.json", {"a": 1})
     assert done == [str(tmp_path / "results.json.part"), str(tmp_path / "results.json")]
 
 
@@ -685,14 +686,14 @@ def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
     folder = folder_of(tmp_path, [None] * 3)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match=f"^{folder}/{words}"):
-        common.find_checkpoint(train_source_layer.parse_flags(["--resume", "auto"]), folder, torch.device("cpu"))
-        common.read_known(folder / "before.json", "fingerprint")
-        common.open_log(folder / "log.jsonl", 3)
+        checkpoints.find_checkpoint(train_source_layer.parse_flags(["--resume", "auto"]), folder, torch.device("cpu"))
+        run.read_known(folder / "before.json", "fingerprint")
+        open_log(folder / "log.jsonl", 3)
 
 
 def test_a_log_that_a_kill_cut_off_is_no_broken_one(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n\0\0\0')
-    common.open_log(tmp_path / "log.jsonl", 3)
+    open_log(tmp_path / "log.jsonl", 3)
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
@@ -709,12 +710,12 @@ def test_an_out_that_is_a_file(script, ranks, flags, tmp_path):
 def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
     """root may write anywhere, so that the system's answer is put in; and in /proc nobody makes a folder."""
     with pytest.raises(SystemExit, match=r"^/proc/run cannot be written \(\[Errno 2\].*give another --out"):
-        common.claim("/proc/run")
+        checkpoints.claim("/proc/run")
     monkeypatch.setattr(os, "access", lambda path, how: False)
     with pytest.raises(SystemExit, match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out"):
-        common.claim(tmp_path / "run")
+        checkpoints.claim(tmp_path / "run")
     with pytest.raises(SystemExit, match="run cannot be written"):
-        evaluate.main(["--task", "both", "--model", str(mini_world.MINI / "student"), "--data", "any.jsonl", "--out", str(tmp_path / "run")])
+        evaluate.main(["--task", "both", "--model", str(mini.world.MINI / "student"), "--data", "any.jsonl", "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-import bench
+from lab import bench
 import models
 
 

@@ -11,12 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 
-import common
 import data
 import test_train_cord
 import test_train_source_layer
 import train_cord
 import train_source_layer
+from plumbing import checkpoints
+from plumbing import run as plumbing_run
+from plumbing.optimizer import clip
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"source_layer": train_source_layer, "cord": train_cord}
@@ -117,7 +119,7 @@ def test_sharded_16_bit_weights_train_save_and_go_on(script, worlds, tmp_path):
 
 
 def on_two_ranks(code, folder):
-    (folder / "ranks.py").write_text("import torch, common\nrank, world, device = common.start_distributed()\n" + code + "\nopen(f'{rank}.fine', 'w')\ncommon.stop_distributed()\n")
+    (folder / "ranks.py").write_text("import torch\nfrom plumbing import checkpoints, ranks, run\nrank, world, device = ranks.start_distributed()\n" + code + "\nopen(f'{rank}.fine', 'w')\nranks.stop_distributed()\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"], cwd=folder, capture_output=True, text=True,
                           timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and (folder / "0.fine").exists() and (folder / "1.fine").exists(), done.stderr[:2000] + done.stderr[-2000:]
@@ -129,26 +131,26 @@ def test_a_shard_is_a_share(worlds, tmp_path):
     on_two_ranks(f"""
 import data, mini_world, models, rollout
 from torch.distributed.tensor import DTensor
-model, processor = models.load_audio_model(mini_world.MINI / "student")
+model, processor = models.load_audio_model(mini.world.MINI / "student")
 before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
 examples = data.read_manifest({str(worlds["cord"])!r})[:3]
 ask = lambda: rollout.generate(model, processor, examples, view="text", words="transcript", batch_size=1, max_new_tokens=4 + 4 * rank, progress=False)
 answers = ask()
-common.shard(model, models.blocks(model))
+ranks.shard(model, models.blocks(model))
 held = sum(p.to_local().numel() for p in model.parameters())
 assert abs(held - sum(p.numel() for p in before.values()) / 2) < 10_000, held
-assert all(torch.equal(common.full(p), before[name]) for name, p in model.named_parameters())
-seen = common.whole(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
+assert all(torch.equal(ranks.full(p), before[name]) for name, p in model.named_parameters())
+seen = ranks.whole(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
 assert len(seen) == len(before) and all(isinstance(p, DTensor) for p in model.parameters())
-assert common.whole(torch.nn.Linear(1, 1), lambda: 3) == 3
-assert common.whole(model, ask) == answers and len(answers) == 3                # rank 0 has two of the questions, rank 1 one
+assert ranks.whole(torch.nn.Linear(1, 1), lambda: 3) == 3
+assert ranks.whole(model, ask) == answers and len(answers) == 3                # rank 0 has two of the questions, rank 1 one
 
-reader, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
+reader, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
 prompt, decoder = torch.tensor([tokenizer.encode("what animal do you hear")]), models.decoder(reader.requires_grad_(False))
 read = lambda: decoder(input_ids=prompt).last_hidden_state
 right = read()
-common.shard_reader(decoder, reader.get_output_embeddings())
-found = common.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]        # rank 0 has nothing to read inside `whole`, rank 1 much
+ranks.shard_reader(decoder, reader.get_output_embeddings())
+found = ranks.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]        # rank 0 has nothing to read inside `whole`, rank 1 much
 assert len(found) == 2 + 3 * rank and all(torch.equal(one, right) for one in found)
 assert all(isinstance(p, DTensor) for p in decoder.parameters()) and not decoder._get_fsdp_state()._comm_ctx.post_forward_order
 
@@ -156,7 +158,7 @@ class Step(torch.nn.Linear):
     def forward(self, chunk):
         assert chunk["advantage"].dtype == torch.float32 and self.weight.dtype == torch.bfloat16
         return super().forward(chunk["advantage"].bfloat16()).sum()
-step = common.shard(Step(2, 2), compute=torch.bfloat16)
+step = ranks.shard(Step(2, 2), compute=torch.bfloat16)
 step({{"advantage": torch.ones(2)}}).backward()
 assert step.weight.grad.dtype == torch.float32
 """, tmp_path)
@@ -166,16 +168,16 @@ assert step.weight.grad.dtype == torch.float32
 
 def test_a_folder_that_is_not_the_same_for_all_is_refused(tmp_path):
     on_two_ranks("""
-common.same_folder("shared")
-common.wait_for_all()
-assert not any(common.Path("shared").iterdir())
+checkpoints.same_folder("shared")
+ranks.wait_for_all()
+assert not any(run.Path("shared").iterdir())
 try:
-    common.same_folder(f"of-rank-{rank}")
+    checkpoints.same_folder(f"of-rank-{rank}")
 except SystemExit as error:
     assert "is not the same folder for all: rank 1 does not see what rank 0 writes there" in str(error)
 else:
     raise AssertionError
-assert common.of_rank_zero(rank + 7) == 7
+assert ranks.of_rank_zero(rank + 7) == 7
 """, tmp_path)
 
 
@@ -195,7 +197,7 @@ def spoil(monkeypatch, script, steps, value=math.nan):
     def seed_step(seed, step, rank):
         seen["step"] = step + 1
     monkeypatch.setattr(STEPS[script], "forward", forward)
-    monkeypatch.setattr(common, "seed_step", seed_step)
+    monkeypatch.setattr(plumbing_run, "seed_step", seed_step)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -210,8 +212,8 @@ def test_a_step_with_a_spoilt_loss_is_left_out(script, worlds, tmp_path, monkeyp
 
 
 def test_a_gradient_that_is_not_finite_spoils_a_step_too(worlds, tmp_path, monkeypatch):
-    right, calls = common.clip, []
-    monkeypatch.setattr(common, "clip", lambda *a: calls.append(1) or (math.inf if len(calls) == 1 else right(*a)))
+    right, calls = clip, []
+    monkeypatch.setattr(train_source_layer, "clip", lambda *a: calls.append(1) or (math.inf if len(calls) == 1 else right(*a)))
     train_source_layer.main(flags("source_layer", worlds["source_layer"], tmp_path, "--max-steps", 2))
     one, two = log_of(tmp_path)
     assert "norm inf" in one["skipped"] and len(one["ids"]) == 4 and math.isfinite(two["grad_norm"])
@@ -222,7 +224,7 @@ def test_five_in_a_row_stop_the_run_with_a_checkpoint(script, worlds, tmp_path, 
     spoil(monkeypatch, script, set(range(2, 20)), math.inf)
     with pytest.raises(SystemExit):
         SCRIPTS[script].main(flags(script, worlds[script], tmp_path, "--max-steps", 20))
-    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6] and common.complete(tmp_path)[-1].name == "step-0000006"
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6] and checkpoints.complete(tmp_path)[-1].name == "step-0000006"
     assert "not finite in 5 steps in a row" in (said := capsys.readouterr().out) and "lower --lr" in said and "step-0000006" in said
 
 
@@ -238,7 +240,7 @@ def test_out_of_memory_is_one_sentence(script, part, words, worlds, tmp_path, mo
 
 
 def test_other_errors_are_not_taken_for_it():
-    with pytest.raises(RuntimeError, match="shape"), common.out_of_memory_named({}):
+    with pytest.raises(RuntimeError, match="shape"), plumbing_run.out_of_memory_named({}):
         raise RuntimeError("shape mismatch")
 
 
@@ -246,7 +248,7 @@ def test_other_errors_are_not_taken_for_it():
 
 def dying(tmp_path, script, when, what):
     """A world of its own, and a log_step that does `what(folder)` behind step `when`."""
-    world, right = write(script, tmp_path / "world"), common.log_step
+    world, right = write(script, tmp_path / "world"), plumbing_run.log_step
 
     def log_step(line, *a, **k):
         right(line, *a, **k)
@@ -259,7 +261,7 @@ def dying(tmp_path, script, when, what):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_clip_that_vanishes_is_skipped_and_counted(script, workers, tmp_path, monkeypatch, capsys):
     world, log_step = dying(tmp_path, script, 1, lambda folder: (folder / "3.wav").unlink())
-    monkeypatch.setattr(common, "log_step", log_step)
+    monkeypatch.setattr(plumbing_run, "log_step", log_step)
     run_flags = flags(script, world, tmp_path / "out", "--max-steps", 6, "--workers", workers)
     SCRIPTS[script].main([*run_flags, "--skip-bad", "1"])
     skipped, = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
@@ -270,11 +272,11 @@ def test_a_clip_that_vanishes_is_skipped_and_counted(script, workers, tmp_path, 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_more_than_allowed_stops_the_run_with_a_checkpoint(script, tmp_path, monkeypatch, capsys):
     world, log_step = dying(tmp_path, script, 1, lambda folder: (folder / "3.wav").unlink())
-    monkeypatch.setattr(common, "log_step", log_step)
+    monkeypatch.setattr(plumbing_run, "log_step", log_step)
     with pytest.raises(SystemExit):
         SCRIPTS[script].main(flags(script, world, tmp_path / "out", "--max-steps", 20))
     last = log_of(tmp_path / "out")[-1]["step"]
-    assert 1 < last < 20 and common.complete(tmp_path / "out")[-1].name == f"step-{last:07d}"
+    assert 1 < last < 20 and checkpoints.complete(tmp_path / "out")[-1].name == f"step-{last:07d}"
     assert "1 training examples could not be used, and --skip-bad allows 0" in capsys.readouterr().out
     with pytest.raises(data.DataError, match=f"{world.name}:4.*does not exist"):                             # now the check at the start finds it
         SCRIPTS[script].main(flags(script, world, tmp_path / "out", "--max-steps", 20, "--resume", "auto"))
@@ -286,10 +288,10 @@ def test_one_more_than_allowed_stops_the_run_with_a_checkpoint(script, tmp_path,
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_disk_that_is_gone_stops_the_run_with_a_checkpoint(script, tmp_path, monkeypatch, capsys):
     world, log_step = dying(tmp_path, script, 2, lambda folder: [path.unlink() for path in folder.glob("*.wav")])
-    monkeypatch.setattr(common, "log_step", log_step)
+    monkeypatch.setattr(plumbing_run, "log_step", log_step)
     with pytest.raises(SystemExit):
         SCRIPTS[script].main(flags(script, world, tmp_path / "out", "--max-steps", 20, "--skip-bad", 100, "--workers", 0))
-    assert common.complete(tmp_path / "out")[-1].name == "step-0000002"
+    assert checkpoints.complete(tmp_path / "out")[-1].name == "step-0000002"
     assert "none of the 4 examples of a step can be used" in (said := capsys.readouterr().out) and "step-0000002: go on with --resume auto" in said
 
 
@@ -305,12 +307,12 @@ def test_what_stands_in_is_the_same_on_any_number_of_ranks():
             raise data.DataError(f"{bad[0]} is rotten")
         return [e.id for e in some]
 
-    whole, faults = common.without_bad(make, batch, batch)
+    whole, faults = run.without_bad(make, batch, batch)
     assert whole == list("addde" "a") and faults.keys() == set("bcf") and faults["b"] == "b is rotten"
-    halves = [common.without_bad(make, part, batch) for part in (batch[:3], batch[3:])]
+    halves = [run.without_bad(make, part, batch) for part in (batch[:3], batch[3:])]
     assert halves[0][0] + halves[1][0] == whole and [found.keys() for _, found in halves] == [set("bc"), {"f"}]
     with pytest.raises(data.DataError, match="none of the 2 .* b is rotten"):
-        common.without_bad(make, batch[1:3], batch[1:3])
+        run.without_bad(make, batch[1:3], batch[1:3])
 
 
 def test_a_worker_that_dies_is_named(worlds, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import data
 import evaluate
 import judge
-import report
+from lab import report
 import rollout
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice, voicebench_letter

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import evaluate
-import experiments
-import mini_world
+from lab import experiments
+import mini.world
 import train_cord
 import train_source_layer
-from experiments import BASELINE, CORD, EXPERIMENTS, FULL, NO_ACOUSTIC, PAPER_A
+from lab.experiments import BASELINE, CORD, EXPERIMENTS, FULL, NO_ACOUSTIC, PAPER_A
 from test_gap import views
 from test_train_cord import write_spoken
 from test_train_source_layer import write_world
@@ -65,7 +65,7 @@ def test_the_command_runs_cord(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", sorted({flags for e in PAPER_A.values() for flags in e["rows"].values()}))
 def test_every_row_trains(world, flags, tmp_path):
     """Two steps and an evaluation of every row, in this process, on a world of eight clips."""
-    flags = flags.format(stronger=mini_world.MINI / "student", described=world, test=world).split()
+    flags = flags.format(stronger=mini.world.MINI / "student", described=world, test=world).split()
     given = [] if "--data" in flags else ["--data", str(world), "--eval-data", str(world)]
     train_source_layer.main([*flags, *given, "--out", str(tmp_path), "--dry-run", "--batch-size", "4", "--micro-batch", "4"])
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -275,12 +275,12 @@ def test_no_sentence_of_readme_rests_on_an_interval_over_questions():
 def test_how_much_of_the_test_stands_in_training():
     def share(task, words, split, count):
         """Per cent of the test's 300 whose words stand in the training set."""
-        record = lambda split, i: mini_world.make_record(task, i, split, seed=0)[words]
+        record = lambda split, i: mini.world.make_record(task, i, split, seed=0)[words]
         known = {record(split, i) for i in range(count)}
         return sum(record("test", i) in known for i in range(300)) / 3
 
-    transcripts = share("speech", "transcript", "spoken", mini_world.SPLITS["spoken"]["speech"])
-    melodies = share("music", "description", "train", mini_world.SPLITS["train"]["music"])
+    transcripts = share("speech", "transcript", "spoken", mini.world.SPLITS["spoken"]["speech"])
+    melodies = share("music", "description", "train", mini.world.SPLITS["train"]["music"])
     text = " ".join(README.split())
     assert f"about {5 * round(transcripts / 5)} % of the test's transcripts stand in training" in text
     assert f"about {5 * round(melodies / 5)} % of the test's melody descriptions" in text
@@ -293,4 +293,4 @@ def test_the_term_that_is_dropped_is_named():
 def test_pictures_are_drawn_from_the_committed_numbers(tmp_path):
     for name, plot in experiments.PLOTS.items():
         plot(committed(name), tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"figures/{name}.png" in README
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"docs/figures/{name}.png" in README

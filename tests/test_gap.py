@@ -9,8 +9,8 @@ import soundfile
 
 import data
 import evaluate
-import inside
-import mini_world
+from lab import inside
+import mini.world
 import models
 import rollout
 from test_train_cord import write_spoken
@@ -56,12 +56,12 @@ def test_only_spoken_questions_are_asked_twice(tmp_path):
 def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch, capsys):
     manifest, further = write_spoken(tmp_path), tmp_path / "telephone.jsonl"
     further.write_text("\n".join(manifest.read_text().splitlines()[:3]) + "\n")
-    run = lambda *more: monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", str(mini_world.MINI / "student"), "--data", str(manifest),
+    run = lambda *more: monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", str(mini.world.MINI / "student"), "--data", str(manifest),
                                                           str(further), "--max-new-tokens", "70", *more]) or evaluate.main()
     run("--out", str(tmp_path / "a"))
     found = json.loads((tmp_path / "a" / "results.json").read_text())
     said = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
-    model, processor = models.load_audio_model(mini_world.MINI / "student")
+    model, processor = models.load_audio_model(mini.world.MINI / "student")
     examples = data.read_manifest(manifest)
     read = rollout.generate(model, processor, examples, view="text", words="transcript", temperature=0, max_new_tokens=70, progress=False)
     assert [s["model_output"] for s in said if s["view"] == "text" and s["set"] == "spoken"] == read
@@ -251,7 +251,7 @@ def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
 
 def test_kl_report_finds_what_was_planted():
     """100 rollouts of 20 tokens: D_t is 5 on token 7, which stands early, 0.01 elsewhere."""
-    tokenizer = models.load_audio_model(mini_world.MINI / "student")[1].tokenizer
+    tokenizer = models.load_audio_model(mini.world.MINI / "student")[1].tokenizer
     rng, pairs = np.random.default_rng(0), []
     for _ in range(100):
         at = int(rng.integers(5))
@@ -271,12 +271,12 @@ def test_kl_report_finds_what_was_planted():
 def test_the_kl_command_before_and_after(tmp_path, monkeypatch, capsys):
     """The student against itself reading: mean D_t as train_cord.py's own step computes it on the same rollouts."""
     manifest = write_spoken(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "kl", "--model", str(mini_world.MINI / "student"), "--data", str(manifest),
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "kl", "--model", str(mini.world.MINI / "student"), "--data", str(manifest),
                                       "--max-new-tokens", "20", "--out", str(tmp_path)])
     evaluate.main()
     report = json.loads((tmp_path / "kl.json").read_text())
     assert list(report) == ["before"] and (tmp_path / "kl.png").stat().st_size > 10_000 and "largest on:" in capsys.readouterr().out
-    student, processor = models.load_audio_model(mini_world.MINI / "student")
+    student, processor = models.load_audio_model(mini.world.MINI / "student")
     pairs = inside.divergences(student, processor, student, data.read_manifest(manifest), batch_size=2, max_new_tokens=20)
     assert report["before"]["mean"] == pytest.approx(np.mean([d for _, row in pairs for d in row]), rel=1e-4)
     assert report["before"]["tokens"] == sum(len(ids) for ids, _ in pairs) and report["before"]["mean"] > 0.01

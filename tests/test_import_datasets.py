@@ -13,11 +13,11 @@ import pytest
 import soundfile
 
 import data
-import import_datasets
+from prepare import import_datasets
 import judge
 import models
-from import_datasets import boxes, main, named, split_choices
-from mini_world import MINI
+from prepare.import_datasets import boxes, main, named, split_choices
+from mini.world import MINI
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -335,7 +335,7 @@ def test_numinamath(tmp_path, capsys):
     dropped(printed, "a proof", 1, "row 13")
     dropped(printed, "a drawing", 1)
     dropped(printed, "the problem is empty", 1)
-    assert "python speak.py" in printed.splitlines()[-1]
+    assert "python -m prepare.speak" in printed.splitlines()[-1]
     refused_as_manifest(tmp_path / "n.jsonl")
     printed, lines = run(capsys, "numinamath", tmp_path / "data", tmp_path / "n.jsonl", "--numeric", "--limit", 5)
     assert [line["answer"] for line in lines] == ["\\frac{3}{4}", "10{,}000", "1,250", "7", "45^\\circ"]

@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 
 import data
-import inside
+from lab import inside
 import layer_map
 import losses
-import mini_world
+import mini.world
 import models
 from test_train_source_layer import small_run, write_world
 
@@ -94,7 +94,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return *models.load_audio_model(mini_world.MINI / "student"), *models.load_text_model(mini_world.MINI / "teacher")
+    return *models.load_audio_model(mini.world.MINI / "student"), *models.load_text_model(mini.world.MINI / "teacher")
 
 
 @torch.no_grad()
@@ -147,11 +147,11 @@ def test_saved_projections_serve_their_own_pairs(tmp_path):
 
 def test_features_on_the_mini_models_and_a_teacher_nobody_named(world, tmp_path, capsys, monkeypatch):
     import evaluate
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "features", "--model", str(mini_world.MINI / "student"), "--data", str(world),
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "features", "--model", str(mini.world.MINI / "student"), "--data", str(world),
                                       "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="nobody knows its teacher; give --teacher"):
         evaluate.main()
-    sys.argv += ["--teacher", str(mini_world.MINI / "teacher")]
+    sys.argv += ["--teacher", str(mini.world.MINI / "teacher")]
     evaluate.main()
     report = json.loads((tmp_path / "features.json").read_text())
     assert report["planted"]["mse, raw"]["largest"] > 0.9 and report["planted"]["jsd, standardised"]["largest"] < 0.05
@@ -161,6 +161,6 @@ def test_features_on_the_mini_models_and_a_teacher_nobody_named(world, tmp_path,
 def test_readme_shows_what_was_seen():
     readme = (ROOT / "README.md").read_text()
     for name, lines in (("features", inside.features_lines), ("layers", inside.layers_lines)):
-        assert f"figures/{name}.png" in readme
+        assert f"docs/figures/{name}.png" in readme
         for line in lines(json.loads((ROOT / "figures" / f"{name}.json").read_text())):
             assert line in readme, f"README lacks a line of {name}: {line}"

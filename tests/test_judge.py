@@ -10,7 +10,7 @@ import torch
 
 import data
 import judge
-import mini_world
+import mini.world
 import models
 from judge import agree, number, open_answer
 
@@ -191,7 +191,7 @@ def test_the_last_box_counts_and_braces_match():
 
 def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatch):
     """With weights of our own making: the head prefers "yes" exactly when the hidden state says that the given answer has the token "four"."""
-    model, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
+    model, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
     seen = []
 
     class Says:
@@ -213,7 +213,7 @@ def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatc
 
 def test_a_real_model_gives_verdicts_and_a_wrong_name_one_sentence(tmp_path):
     triples = [(example(), "four", "four"), (example(), "", "four")]
-    verdicts = judge.load(str(mini_world.MINI / "teacher"), torch.device("cpu"))(triples)
+    verdicts = judge.load(str(mini.world.MINI / "teacher"), torch.device("cpu"))(triples)
     assert len(verdicts) == 2 and verdicts[1] is False and isinstance(verdicts[0], bool)
     with pytest.raises(SystemExit, match="cannot load a causal language model"):
         judge.load(str(tmp_path), torch.device("cpu"))

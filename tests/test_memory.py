@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
-import memory
+from plumbing import ranks
+from lab import memory
 import models
 from test_bench import rows, shrink
 
@@ -35,10 +35,10 @@ def test_the_line_of_a_run_says_the_same(script, shapes, weights, lora):
     args = argparse.Namespace(script=script, shapes=shapes, lora=lora, train=None, weights=weights)
     built = memory.build(args, torch.device("meta"), flags, memory.ALL)
     parts = dict(teacher=[built.teacher], snapshot=[built.snapshot]) if script == "source_layer" else dict(teacher=built.step.teacher)
-    said = common.memory_line(flags, 8, built.step, student=[built.student], **parts)
+    said = ranks.memory_line(flags, 8, built.step, student=[built.student], **parts)
     assert float(re.search(r"together ([\d.]+)", said)[1]) == pytest.approx(sum(memory.held_by(args, built.student, built.teacher, 1).values()), rel=0.01), said
     flags.shard = True
-    assert float(re.search(r"together ([\d.]+)", common.memory_line(flags, 8, built.step, student=[built.student], **parts))[1]) == pytest.approx(
+    assert float(re.search(r"together ([\d.]+)", ranks.memory_line(flags, 8, built.step, student=[built.student], **parts))[1]) == pytest.approx(
         sum(memory.held_by(args, built.student, built.teacher, 8).values()), rel=0.01)
 
 

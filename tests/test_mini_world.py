@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 
 import data
 import evaluate
-import mini_world
-from mini_world import MINI, NUMBERS, SAMPLE_RATE, make_record, synthesise
+import mini.world
+from mini.world import MINI, NUMBERS, SAMPLE_RATE, make_record, synthesise
 
 TASKS = ("speech", "sound", "music", "emotion")
 
@@ -21,7 +21,7 @@ def solve(record):
     words, question = record["description"], record["question"]
     number = {word: n for n, word in enumerate(NUMBERS)}
     if record["task"] == "emotion":
-        return next(e for e, manner in mini_world.EMOTIONS.items() if manner in words)
+        return next(e for e, manner in mini.world.EMOTIONS.items() if manner in words)
     if record["task"] == "sound":
         events = words.split(": ")[1].strip(".").split(", ")
         assert number[words.split()[0].lower()] == len(events)
@@ -94,10 +94,10 @@ def test_test_speakers_are_never_heard_in_training():
         return {make_record(task, i, split, 0)["speaker"].split("+")[1] for i in range(200)}
     assert not voices("test", "speech") & (voices("train", "speech") | voices("pretrain", "speech"))
     assert not voices("test", "emotion") & voices("pretrain", "emotion")          # session 5
-    assert "emotion" not in mini_world.SPLITS["train"]                            # what is kept is not taught
+    assert "emotion" not in mini.world.SPLITS["train"]                            # what is kept is not taught
     far = {make_record("speech", i, "test-voices", 0)["speaker"].split("+")[0] for i in range(50)}
     assert not far & {make_record("speech", i, "train", 0)["speaker"].split("+")[0] for i in range(200)}
-    assert all(n >= 1000 for n in mini_world.SPLITS["test"].values())
+    assert all(n >= 1000 for n in mini.world.SPLITS["test"].values())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -130,7 +130,7 @@ def test_sound_is_what_the_recipe_says():
 
 
 def test_build_writes_valid_manifests_in_mmaus_layout_and_goes_on_after_a_kill(tmp_path):
-    path = mini_world.build("test", per_task=3, tasks=["sound", "music"], root=tmp_path)
+    path = mini.world.build("test", per_task=3, tasks=["sound", "music"], root=tmp_path)
     examples = data.read_manifest(path, require=("reasoning", "description"))
     assert [e.task for e in examples] == ["sound"] * 3 + ["music"] * 3
     assert all(0.3 < seconds <= 3 for seconds in data.check_audio(examples, 3.0))
@@ -140,16 +140,16 @@ def test_build_writes_valid_manifests_in_mmaus_layout_and_goes_on_after_a_kill(t
     manifest = path.read_text()
     path.unlink()
     list(before)[0].unlink()                                                           # as if the run had been killed there
-    assert mini_world.build("test", per_task=3, tasks=["sound", "music"], root=tmp_path).read_text() == manifest
+    assert mini.world.build("test", per_task=3, tasks=["sound", "music"], root=tmp_path).read_text() == manifest
     for p, wave in before.items():
         np.testing.assert_array_equal(soundfile.read(p)[0], wave)
     with pytest.raises(ValueError, match="no split 'tset'"):
-        mini_world.build("tset", root=tmp_path)
+        mini.world.build("tset", root=tmp_path)
 
 
 def test_speech_is_the_same_in_every_build(tmp_path):
     """espeak-ng's breathy voices (f2, f3) are noise seeded by the clock, unless speak.py seeds it."""
-    one, two = (mini_world.build("train", per_task=12, tasks=["speech"], root=tmp_path / name) for name in ("one", "two"))
+    one, two = (mini.world.build("train", per_task=12, tasks=["speech"], root=tmp_path / name) for name in ("one", "two"))
     clips = [json.loads(line) for line in one.read_text().splitlines()]
     assert {"f2", "f3"} & {clip["speaker"].split("+")[1] for clip in clips}
     for clip in clips:
@@ -167,7 +167,7 @@ def test_mini_models_are_the_papers_pair_in_small():
     _, _, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
     assert summary["same_id_other_meaning"] > 0 and summary["only_student"] > 0 and summary["only_teacher"] > 0
     assert data.text_prompt(tokenizer, "words", "question").endswith("<think>\n\n</think>\n\n")       # Qwen3 with thinking off
-    response = data.response_text(mini_world.as_example(make_record("speech", 0, "train", 0)))
+    response = data.response_text(mini.world.as_example(make_record("speech", 0, "train", 0)))
     assert data.encode_response(processor.tokenizer, response) == data.encode_response(tokenizer, response)
 
 
@@ -181,17 +181,17 @@ def test_pretraining_goes_on_after_a_kill(tmp_path):
 
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     with pytest.raises(KeyboardInterrupt):
-        mini_world.stage(tmp_path, "ear", first, killed)
+        mini.world.stage(tmp_path, "ear", first, killed)
     assert not list(tmp_path.iterdir())
-    mini_world.stage(tmp_path, "ear", first, lambda: learn(first))
-    mini_world.stage(tmp_path, "ear", second, killed)                                 # not called: the part is there
+    mini.world.stage(tmp_path, "ear", first, lambda: learn(first))
+    mini.world.stage(tmp_path, "ear", second, killed)                                 # not called: the part is there
     assert torch.equal(first.weight, second.weight) and [p.name for p in tmp_path.iterdir()] == ["ear.safetensors"]
 
 
 def test_what_pretraining_reached():
     """The figures measured on the committed models: a teacher worth learning from, a student with good ears and room to be taught."""
     found = json.loads((MINI / "figures.json").read_text())
-    mean = lambda name: np.mean([found[name][task] for task in mini_world.TAUGHT])
+    mean = lambda name: np.mean([found[name][task] for task in mini.world.TAUGHT])
     assert mean("teacher reads") > 95
     assert mean("student reads") > 85 and mean("student describes, words right") > 95
     assert 50 < mean("student listens") < 75
@@ -209,7 +209,7 @@ def test_the_tower_hears_alone_what_it_hears_inside_the_model():
         student(**inputs)
         handle.remove()
         frames = (inputs["feature_attention_mask"].sum(-1) - 1) // 2 + 1
-        alone = mini_world.hear(student.model.audio_tower, inputs["input_features"], frames, "cpu")
+        alone = mini.world.hear(student.model.audio_tower, inputs["input_features"], frames, "cpu")
     tokens = (inputs["input_ids"] == processor.audio_token_id).sum(-1)
     assert torch.equal(tokens, frames // 2)
     for row, n in enumerate(tokens.tolist()):

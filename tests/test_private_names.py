@@ -14,14 +14,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-OURS = {path.stem for path in ROOT.glob("*.py")}
+FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", "runs")]
+OURS = {path.stem for path in FILES}
 # (our file, name) -> the module that has it, where we use it, the test that sees what it does
 FSDP = "torch.distributed.fsdp._fully_shard"
-SHARDED = "common.forget_forward", "test_common.py::test_a_shard_is_a_share"
+SHARDED = "ranks.forget_forward", "test_common.py::test_a_shard_is_a_share"
 PRIVATE = {
-    ("common.py", "_get_fsdp_state"): (f"{FSDP}._fully_shard", *SHARDED),
-    ("common.py", "_fsdp_param_group"): (f"{FSDP}._fsdp_state", *SHARDED),
-    ("common.py", "_post_forward_indices"): (f"{FSDP}._fsdp_param_group", *SHARDED),
+    ("plumbing/ranks.py", "_get_fsdp_state"): (f"{FSDP}._fully_shard", *SHARDED),
+    ("plumbing/ranks.py", "_fsdp_param_group"): (f"{FSDP}._fsdp_state", *SHARDED),
+    ("plumbing/ranks.py", "_post_forward_indices"): (f"{FSDP}._fsdp_param_group", *SHARDED),
     ("losses.py", "_dynamo"): (
         "torch", "losses._any_rows", "test_fused.py (slow: what is compiled for a GPU)"),
     ("models.py", "_hf_peft_config_loaded"): (
@@ -33,7 +34,7 @@ PRIVATE = {
     ("models.py", "_disable_adapters"): (
         "peft.tuners.tuners_utils", "models.without_lora",
         "test_models.py::test_snapshot_and_teacher_are_read_with_the_adapter_off"),
-    ("speak.py", "_handle"): ("ctypes", "speak's library of espeak-ng", "test_speak.py"),
+    ("prepare/speak.py", "_handle"): ("ctypes", "speak's library of espeak-ng", "test_speak.py"),
 }
 
 
@@ -46,13 +47,13 @@ def test_the_name_is_still_there(file, name):
 
 def test_no_other_private_name_is_used():
     found = set()
-    for path in ROOT.glob("*.py"):
+    for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
                 continue
             of_ours = isinstance(node.value, ast.Name) and node.value.id in OURS | {"self", "cls"}
             if not of_ours and not node.attr.startswith("__"):
-                found.add((path.name, node.attr))
+                found.add((str(path.relative_to(ROOT)), node.attr))
     assert found == PRIVATE.keys()
 
 

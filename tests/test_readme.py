@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import evaluate
-import inside
+from lab import inside
 import train_cord
 import train_source_layer
-from mini_world import MINI
+from mini.world import MINI
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

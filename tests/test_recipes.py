@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import evaluate
-import import_datasets
+from prepare import import_datasets
 import models
-import speak
+from prepare import speak
 import textualize
 import train_cord
 import train_source_layer
-from mini_world import MINI
+from mini.world import MINI
 from test_import_datasets import clip, write_parquet
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -13,7 +13,7 @@ import pytest
 
 import data
 import evaluate
-import report
+from lab import report
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 import data
-import speak
+from prepare import speak
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["Weng earns $12 an hour for babysitting. She did 50 minutes. How much did she earn?", r"What is $\frac{1}{2}$ of $x^2$?",
@@ -263,8 +263,8 @@ def test_ranks_share_what_is_left(tmp_path, monkeypatch):
     folder = tmp_path / "out_audio"
     folder.mkdir()
     (folder / "journal-0.jsonl").write_text("".join(json.dumps({"key": speak.key_of(line), "skipped": "for the test"}) + "\n" for line in lines[0::2]))
-    monkeypatch.setattr(speak.common, "start_distributed", lambda: (1, 2, torch.device("cpu")))
-    monkeypatch.setattr(speak.common, "rank_zero_first", lambda rank, world: contextlib.nullcontext())
+    monkeypatch.setattr(speak.ranks, "start_distributed", lambda: (1, 2, torch.device("cpu")))
+    monkeypatch.setattr(speak.ranks, "rank_zero_first", lambda rank, world: contextlib.nullcontext())
     speak.main([str(source), str(out)])
     done = {json.loads(line)["key"] for line in (folder / "journal-1.jsonl").read_text().splitlines()}
     assert done == {speak.key_of(line) for line in lines[1::2][1::2]}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import split_adamw
-from split_adamw import SplitAdamW, join, split
+from plumbing import optimizer as split_adamw
+from plumbing.optimizer import SplitAdamW, join, split
 from tests.test_train_source_layer import log_of, small_run, write_world
 from train_source_layer import main
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import common
 import data
 import evaluate
-import mini_world
+import mini.world
 import models
 import rollout
 import textualize
@@ -64,7 +63,7 @@ def test_without_traces_there_is_nothing_to_ground_on(world, tmp_path):
 def test_grounding_reaches_the_model(world, tmp_path, monkeypatch):
     path, heard = copy_of(world, tmp_path / "w"), []
     monkeypatch.setattr(rollout, "generate", lambda model, processor, examples, **k: heard.extend(examples) or [("A bell.", True, [])] * len(examples))
-    textualize.main(["--data", str(path), "--grounding", "caption", "--model", str(mini_world.MINI / "student")])
+    textualize.main(["--data", str(path), "--grounding", "caption", "--model", str(mini.world.MINI / "student")])
     first = data.read_manifest(path)[0]
     assert first.reasoning["caption"] in heard[0].question and not heard[0].choices
 
@@ -72,7 +71,7 @@ def test_grounding_reaches_the_model(world, tmp_path, monkeypatch):
 # ----------------------------------------------------------------- writing ------------------------------------------------------------
 
 def test_descriptions_are_what_the_model_says_greedily(world, described):
-    model, processor = models.load_audio_model(mini_world.MINI / "student")
+    model, processor = models.load_audio_model(mini.world.MINI / "student")
     truth, written = data.read_manifest(world), data.read_manifest(described, require=("description", "reasoning"))
     assert [e.id for e in truth] == [e.id for e in written]
     asked = [dataclasses.replace(e, question="Describe the audio.", choices=[]) for e in truth]
@@ -139,7 +138,7 @@ def test_faults(text, finished, why):
 
 
 def test_a_real_model_that_is_cut_is_seen_to_be(world):
-    model, processor = models.load_audio_model(mini_world.MINI / "student")
+    model, processor = models.load_audio_model(mini.world.MINI / "student")
     asked = [dataclasses.replace(e, question="Describe the audio.", choices=[]) for e in data.read_manifest(world)[:2]]
     listen = lambda n: rollout.generate(model, processor, asked, temperature=0, max_new_tokens=n, with_end=True, progress=False)
     whole, cut = listen(60), listen(4)
@@ -200,7 +199,7 @@ def test_a_model_without_a_chat_template_is_refused(world, tmp_path, monkeypatch
 
 def test_a_template_that_only_the_processor_has_serves_the_tokenizer_too(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(mini_world.MINI / "student", folder)
+    shutil.copytree(mini.world.MINI / "student", folder)
     (folder / "chat_template.jinja").unlink()                               # Qwen2-Audio's processor class then brings its own
     _, processor = models.load_audio_model(folder)
     assert data.turn_end_id(processor.tokenizer) == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -215,7 +214,7 @@ def test_training_takes_the_descriptions(described, tmp_path):
 # ------------------------------------------------------------------ check -------------------------------------------------------------
 
 def test_check_tells_good_descriptions_from_none(world, described, tmp_path):
-    teacher, tokenizer = models.load_text_model(mini_world.MINI / "teacher")
+    teacher, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
     truth, ours = data.read_manifest(world), data.read_manifest(described)
     found = textualize.check(truth, ours, teacher, tokenizer, batch_size=16)
     assert found["questions"] == 16 and found["true"].keys() == {"sound", "music", "average"}

@@ -16,11 +16,13 @@ import scipy.special
 import soundfile
 import torch
 
-import common
+from plumbing import checkpoints, ranks, run
+
+from plumbing.files import write_json
 import data
 import evaluate
 import losses
-import mini_world
+import mini.world
 import models
 import rollout
 import train_cord
@@ -33,7 +35,7 @@ def write_spoken(folder, n=6, **changes):
     """A manifest of n spoken questions in the mini world's words. changes: keys to set in the second line (None: remove)."""
     lines = []
     for i in range(n):
-        record = mini_world.make_record("speech", i, "spoken", 7)
+        record = mini.world.make_record("speech", i, "spoken", 7)
         record["audio"] = f"{i}.wav"
         # a tone of its own for every clip in place of speech: nothing here depends on what is said, and espeak keeps state between sentences
         tone = 0.3 * torch.sin(torch.arange(16_000 + 1600 * i) * (0.05 + 0.01 * i))
@@ -65,7 +67,7 @@ def small_run(world, out, *more):
 
 @pytest.fixture(scope="module")
 def student():
-    return models.load_audio_model(mini_world.MINI / "student")
+    return models.load_audio_model(mini.world.MINI / "student")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_the_cache_is_used_though_training_checkpoints_its_activations(student, 
     """Gradient checkpointing switches transformers' cache off; while rolling out it is on again, and the prompt is run once for all rollouts."""
     model, processor = copy.deepcopy(student[0]), student[1]
     expected = [r.ids for r in rollout.roll_out(model, processor, prompts, PLAN, key="0", max_new_tokens=10)]
-    common.checkpoint_activations(model)
+    ranks.checkpoint_activations(model)
     model.train()
     seen = []
     hook = model.model.language_model.register_forward_pre_hook(lambda module, args, named: seen.append(tuple(named["inputs_embeds"].shape[:2])), with_kwargs=True)
@@ -150,7 +152,7 @@ def test_nothing_deprecated_is_called(student, prompts):
     model = copy.deepcopy(student[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        common.checkpoint_activations(model)
+        ranks.checkpoint_activations(model)
         rollout.roll_out(model, student[1], prompts, PLAN, key="0", max_new_tokens=3)
 
 
@@ -200,7 +202,7 @@ def test_text_answers_have_a_batch_of_their_own_and_say_how_long(world, tmp_path
 @pytest.fixture(scope="module")
 def everything(world):
     """A student that has moved away from its frozen teacher, prompts, and scored rollouts of several kinds, in float64."""
-    model, processor = models.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
+    model, processor = models.load_audio_model(mini.world.MINI / "student", dtype=torch.float64)
     args = parse_flags(["--alpha", "3", "--beta", "2.5"])
     step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), args)
     torch.manual_seed(0)
@@ -230,7 +232,7 @@ def test_the_loss_is_the_papers_formula(everything, form, monkeypatch):
     token = group = 0.0
     allowed = np.setdiff1d(np.arange(model.config.get_text_config().vocab_size), rollout.banned_ids(model, processor.tokenizer))
     column = {int(token): k for k, token in enumerate(allowed)}
-    teacher = models.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)[0]
+    teacher = models.load_audio_model(mini.world.MINI / "student", dtype=torch.float64)[0]
     with torch.no_grad():
         found = total(step, chunks_of(rollouts, prompts, processor, 4, "cpu"), counts)
         for r in rollouts:
@@ -474,11 +476,11 @@ def test_16_bit_weights_train_save_and_go_on(world, tmp_path):
 
 def test_a_cast_keeps_the_rotary_frequencies():
     """Rounded to bfloat16 they would turn long positions into others."""
-    model = models.load_audio_model(mini_world.MINI / "student")[0]
+    model = models.load_audio_model(mini.world.MINI / "student")[0]
     exact = model.model.language_model.rotary_emb.inv_freq.clone()
     models.cast(model, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.equal(model.model.language_model.rotary_emb.inv_freq, exact)
-    loaded = models.load_audio_model(mini_world.MINI / "student", dtype=torch.bfloat16)[0]
+    loaded = models.load_audio_model(mini.world.MINI / "student", dtype=torch.bfloat16)[0]
     ids = torch.randint(5, 300, (1, 900))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
@@ -506,12 +508,12 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").glob("*-0*")) == ["step-0000001"]
     with pytest.raises(SystemExit, match="--dry-run starts from nothing"):                       # or the next run would clear a real run's checkpoints
         main(small_run(world, tmp_path / "run", "--resume", "auto", "--dry-run"))
-    assert not common.was_dry(tmp_path / "run") and (tmp_path / "run" / "step-0000001").exists()
+    assert not checkpoints.was_dry(tmp_path / "run") and (tmp_path / "run" / "step-0000001").exists()
     with pytest.raises(SystemExit, match="holds the checkpoints of another run"):                # resumed from elsewhere
         main(small_run(world, tmp_path / "run", "--resume", str(one_process / "step-0000002")))
-    common.write_json(tmp_path / "before.json", {"asked": data.fingerprint(data.read_manifest(world)), "gap": 3})
-    assert common.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)))["gap"] == 3
-    assert common.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)[1:])) is None
+    write_json(tmp_path / "before.json", {"asked": data.fingerprint(data.read_manifest(world)), "gap": 3})
+    assert run.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)))["gap"] == 3
+    assert run.read_known(tmp_path / "before.json", data.fingerprint(data.read_manifest(world)[1:])) is None
 
 
 # ---------------------------------------------------------------- bad input -------------------------------------------------------------
@@ -538,7 +540,7 @@ def test_a_bad_line_stops_the_run_before_training(tmp_path, changes, words):
 def test_models_and_ranks_that_do_not_fit(world, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="cannot load a causal language model"):
         main(small_run(world, tmp_path, "--judge", str(tmp_path / "nowhere")))
-    monkeypatch.setattr(common, "start_distributed", lambda: (0, 4, torch.device("cpu")))
+    monkeypatch.setattr(ranks, "start_distributed", lambda: (0, 4, torch.device("cpu")))
     with pytest.raises(SystemExit, match="--batch-size 2 is no multiple of the 4 ranks"):
         main(small_run(world, tmp_path))
 

@@ -14,15 +14,16 @@ import scipy.special
 import soundfile
 import torch
 
-import common
+from plumbing.optimizer import parameter_groups
 import data
 import evaluate
 import layer_map
 import losses
-import mini_world
+import mini.world
 import models
 import train_source_layer
-from common import examples_of_step
+from plumbing import checkpoints
+from plumbing.run import examples_of_step
 from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +33,9 @@ def write_world(folder, n=8, **changes):
     """A manifest of n sound and music clips in the mini world's words. changes: keys to set in the second line (None: remove)."""
     lines = []
     for i in range(n):
-        record = mini_world.make_record(("sound", "music")[i % 2], i, "train", 7)
+        record = mini.world.make_record(("sound", "music")[i % 2], i, "train", 7)
         record["audio"] = f"{i}.wav"
-        soundfile.write(folder / record["audio"], mini_world.synthesise(record.pop("recipe")).numpy(), 16_000)
+        soundfile.write(folder / record["audio"], mini.world.synthesise(record.pop("recipe")).numpy(), 16_000)
         if i == 1:
             record = {key: value for key, value in {**record, **changes}.items() if value is not None}
         lines.append(json.dumps(record))
@@ -61,8 +62,8 @@ def small_run(world, out, *more):
 @pytest.fixture(scope="module")
 def everything(world):
     """Student, snapshot that differs from it, teacher, a batch, and the step module, all in float64."""
-    student, processor = models.load_audio_model(mini_world.MINI / "student", dtype=torch.float64)
-    teacher, tokenizer = models.load_text_model(mini_world.MINI / "teacher", dtype=torch.float64)
+    student, processor = models.load_audio_model(mini.world.MINI / "student", dtype=torch.float64)
+    teacher, tokenizer = models.load_text_model(mini.world.MINI / "teacher", dtype=torch.float64)
     snapshot = copy.deepcopy(student)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -201,7 +202,7 @@ def test_schedule():
 def one_process(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "OPTIMIZER_FILE", 10**6)       # so that there are several
+        patch.setattr(checkpoints, "OPTIMIZER_FILE", 10**6)       # so that there are several
         main(small_run(world, out, "--save-every", "2"))
     return out
 
@@ -260,14 +261,14 @@ def test_everything_that_should_learn_does(one_process):
 
 def test_every_parameter_that_learns_is_in_one_group():
     module = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 2), "own": torch.nn.Linear(2, 2)})
-    groups = common.parameter_groups(module, lr=1e-3, weight_decay=0.1, special=[(module["own"].parameters(), 1e-2, 0.0)])    # a generator
+    groups = parameter_groups(module, lr=1e-3, weight_decay=0.1, special=[(module["own"].parameters(), 1e-2, 0.0)])    # a generator
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in module.parameters())
     assert [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups] == [(1, 1e-3, 0.1), (1, 1e-3, 0.0), (1, 1e-2, 0.0), (1, 1e-2, 0.0)]
 
 
 def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
     """--tower-lr, --lower-lr and --lr reach the optimizer: what each part moves by in AdamW's first step is its own rate."""
-    student, _ = models.load_audio_model(mini_world.MINI / "student")
+    student, _ = models.load_audio_model(mini.world.MINI / "student")
     parts = {"tower": student.model.audio_tower.layers, "lower": student.model.language_model.layers[:3],
              "upper": student.model.language_model.layers[3:], "head": student.lm_head}
 
@@ -356,7 +357,7 @@ def test_models_that_do_not_fit(world, tmp_path):
     with pytest.raises(SystemExit, match="cannot load an audio language model"):
         main(small_run(world, tmp_path, "--student", str(tmp_path / "nowhere")))
     with pytest.raises(SystemExit, match="takes no audio|cannot load"):
-        main(small_run(world, tmp_path, "--student", str(mini_world.MINI / "teacher")))
+        main(small_run(world, tmp_path, "--student", str(mini.world.MINI / "teacher")))
     with pytest.raises(SystemExit, match="--batch-size 5"):
         main(small_run(world, tmp_path, "--batch-size", "5"))
     with pytest.raises(SystemExit, match="not a checkpoint"):

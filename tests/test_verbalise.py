@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verbalise import verbalise
+from prepare.verbalise import verbalise
 
 SAID = [
     # numbers and money

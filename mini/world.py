@@ -10,8 +10,8 @@ Two tiny models live in it, in the papers' proportions: the student is a Qwen2-A
 Qwen3 with 9 (28:36). The teacher reads descriptions and reasons better than the student; the student describes what it hears well, but
 has hardly practised answering questions about sound: that is the room to be taught. mini/figures.json holds what each can do.
 
-    python mini_world.py data                 # synthesise every split (train_source_layer.py makes only those it needs)
-    python mini_world.py pretrain             # rebuild mini/student and mini/teacher (a GPU if there is one)
+    python -m mini.world data                 # synthesise every split (train_source_layer.py makes only those it needs)
+    python -m mini.world pretrain             # rebuild mini/student and mini/teacher (a GPU if there is one)
 
 Everything comes from --seed. Audio is cached under runs/mini_world/. Test speakers and seeds are disjoint from training.
 """
@@ -42,11 +42,11 @@ from transformers import (PreTrainedTokenizerFast, Qwen2AudioForConditionalGener
 from data import (Example, audio_prompt, encode_response, parse_response, prompt_batch, question_text, read_manifest, response_text,
                   text_prompt, turn_end_id)
 from models import load_audio_model, load_text_model
-from shapes import STUDENT_SPECIALS, STUDENT_TEMPLATE, TEACHER_SPECIALS, TEACHER_TEMPLATE
-from speak import SAMPLE_RATE, speak
+from lab.shapes import STUDENT_SPECIALS, STUDENT_TEMPLATE, TEACHER_SPECIALS, TEACHER_TEMPLATE
+from prepare.speak import SAMPLE_RATE, speak
 
 WORLD = 2                       # part of the cache's name: raise it when the same seed gives another world
-MINI = Path(__file__).parent / "mini"
+MINI = Path(__file__).resolve().parent
 CACHE = Path("runs") / "mini_world"
 MAX_SECONDS = 3.0               # what the student's audio tower holds: 300 mel frames, 75 audio tokens
 TAUGHT, KEPT = ("speech", "sound", "music"), "emotion"

@@ -1,12 +1,12 @@
 """
 Speed and memory, side by side with the peers, in one run: what is quoted in README is printed here.
 
-    python bench.py losses                      # the fused losses against the formulas and Liger-Kernel: under 3 minutes on two cores
-    python bench.py step --script cord --shapes qwen2-audio-7b --layers 1 --prompts 1 --seconds 5 --response-tokens 50       # two cores
-    python bench.py step --script cord --shapes qwen2-audio-7b                                                             # a 141 GB GPU
-    python bench.py rollouts                    # the batched rollouts of a CORD step against generate(), prompt by prompt and one by one
-    python bench.py data                        # how long training waits for its data; clips that a worker prepares in a second
-    python bench.py long                        # 2,000 steps of both scripts: does memory stay what it is?
+    python -m lab.bench losses                      # the fused losses against the formulas and Liger-Kernel: under 3 minutes on two cores
+    python -m lab.bench step --script cord --shapes qwen2-audio-7b --layers 1 --prompts 1 --seconds 5 --response-tokens 50       # two cores
+    python -m lab.bench step --script cord --shapes qwen2-audio-7b                                                             # a 141 GB GPU
+    python -m lab.bench rollouts                    # the batched rollouts of a CORD step against generate(), prompt by prompt and one by one
+    python -m lab.bench data                        # how long training waits for its data; clips that a worker prepares in a second
+    python -m lab.bench long                        # 2,000 steps of both scripts: does memory stay what it is?
 
 How it measures. Times: all contenders live in one process and take turns, round by round, so that a machine whose speed drifts is unfair to none;
 quoted is the median of the ratios within a round, and of the seconds. Memory: each contender in a fresh process, the peak over what its inputs
@@ -37,14 +37,16 @@ import soundfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-import common
+from plumbing import run
+
+from plumbing.optimizer import parameter_groups
 import data
 import losses
-import memory
-import mini_world
+from lab import memory
+import mini.world
 import models
 import rollout
-import split_adamw
+from plumbing import optimizer as split_adamw
 import train_cord
 import train_source_layer
 
@@ -170,10 +172,10 @@ def peak_of(case, name, args):
     device = the_device()
     x = loss_inputs(args, device)
     step = step_of(contenders(case, x)[name], x)
-    common.forget_peak_memory(device)
-    before = common.peak_memory_gb(device)
+    run.forget_peak_memory(device)
+    before = run.peak_memory_gb(device)
     step()
-    return common.peak_memory_gb(device) - before
+    return run.peak_memory_gb(device) - before
 
 
 def bench_losses(args):
@@ -185,7 +187,7 @@ def bench_losses(args):
         raise SystemExit(f"--tokens {args.tokens} is no multiple of {ROLLOUT}, the length of a rollout here; change it")
     x = loss_inputs(args, device)
     processes = multiprocessing.get_context("forkserver")                   # a clean process for each, with the libraries loaded once
-    processes.set_forkserver_preload(["torch", "common", "losses", "liger_kernel.chunked_loss"])
+    processes.set_forkserver_preload(["torch", "plumbing.run", "losses", "liger_kernel.chunked_loss"])
     fresh = ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1)
     print(f"{machine()}; {args.tokens:,} tokens, hidden {args.hidden:,}, teacher {args.teacher_hidden:,}, vocabulary {args.vocab:,}, "
           f"{'bfloat16' if gpu else 'float32'}; forward and backward, head and hidden states learn; {args.rounds} rounds")
@@ -228,9 +230,9 @@ def bench_losses(args):
 def bench_rollouts(args):
     """One step's rollouts of CORD with the mini world's student. All three ways must say the same, token by token: the sampler's numbers are keyed."""
     device = the_device()
-    student, processor = models.load_audio_model(mini_world.MINI / "student")
+    student, processor = models.load_audio_model(mini.world.MINI / "student")
     student.to(device)
-    examples = data.read_manifest(mini_world.spoken(0, small=True)[0], require=("transcript",))[:args.prompts]
+    examples = data.read_manifest(mini.world.spoken(0, small=True)[0], require=("transcript",))[:args.prompts]
     prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
     plan = [(1.0, True, False)] + [(1.5, False, True)] * args.group_size
     n, stop, banned = len(plan), rollout.stop_ids(processor.tokenizer), rollout.banned_ids(student, processor.tokenizer)
@@ -297,8 +299,8 @@ def bench_step(args):
     def timed(name, work):
         def note_peak():                        # of the innermost part that runs; then it starts afresh
             if running:
-                peak[running[-1]] = max(peak.get(running[-1], 0.0), common.peak_memory_gb(device))
-            common.forget_peak_memory(device)
+                peak[running[-1]] = max(peak.get(running[-1], 0.0), run.peak_memory_gb(device))
+            run.forget_peak_memory(device)
 
         def run(*a, **k):
             wait()
@@ -321,7 +323,7 @@ def bench_step(args):
     examples = memory.write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     learns = [p for p in step.parameters() if p.requires_grad]
-    optimizer = (torch.optim.AdamW if args.lora else split_adamw.SplitAdamW)(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if args.lora else split_adamw.SplitAdamW)(parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     wraps = {attribute: timed(name, getattr(step, attribute)) for name, attribute in parts.items()}
 
     def batches():
@@ -395,7 +397,7 @@ LONG = {"source_layer": ["--batch-size", "2", "--micro-batch", "2"], "cord": ["-
 def run_script(script, *flags):
     """A training script as a user starts it, on the mini world, in a folder that is not kept -> its log.jsonl, a list of dicts; and [(step, MB that its data workers hold)],
     looked at twice a second."""
-    held, here = [], Path(__file__).parent
+    held, here = [], Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+") as said:
         log = Path(out, "run", "log.jsonl")
         process = subprocess.Popen([sys.executable, here / f"train_{script}.py", "--no-eval", "--out", log.parent, *flags], cwd=here, stdout=said, stderr=subprocess.STDOUT)
@@ -455,7 +457,7 @@ def bench_data(args):
             torch.set_num_threads(threads)
 
             def feed(workers, stop):                            # as training asks for them
-                fed = common.feed(collate, examples, argparse.Namespace(batch_size=1, seed=0, workers=workers), done=0, stop=stop, rank=0, world=1, device=the_device())
+                fed = run.feed(collate, examples, argparse.Namespace(batch_size=1, seed=0, workers=workers), done=0, stop=stop, rank=0, world=1, device=the_device())
                 next(fed)                                       # the workers have started
                 return fed
 

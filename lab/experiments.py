@@ -1,18 +1,18 @@
 """
 Every number in README's tables, each by one command: both papers' tables in miniature, and the questions that the papers leave open.
 
-    python experiments.py table                     # the six rows of paper A's Table 1, three seeds each: 35 minutes on two cores
-    python experiments.py cord                      # the rows of paper B's Tables 1 to 3, three seeds each: 80 minutes
-    python experiments.py alpha-ac skip             # some of the others, by name
-    python experiments.py all --seeds 0             # everything, one seed
-    python experiments.py table --dry-run           # two steps of every run, and a small evaluation
+    python -m lab.experiments table                     # the six rows of paper A's Table 1, three seeds each: 35 minutes on two cores
+    python -m lab.experiments cord                      # the rows of paper B's Tables 1 to 3, three seeds each: 80 minutes
+    python -m lab.experiments alpha-ac skip             # some of the others, by name
+    python -m lab.experiments all --seeds 0             # everything, one seed
+    python -m lab.experiments table --dry-run           # two steps of every run, and a small evaluation
 
 A row is a set of flags of train_source_layer.py, or of train_cord.py where the table's name begins with cord, and nothing else. A seed is
 another world (other clips, questions, speakers' sentences) and another order of training; the pretrained models are the same. What has
 run is not run again (runs/experiments/ holds it); rows that several tables share run once.
 
 An experiment leaves runs/experiments/NAME.json with every answer's verdict and, where a picture helps, NAME.png; with --publish both go to
-figures/, from where tests/test_experiments.py computes README's numbers again. Differences are paired, question by question, over all seeds
+docs/figures/, from where tests/test_experiments.py computes README's numbers again. Differences are paired, question by question, over all seeds
 together, with 95 % bootstrap intervals: they say how far the questions decide, not how far another three seeds might; so the seeds' own values
 stand beside them.
 """
@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import common
+from plumbing.files import write_json
 import evaluate
-import mini_world
+import mini.world
 import train_cord
 import train_source_layer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 RUNS = Path("runs") / "experiments"
 STRONGER = RUNS / "stronger"
 BASELINE = "baseline"           # no run of its own: what every run's evaluation before training says
@@ -193,7 +193,7 @@ def run(script, flags, seed, *, threads, dry_run, look):
 
 def world(split, seed, dry_run):
     """The manifest that train_source_layer.py takes by default, or a small one; made unless it is there."""
-    return mini_world.build(split, seed=seed, per_task={"train": 16, "test": 8}[split] if dry_run else {"train": None, "test": 300}[split])
+    return mini.world.build(split, seed=seed, per_task={"train": 16, "test": 8}[split] if dry_run else {"train": None, "test": 300}[split])
 
 
 def described(seed, dry_run):
@@ -209,7 +209,7 @@ def newest(folder):
 def prepare(flags, seeds, threads, dry_run):
     """What rows name in braces: a stronger acoustic teacher, textualize.py's descriptions."""
     if any("{stronger}" in f for f in flags) and not (STRONGER / "results.json").exists():
-        clips = mini_world.build("pretrain", per_task=8 if dry_run else 1000, seed=9)
+        clips = mini.world.build("pretrain", per_task=8 if dry_run else 1000, seed=9)
         call(STRONGER / "run.txt", threads, "train_source_layer.py", "--text-kd", "none", "--no-acoustic-kd", "--epochs", 1, "--data", clips,
              "--eval-data", world("test", 0, dry_run), "--out", STRONGER, *["--dry-run"] * dry_run)
     for seed in seeds if any("{described}" in f for f in flags) else []:
@@ -427,7 +427,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side; each takes its share of the cores")
     parser.add_argument("--dry-run", action="store_true", help="every command with --dry-run, in a folder of its own; no tables")
-    parser.add_argument("--publish", action="store_true", help="write tables and figures to figures/, which README shows; else to runs/experiments")
+    parser.add_argument("--publish", action="store_true", help="write tables and figures to docs/figures/, which README shows; else to runs/experiments")
     parser.add_argument("--collect", action="store_true", help="no training: tables and figures from the runs that are there")
     args = parser.parse_args()
     if args.jobs < 1:
@@ -446,7 +446,7 @@ def main():
     if not args.collect:
         for seed in args.seeds:                         # before the runs, which would make it side by side
             if any(name in CORD for name in names):
-                mini_world.spoken(seed, small=args.dry_run)
+                mini.world.spoken(seed, small=args.dry_run)
             if any(name not in CORD for name in names):
                 world("train", seed, args.dry_run), world("test", seed, args.dry_run)
         prepare([flags for _, flags, _ in wanted], args.seeds, threads, args.dry_run)
@@ -458,10 +458,10 @@ def main():
             except BaseException:
                 pool.shutdown(cancel_futures=True)      # what has not begun never will; what runs is finished first
                 raise
-    place = HERE / "figures" if args.publish else RUNS
+    place = HERE / "docs/figures" if args.publish else RUNS
     for name in names if not args.dry_run else []:
         found = collect(name, args.seeds)
-        common.write_json(place / f"{name}.json", found)
+        write_json(place / f"{name}.json", found)
         if name in PLOTS:
             PLOTS[name](found, place / f"{name}.png")
         print(f"\n{found['asks']}\n\n{markdown(name, found)}", f"\n\n{markdown_elsewhere(found)}" if name == "cord" else "", sep="")

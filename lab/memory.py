@@ -1,9 +1,9 @@
 """
 What a training script holds of one GPU of many, moment by moment: by arithmetic from the models' shapes, or beside what real processes hold.
 
-    python memory.py --script source_layer --shapes qwen2-audio-7b+qwen3-8b                        # GB on 1, 2, 4, 8 and 64 GPUs
-    python memory.py --script cord --shapes qwen2-audio-7b --gpus 1 --weights bfloat16 --lora 16   # on one
-    python memory.py --script cord --shapes qwen2-audio-7b --measure --gpus 2 --layers 1 --words 16000 --seconds 5 --response-tokens 20
+    python -m lab.memory --script source_layer --shapes qwen2-audio-7b+qwen3-8b                        # GB on 1, 2, 4, 8 and 64 GPUs
+    python -m lab.memory --script cord --shapes qwen2-audio-7b --gpus 1 --weights bfloat16 --lora 16   # on one
+    python -m lab.memory --script cord --shapes qwen2-audio-7b --measure --gpus 2 --layers 1 --words 16000 --seconds 5 --response-tokens 20
 
 Exact: parameters, gradients, optimizer, what is gathered, logits. What autograd keeps is counted by running a layer on the meta device, where tensors have a
 shape and no memory. Left out: what CUDA itself and the allocator's gaps take.
@@ -28,13 +28,15 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import common
+from plumbing import ranks, run
+
+from plumbing.optimizer import clip, parameter_groups
 import data
 import layer_map
 import models
 import rollout
-import shapes
-import split_adamw
+from lab import shapes
+from plumbing import optimizer as split_adamw
 import train_cord
 import train_source_layer
 
@@ -346,7 +348,7 @@ def measure(args):
         raise SystemExit("--measure takes one number of GPUs, at least 2: --gpus 2")
     if "RANK" not in os.environ:
         raise SystemExit(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus[0]), *sys.argv]).returncode)
-    rank, world, device = common.start_distributed()
+    rank, world, device = ranks.start_distributed()
     gpu, script = device.type == "cuda", {"source_layer": train_source_layer, "cord": train_cord}[args.script]
     flags = script.parse_flags(["--weights", args.weights, "--lora", str(args.lora), "--shard", "--micro-batch", "1000", *["--checkpoint-activations"] * args.checkpoint_activations])
     args.group_size = flags.group_size if args.script == "cord" else 0
@@ -361,12 +363,12 @@ def measure(args):
     if gpu:                 # on a CPU products and losses need other things beside them
         most_expected = max(sum(parts.values()) for name, parts in moments.items() if name.split(",")[0] in ("forward pass", "backward pass", "optimizer", "rollouts", "text view"))
         lines.append(f"| {rank} | the most in a step | {most_expected:.3f} | {most:.3f} | {most / most_expected:.3f} |")
-    lines = common.gather_lists(lines)
+    lines = ranks.gather_lists(lines)
     if rank == 0:
         print(f"train_{args.script}.py on {world} ranks with --shard, at the shapes of {args.shapes}{f', {args.layers} layer(s) of each' * bool(args.layers)}"
               f"{f', {args.words:,} words' * bool(args.words)}, {args.weights} weights{f', LoRA of rank {args.lora}' * (args.lora > 0)}\n\n| rank | part | estimate, GB | measured, GB | ratio |\n"
               "| --- | --- | --- | --- | --- |", *lines, sep="\n")
-    common.stop_distributed()
+    ranks.stop_distributed()
 
 
 def steps_of_ranks(args, flags, device, examples):
@@ -377,38 +379,38 @@ def steps_of_ranks(args, flags, device, examples):
             return torch.cuda.memory_allocated(device) / 1e9
         if sys.platform == "linux":                             # what is free shall not count
             ctypes.CDLL(None).malloc_trim(0)
-        return common.host_memory_gb()
+        return run.host_memory_gb()
 
     before = now()
     built = build(args, device, flags, args.layers or ALL)
     student, step, source, half, frozen = built.student, built.step, args.script == "source_layer", torch.bfloat16, {}
     built.frozen.clear()                                        # it holds the whole of them
     if source:
-        common.shard_reader(models.decoder(built.teacher), built.teacher.get_output_embeddings())
-        frozen = {"teacher": [built.teacher], **({} if args.lora else {"snapshot": [common.shard(built.snapshot, models.blocks(built.snapshot))]})}
+        ranks.shard_reader(models.decoder(built.teacher), built.teacher.get_output_embeddings())
+        frozen = {"teacher": [built.teacher], **({} if args.lora else {"snapshot": [ranks.shard(built.snapshot, models.blocks(built.snapshot))]})}
     elif not args.lora:
-        common.shard_reader(*step.teacher)
+        ranks.shard_reader(*step.teacher)
         frozen = {"teacher (a copy of the decoder)": step.teacher}
     reader = step.teacher[0] if not source and not args.lora else step
-    wrapped = common.wrap(step, student, flags, world=torch.distributed.get_world_size(), compute=half)
+    wrapped = ranks.wrap(step, student, flags, world=torch.distributed.get_world_size(), compute=half)
     learns = [p for p in step.parameters() if p.requires_grad]
-    optimizer = (torch.optim.AdamW if wide(args) or args.lora else split_adamw.SplitAdamW)(common.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
+    optimizer = (torch.optim.AdamW if wide(args) or args.lora else split_adamw.SplitAdamW)(parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98))
     autocast = functools.partial(torch.autocast, device.type, half)
 
     for _ in range(2):
-        common.forget_peak_memory(device)
+        run.forget_peak_memory(device)
         with autocast():
-            work, *_ = batches_of(args, built, flags, examples, device, lambda *a, **k: common.whole(wrapped, lambda: rollout.roll_out(*a, **k)),
-                                  lambda chunks: common.whole(reader, lambda: [step.read(chunk) for chunk in chunks]))
+            work, *_ = batches_of(args, built, flags, examples, device, lambda *a, **k: ranks.whole(wrapped, lambda: rollout.roll_out(*a, **k)),
+                                  lambda chunks: ranks.whole(reader, lambda: [step.read(chunk) for chunk in chunks]))
         for arguments in work:
             with autocast():
                 loss = wrapped(*arguments)
                 loss = (loss[0] if isinstance(loss, tuple) else loss)["loss"]
             loss.backward()
         del work, arguments, loss
-        common.clip(learns, 1.0)
+        clip(learns, 1.0)
         optimizer.step()
-        most, after = common.peak_memory_gb(device), now()
+        most, after = run.peak_memory_gb(device), now()
         ours = lambda tensors: gigabytes(*(t.to_local() if isinstance(t, DTensor) else t for t in tensors))
         theirs = {id(p) for p in step.projections.parameters()} if source else set()
         base = [p for p in student.parameters() if not (args.lora and p.requires_grad)]

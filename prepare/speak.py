@@ -5,9 +5,9 @@ What this file teaches: how to get a hundred different voices out of one 21 MB w
 20 ms for a sentence), with the four knobs of prosody that mini_world.py builds its emotions from: rate, pitch, range and loudness;
 and how to have a whole dataset read aloud, as paper B (CORD, arXiv 2601.16547) has 80,000 NuminaMath problems read by Kokoro.
 
-    python speak.py "seven plus two minus four" sum.wav --voice f2 --rate 200
-    python speak.py gsm8k.jsonl gsm8k-spoken.jsonl                             # laptop: espeak-ng, six voices
-    torchrun --nproc_per_node 8 speak.py numina.jsonl numina-spoken.jsonl --tts kokoro
+    python -m prepare.speak "seven plus two minus four" sum.wav --voice f2 --rate 200
+    python -m prepare.speak gsm8k.jsonl gsm8k-spoken.jsonl                             # laptop: espeak-ng, six voices
+    torchrun --nproc_per_node 8 -m prepare.speak numina.jsonl numina-spoken.jsonl --tts kokoro
 
 The input is a manifest (data.py) without audio, as import_datasets.py writes it; the output is its lines with "audio", "speaker" and "spoken",
 ready for train_cord.py --data. "transcript" stays what was written, for the text view; "spoken" is what verbalise.py made of it. A line that
@@ -38,10 +38,12 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-import common
+from plumbing import ranks
+
+from plumbing.files import append_jsonl, write_json
 import data
 from data import SAMPLE_RATE        # what every audio tower in the project hears
-from verbalise import verbalise
+from prepare.verbalise import verbalise
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. One sentence, by espeak-ng
@@ -315,9 +317,9 @@ def speak_manifest(args):
     how = {"max_characters": args.max_characters, "max_seconds": args.max_seconds}
     settings = {"tts": args.tts, "voices": voices, **how}
     settings |= {"rate": args.rate, "pitch": args.pitch} if args.tts == "espeak" else {"kokoro": args.kokoro}
-    rank, world, device = common.start_distributed()
+    rank, world, device = ranks.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
-    with common.rank_zero_first(rank, world):
+    with ranks.rank_zero_first(rank, world):
         folder.mkdir(parents=True, exist_ok=True)
         said = check_settings(folder, settings)
         notes = read_journals(folder)
@@ -325,8 +327,8 @@ def speak_manifest(args):
         reader = None if not left else espeak_reader(voices, args.rate, args.pitch) if args.tts == "espeak" \
             else kokoro_reader(voices, Path(args.kokoro) if args.kokoro else None, device)
         if rank == 0:
-            common.write_json(said, settings)           # only now: a reader that could not be started has said nothing
-    common.sum_over_ranks({"ready": 1}, device)         # nobody speaks before all know what is left, or they would share it out in different ways
+            write_json(said, settings)           # only now: a reader that could not be started has said nothing
+    ranks.sum_over_ranks({"ready": 1}, device)         # nobody speaks before all know what is left, or they would share it out in different ways
     todo = left[rank::world]
     journal = folder / f"journal-{rank}.jsonl"
     if journal.exists():
@@ -335,9 +337,9 @@ def speak_manifest(args):
     start, made = time.time(), 0.0
     for record in tqdm(todo, desc=f"speaking{', rank 0' * (world > 1)}", unit="line", disable=rank > 0):
         note = speak_line(record, folder, reader, voices, **how)
-        common.append_jsonl(journal, note)
+        append_jsonl(journal, note)
         made += note.get("seconds", 0)
-    made = common.sum_over_ranks({"seconds": made}, device)["seconds"]              # waits for every rank: all journals are complete
+    made = ranks.sum_over_ranks({"seconds": made}, device)["seconds"]              # waits for every rank: all journals are complete
     if rank == 0:
         notes = read_journals(folder)
         spoken, skipped = write_manifest(lines, notes, folder, out)
@@ -349,7 +351,7 @@ def speak_manifest(args):
             raise data.DataError(f"{source}: no line of it could be spoken; {out.with_suffix('.skipped.jsonl')} says why")
         data.read_manifest(out, require=("transcript",))
         say(f"train with --data {out}")
-    common.stop_distributed()
+    ranks.stop_distributed()
 
 
 def parse_flags(argv=None):

@@ -1,16 +1,16 @@
 """
 Datasets as they are downloaded -> our manifests (data.py). Everything after the import reads manifests only.
 
-    python import_datasets.py cota CoTA CoTA/cota.jsonl                # folders of parquet shards
-    python import_datasets.py cota CoTA/meld CoTA/meld.jsonl --max-seconds 30    # one configuration
-    python import_datasets.py cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip   # columns of its own
-    python import_datasets.py avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
-    python import_datasets.py mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
-    python import_datasets.py mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
-    python import_datasets.py iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
-    python import_datasets.py voicebench voicebench/mmsu voicebench/mmsu.jsonl
-    python import_datasets.py gsm8k gsm8k/main gsm8k.jsonl --split test                    # text only: then python speak.py gsm8k.jsonl ...
-    python import_datasets.py numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
+    python -m prepare.import_datasets cota CoTA CoTA/cota.jsonl                # folders of parquet shards
+    python -m prepare.import_datasets cota CoTA/meld CoTA/meld.jsonl --max-seconds 30    # one configuration
+    python -m prepare.import_datasets cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip   # columns of its own
+    python -m prepare.import_datasets avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
+    python -m prepare.import_datasets mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
+    python -m prepare.import_datasets mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
+    python -m prepare.import_datasets iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
+    python -m prepare.import_datasets voicebench voicebench/mmsu voicebench/mmsu.jsonl
+    python -m prepare.import_datasets gsm8k gsm8k/main gsm8k.jsonl --split test                    # text only: then python -m prepare.speak gsm8k.jsonl ...
+    python -m prepare.import_datasets numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
 
 Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its own folder, links resolved. Clips that lie inside a
 parquet file are written out, to OUT_audio/. Rows stream through, so 1.2 million need no more memory than a thousand (but 100 bytes each, to
@@ -655,7 +655,7 @@ def report(args, counts, read, dropped, notes, broken) -> str:
         lines.append(f"the complete corpus has 5,531 utterances of the four classes, 1,241 of them in session 5 (split test); here {kept:,} and "
                      f"{counts['emotion', 'test']:,}")
     if args.dataset in TEXT_ONLY and counts:
-        lines.append(f"nobody has spoken these yet, and until then data.py refuses the file: python speak.py {args.out} SPOKEN.jsonl adds the audio")
+        lines.append(f"nobody has spoken these yet, and until then data.py refuses the file: python -m prepare.speak {args.out} SPOKEN.jsonl adds the audio")
     return "\n".join(lines)
 
 

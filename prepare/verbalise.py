@@ -5,7 +5,7 @@ What this file teaches: why a speech synthesiser must not be given a problem as 
 five" and "\\sqrt" letter by letter, and the model that hears this is asked another question than the one that reads it. So every number,
 symbol, unit and formula becomes words first, and what has no certain reading is refused: a skipped problem costs nothing, a wrong one teaches.
 
-    python verbalise.py 'If $\\frac{3x+1}{2} \\le 5$, what is $x^2$ when it costs \\$80,000?'
+    python -m prepare.verbalise 'If $\\frac{3x+1}{2} \\le 5$, what is $x^2$ when it costs \\$80,000?'
 
 A formula is parsed by pylatexenc, never by regular expressions, and read so that a listener can tell where its parts end: "the square root
 of x plus one, end root". Plain text is rewritten from the special to the general: money, units, dates and ordinals before bare numbers.

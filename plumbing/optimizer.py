@@ -97,3 +97,26 @@ class SplitAdamW(torch.optim.Optimizer):
                 flat[1] = flat[1] or [None] * len(flat[0])
                 for parts in zip(*flat):
                     update(*parts, rates[t])
+
+
+def parameter_groups(module, *, lr, weight_decay, special=()):
+    """AdamW groups: matrices decay, vectors (norms, biases) do not; special: [(parameters, lr, weight decay)] have rates of their own.
+
+    Each group remembers its peak as "peak_lr", which the schedule multiplies."""
+    special = [([p for p in parameters if p.requires_grad], *rates) for parameters, *rates in special]  # a generator can be read only once
+    apart = {id(p) for parameters, *_ in special for p in parameters}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    groups = []
+    for parameters, own, decay in [(rest, lr, weight_decay), *special]:
+        groups += [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay, "lr": own, "peak_lr": own},
+                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr": own, "peak_lr": own}]
+    return [group for group in groups if group["params"]]
+
+
+def clip(parameters, most):
+    """Gradients scaled down to a norm of `most` -> the norm before, a float. Not finite: they are spoiled, and the step must be left out."""
+    return _whole(torch.nn.utils.clip_grad_norm_(parameters, most)).item()
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
