@@ -537,7 +537,7 @@ def claim(folder):
                 lock = os.open(make_folder(folder) / "lock", os.O_RDWR | os.O_CREAT)
             if fcntl:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):          # POSIX allows both
             fault = f"another run is writing into {folder}; wait for its end, or give another --out"
         except OSError as error:
             print(f"{folder}: its disk has no locks ({error}), so nothing keeps a second run out")
@@ -545,6 +545,21 @@ def claim(folder):
             fault = str(error)
     if fault := of_rank_zero(fault):
         raise SystemExit(fault)
+
+
+def newest_checkpoint(args, name):
+    """The model that the flag `name` means, the same on every rank: of another run's folder its
+    newest checkpoint, and for a run that goes on the one that it began with. Raises SystemExit
+    where that one is gone."""
+    path = getattr(args, name)
+    before = (read_json(Path(args.out) / "config.json") or {}).get(name)
+    begun = before and list(Path(args.out).glob("step-*")) and not was_dry(args.out)
+    if begun and Path(before).resolve().parent == Path(path).resolve():
+        if not Path(before).is_dir():
+            raise SystemExit(f"{args.out} began with {before}, which is gone; put it back, or give "
+                             "another --out")
+        path = before
+    return of_rank_zero(models.newest_checkpoint(path))
 
 
 def find_checkpoint(args, folder, device):
@@ -647,6 +662,9 @@ def of_no_use(path, error):
     if isinstance(error, SafetensorError):
         return (f"{path} holds a file that is truncated or damaged ({reason}); go on from another "
                 "checkpoint (--resume DIR)")
+    if isinstance(error, OSError):
+        return (f"{path} was saved by another model, or is not whole ({reason}); resume with the "
+                "flags of its config.json, or from another checkpoint")
     return f"{path} was saved by another model ({reason}); resume with the flags of its config.json"
 
 

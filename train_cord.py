@@ -253,7 +253,7 @@ def main(argv=None):
     started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
     say = common.speaker(rank)
     torch.manual_seed(args.seed)
-    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))
+    args.student = common.newest_checkpoint(args, "student")
     # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of the {world} ranks; change one")

@@ -234,7 +234,9 @@ def main(argv=None):
     started, out, (rank, world, device) = time.time(), Path(args.out), common.start_distributed()
     say = common.speaker(rank)
     torch.manual_seed(args.seed)
-    args.student = common.of_rank_zero(models.newest_checkpoint(args.student))
+    args.student = common.newest_checkpoint(args, "student")
+    if args.acoustic_teacher != "snapshot":
+        args.acoustic_teacher = common.newest_checkpoint(args, "acoustic_teacher")
     # 4.1 data: the whole manifest and every clip are checked before anything trains
     if args.batch_size % (args.micro_batch * world):
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {args.micro_batch * world} "
