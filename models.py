@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 from pathlib import Path
 
 import jinja2
@@ -105,15 +106,21 @@ def _load(path, what, autos, reader_class, dtype):
     path = newest_checkpoint(path)
     adapter = Path(path) if (Path(path) / ADAPTER).is_file() and not (Path(path) / "config.json").exists() else None
     if adapter:
-        path = json.loads((adapter / ADAPTER).read_text()).get("base_model_name_or_path")
+        try:
+            path = json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{adapter / ADAPTER} is broken or names no base ({error!r}); get the "
+                             "adapter again") from None
         if not path or adapter.resolve() == Path(path).resolve():
             raise SystemExit(f"{adapter / ADAPTER} does not say which model the adapter is for; write its folder or hub id as base_model_name_or_path")
     try:
         reader = reader_class.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_weights(path, config)
         whole = hasattr(config, "thinker_config")           # Omni: a thinker, which is our model, and a talker that says aloud what it thinks
-        config = config.thinker_config if whole else config
+        check_weights(path, config)
+        if whole:
+            config = config.thinker_config
+            check_weights(path, config)
         # AudioFlamingo3 is filed under "sequence to sequence"
         auto = autos[0] if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else autos[-1]
         model, found = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
@@ -145,17 +152,24 @@ def check_weights(path, config=None):
     inside it, links followed. Raises SystemExit if not.
 
     An index may name any file, which transformers then opens: a pickle, ../another.safetensors."""
+    # Whatever is called so may be read, whether an index names it or not
     names = ["model.safetensors", "adapter_model.safetensors"]
+    names += [file.name for file in Path(path).glob("*.safetensors")]
     if getattr(config, "transformers_weights", None):
         names.append(config.transformers_weights)
     with contextlib.suppress(OSError):                      # most models have no index
         index = Path(cached_file(str(path), "model.safetensors.index.json"))
-        names += json.loads(index.read_text())["weight_map"].values()
-    root = Path(path).resolve()
-    if root.parent.name == "snapshots":                     # the hub's cache: links to ../../blobs
-        root = root.parents[1]
+        try:
+            names += json.loads(index.read_text())["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SystemExit(f"{index} is broken ({error!r}); get the checkpoint again") from None
+    roots = [Path(path).resolve()]
+    cache = roots[0].parent.parent                          # of the hub: links to ../../blobs
+    if roots[0].parent.name == "snapshots" and cache.name.startswith("models--"):
+        roots.append(cache / "blobs")
     for name in names:
-        inside = (Path(path) / name).resolve().is_relative_to(root)
+        file = (Path(path) / name).resolve()
+        inside = any(file.is_relative_to(root) for root in roots)
         if not inside or not name.endswith(".safetensors"):
             raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside this "
                              "folder; get the checkpoint again, or convert it")
@@ -358,7 +372,9 @@ def _in_float32(model, parameters):
             if id(tensor) in wanted and tensor is not embeddings.weight:
                 kept[tensor] = tensor.data
                 tensor.data = tensor.data.float()
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        # cuDNN's convolutions may round to TF32
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), \
+                torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
         for tensor, own in kept.items():
@@ -375,7 +391,7 @@ def _check_window(model):
     if layer_types:
         partial = set(layer_types) != {"full_attention"}
     else:
-        longest = config.max_position_embeddings
+        longest = getattr(config, "max_position_embeddings", math.inf)
         window = getattr(config, "sliding_window", None) or longest
         partial = getattr(config, "use_sliding_window", True) and window < longest
     if partial:

@@ -7,20 +7,9 @@ import os
 from pathlib import Path
 
 
-
-def flush(path):
-    """What was written to a file, or the names in a folder, are on the disk itself when this returns."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 @contextlib.contextmanager
 def writing(path):
-    """What cannot be written inside (no room, no permission, a file in a folder's place) is one
-    sentence: SystemExit."""
+    """What cannot be written inside (no room, no permission) becomes one sentence: SystemExit."""
     try:
         yield
     except OSError as error:
@@ -38,27 +27,17 @@ def make_folder(path):
     return path
 
 
-def read_json(path):
-    """A JSON file of a run -> a dict; None without the file. Raises SystemExit for a broken one."""
+def flush(path):
+    """What was written to a file, or the names in a folder, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-        return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} is not the JSON that a run wrote there ({error}); move it away "
-                         "and start again") from None
-
-
-def write_json(path, value):
-    """Indented JSON, complete or not at all."""
-    replace_text(path, json.dumps(value, indent=1, default=str) + "\n")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_text(path, text):
-    """A file's new content, or, whenever we are killed, its old one."""
+    """A file's new content or, whenever we are killed, its old one. Raises SystemExit."""
     partial = Path(f"{path}.part")
     with writing(path):
         partial.write_text(text, encoding="utf-8")
@@ -66,24 +45,45 @@ def replace_text(path, text):
         os.replace(partial, path)
 
 
+def write_json(path, value):
+    """Indented JSON, complete or not at all. Raises SystemExit."""
+    replace_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def read_json(path):
+    """A JSON file of a run -> a dict; None without the file. Raises SystemExit for a broken one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} is not the JSON that a run wrote there ({error}); move it away "
+                         "and start again") from None
+
+
 def append_jsonl(path, record):
-    """One line, flushed: what a killed run logged is on disk. Raises SystemExit where the disk is full."""
+    """One more line, on disk even if we are killed next. Raises SystemExit where it is full."""
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def open_log(path, done):
-    """Start a log, or cut an old one back to the `done` steps that the checkpoint holds: a resumed run writes the rest again. A last line that a
-    kill cut off goes too. Raises SystemExit for any other line that is broken."""
-    lines, kept = [], []
+    """Start a log, or cut an old one back to `done` steps: a resumed run writes the rest again.
+
+    A last line that a kill cut off goes too. Raises SystemExit for any other broken line."""
+    lines = []
     if done and path.exists():
         lines = path.read_bytes().splitlines()
-    for n, line in enumerate(lines, 1):
+    kept = []
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line.decode() + "\n")
         except (ValueError, KeyError, TypeError) as error:
-            if n < len(lines):
-                raise SystemExit(f"{path}:{n} is no line that a run wrote ({error!r}); mend it, or "
-                                 "move the file away, and start again") from None
+            if number < len(lines):
+                raise SystemExit(f"{path}:{number} is no line that a run wrote ({error!r}); mend "
+                                 "it, or move the file away, and start again") from None
     replace_text(path, "".join(kept))

@@ -1,5 +1,8 @@
 """
-Ranks and sharding: the same script on one process, under torchrun with DDP, or with FSDP2 (--shard).
+Ranks and sharding: one script on one process, under torchrun with DDP, or with FSDP2 (--shard).
+
+torchrun starts the ranks; PyTorch's DDP or FSDP2 wraps the step module. Every function here gives
+the obvious answer on one process, so that a script never asks how many ranks there are.
 """
 import contextlib
 import dataclasses
@@ -10,35 +13,37 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import models
 
+# ---------------------------------------------------------------------------------------------
+# 1. Ranks
 
 def start_distributed():
-    """-> (rank, world size, device). One process unless torchrun started us; then NCCL on GPUs, gloo on CPUs."""
+    """-> (rank, number of ranks, device). NCCL on GPUs, gloo on CPUs; one process without torchrun."""
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     if "RANK" not in os.environ:
         return 0, 1, device
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ or os.environ.get("OMP_NUM_THREADS") == "1":
-        # torchrun sets one thread per process; on a machine with cores to spare that would waste them
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    # an hour: all wait while rank 0 writes the model (NCCL's own limit is ten minutes); a dead rank torchrun notices at once
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-    if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torch 2.11 keeps one store over all restarts, with the addresses of the dead in it (pytorch issue 135712); this variable gives every start its own
-        print("--max-restarts: a new rank may wait for a dead one; put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, with --standalone or --rdzv_backend c10d")
+
+    # torchrun sets one thread a process, which would waste a machine with cores to spare
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+    # An hour: all ranks wait while rank 0 writes the model. torchrun notices a dead rank at once.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def stop_distributed():
-    """Wait for every rank, then leave the process group; nothing may hold a DDP module any more."""
+    """Wait for every rank and leave the process group. No DDP module may be alive any more."""
     if dist.is_initialized():
         dist.barrier()
         gc.collect()
@@ -56,7 +61,7 @@ def wait_for_all():
 
 @contextlib.contextmanager
 def rank_zero_first(rank, world):
-    """Rank 0 runs the block alone, then the others: they find what it downloaded or synthesised."""
+    """Rank 0 runs the block alone, then the others, who find what it downloaded or made."""
     if rank > 0:
         dist.barrier()
     yield
@@ -64,8 +69,10 @@ def rank_zero_first(rank, world):
         dist.barrier()
 
 
+# The functions below are collective: every rank has to call them.
+
 def over_ranks(value, operation, device):
-    """One number, the same on every rank: sum, max, ... (dist.ReduceOp) of theirs."""
+    """One number, the same on every rank: the dist.ReduceOp (SUM, MAX, ...) of theirs."""
     if not dist.is_initialized():
         return value
     total = torch.tensor(float(value), device=device, dtype=torch.float64)
@@ -74,7 +81,7 @@ def over_ranks(value, operation, device):
 
 
 def sum_over_ranks(values, device):
-    """{name: float} -> the same summed over all ranks: with losses divided by global token counts, the sum is the global mean."""
+    """{name: number} -> the same, each summed over all ranks."""
     if not dist.is_initialized():
         return values
     total = torch.tensor([float(v) for v in values.values()], device=device, dtype=torch.float64)
@@ -83,77 +90,74 @@ def sum_over_ranks(values, device):
 
 
 def of_rank_zero(value):
-    """Rank 0's value, on every rank: what a file says may reach the others later. Every rank must come here."""
+    """Rank 0's value on every rank. What rank 0 reads in a file, others may see only later."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
 
 
-def gather_lists(some):
-    """A list on every rank -> all of them behind each other, on every rank. Every rank must come here."""
+def gather_lists(values):
+    """A list on every rank -> all of them behind each other, on every rank."""
     if not dist.is_initialized():
-        return some
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, some)
-    return [x for share in shares for x in share]
+        return values
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for one in lists for value in one]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. DDP, or FSDP2 for what does not fit
+
+def wrap(step_module, *, blocks, shard_it, compute):
+    """The step module as it runs here: alone, under DDP, or sharded.
+
+    blocks: the layers that FSDP gathers one by one. compute: see `shard`."""
+    if shard_it:
+        return shard(step_module, blocks, compute)
+    if world_size() > 1:
+        return DistributedDataParallel(
+            step_module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return step_module
 
 
 def shard(module, blocks=(), compute=None):
     """
-    FSDP2, in place -> module: every rank keeps 1/ranks of each tensor. A block (a layer) is gathered when it runs and dropped again; what is in none of
-    them (embeddings, head, projections, norms) is gathered when `module` itself runs, and stays until its backward is over: the head's weight is whole
-    wherever the losses look at it.
+    FSDP2, in place -> module: every rank keeps its share of each tensor.
 
-    compute: the type that weights are gathered in (bfloat16), while each rank's share, its gradient and their sum over ranks are float32; None: their own."""
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    outer = dataclasses.replace(policy, cast_forward_inputs=False)          # advantages and temperatures stay what they are
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    outside = [p for p in module.parameters() if p.requires_grad and id(p) not in inside]
-    if len({p.dtype for p in outside}) > 1:                 # FSDP takes what learns together in one type; split_adamw.py keeps the bits that this cuts off
-        for p in outside:
+    A block is gathered when it runs and dropped again. What is in no block (embeddings, head,
+    projections, norms) is gathered when `module` runs and stays until its backward is over, so
+    that the head's weight is whole wherever the losses look at it.
+
+    compute: the dtype that weights are gathered in, while each rank's share, its gradient and
+    their sum over ranks are float32. None: the weights' own.
+    """
+    inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    outside = dataclasses.replace(inside, cast_forward_inputs=False)   # advantages stay float32
+
+    # FSDP wants one dtype for all that learns together; SplitAdamW keeps the bits that this cuts
+    in_blocks = {id(p) for block in blocks for p in block.parameters()}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in in_blocks]
+    if len({p.dtype for p in rest}) > 1:
+        for p in rest:
             p.data = p.data.bfloat16()
-    for block in blocks:
-        fully_shard(block, mp_policy=policy)
+
+    # None: keep the outer weights for the backward pass, which a frozen model does not have
     frozen = not any(p.requires_grad for p in module.parameters())
-    fully_shard(module, mp_policy=outer, reshard_after_forward=frozen or None)      # None: kept for the backward pass, which no frozen model has
+    for block in blocks:
+        fully_shard(block, mp_policy=inside)
+    fully_shard(module, mp_policy=outside, reshard_after_forward=True if frozen else None)
     if frozen:
         module.register_forward_hook(forget_forward)
-    module.with_all = functools.partial(with_all, module, frozen)           # for `whole`
-    register_fsdp_forward_method(module, "with_all")        # the first to run forward is FSDP's root, and that must be this one
+
+    # The first module to run a forward is FSDP's root, and that must be this one: see `whole`
+    module.with_all = functools.partial(_with_all, module, frozen)
+    register_fsdp_forward_method(module, "with_all")
     return module
 
 
-def sharded_parts(module):
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-
-def with_all(module, frozen, work):
-    """work(), with all weights gathered. Those of `module` itself are already, as before any forward of it; but they too must outlast one that is inside: a rank
-    which runs it twice would gather them twice, and the others not."""
-    for part in sharded_parts(module):
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    try:
-        return work()
-    finally:
-        for part in sharded_parts(module):
-            part.set_reshard_after_forward(frozen or part is not module, recurse=False)
-            part.reshard()
-
-
-def forget_forward(module, *_):
-    """FSDP notes each forward for the backward that follows. Behind a frozen model none does, and the notes would come to gigabytes in a few days."""
-    # Private names of torch, here alone (tests/test_private_names.py). The public reset_iter_state, since
-    # torch 2.14, also drops the gathered weights that `whole` needs.
-    for group in (part._get_fsdp_state()._fsdp_param_group for part in sharded_parts(module)):
-        if group is not None:
-            group.comm_ctx.post_forward_order.clear()
-            group._post_forward_indices.clear()
-
-
 def shard_reader(decoder, head):
-    """A frozen text LLM: its decoder, which runs by itself, and its head, whose weight the losses gather (full)."""
+    """A frozen text LLM in two sharded parts: its decoder, and its head, which losses gather."""
     if head.weight is decoder.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     shard(decoder, decoder.layers)
@@ -161,54 +165,57 @@ def shard_reader(decoder, head):
 
 
 def whole(module, work):
-    """work(), with all weights of a sharded module gathered once: a rollout runs through them once a token, and must not fetch them each time. Every
-    rank must come here, even with nothing to do. A module that is not sharded: work()."""
+    """work(), with all weights of a sharded module gathered once. Collective.
+
+    Generation runs through the weights once a token and must not fetch them each time."""
     if not isinstance(module, FSDPModule):
         return work()
-    found = module.with_all(work)
+    result = module.with_all(work)
     module.reshard()
-    return found
+    return result
 
 
 def full(tensor):
-    """A tensor that lies in shards -> the whole of it, on every rank (each must ask); any other: itself."""
+    """A sharded tensor -> the whole of it, on every rank (collective). Any other: itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(step_module, student, args, *, world, compute):
-    """The step module as one process, DDP or, with --shard, FSDP2 runs it; with --checkpoint-activations too."""
-    if args.checkpoint_activations:
-        checkpoint_activations(student)
-    if args.shard:
-        return shard(step_module, models.blocks(student), compute)
-    return DistributedDataParallel(step_module, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else step_module
+def _sharded_parts(module):
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def accumulating(wrapped, last):
-    """DDP adds up gradients over the ranks in the last micro-batch alone. FSDP does it in each: it has no room for whole gradients."""
-    return contextlib.nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+def _with_all(module, frozen, work):
+    # Parts must outlast a forward inside work(): a rank that runs it twice would gather twice
+    for part in _sharded_parts(module):
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        return work()
+    finally:
+        for part in _sharded_parts(module):
+            part.set_reshard_after_forward(frozen or part is not module, recurse=False)
+            part.reshard()
 
 
-def checkpoint_activations(model):
-    """Of each decoder layer only the input is kept for the backward pass, which runs the layer again: a third more time for a small part of the memory."""
-    # transformers 5.17 knows the second name alone, version 6 will know the first alone
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    for layer in models.decoder(model).layers:
-        layer.training = True           # the layer's own flag, which transformers asks; not that of what is inside it: nothing shall drop out
+def forget_forward(module, *_):
+    """A frozen model never runs backward, so FSDP's records of its forwards would grow for ever."""
+    # Private names of torch, here alone (tests/test_private_names.py). The public
+    # reset_iter_state, since torch 2.14, also drops the gathered weights that `whole` needs.
+    for part in _sharded_parts(module):
+        group = part._get_fsdp_state()._fsdp_param_group
+        if group is not None:
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
 
 
-def memory_line(args, world, module, **parts):
-    """A sentence: what each rank holds all the time, in GB. parts: {name: modules, None where there is none}; what a part shares with one before it is there once.
-    AdamW keeps two moments as wide as a weight, and SplitAdamW 16 bits beside one of 16 bits."""
-    one_type = args.shard and args.weights == "bfloat16" and not args.lora                   # `shard` gives the projections the weights' type
-    width = lambda p: 2 if one_type else p.element_size()
-    size = lambda parameters: sum(p.numel() * width(p) for p in parameters) / 1e9 / (world if args.shard else 1)
-    held, seen, learns = {}, set(), [p for p in module.parameters() if p.requires_grad]
-    for name, modules in {**parts, "projections": [module]}.items():
-        own = {p for part in modules if part is not None for p in part.parameters()} - seen
-        held[name], seen = size(own), seen | own
-    held |= {"gradients": size(learns), "optimizer": 2 * size(learns) + size(p for p in learns if width(p) == 2)}
-    of = f" of {torch.cuda.mem_get_info()[1] / 1e9:.0f}" if learns[0].is_cuda else ""
-    return (f"held by each rank, GB: {', '.join(f'{name} {value:.3g}' for name, value in held.items() if value)}; together {sum(held.values()):.3g}{of}; "
-            "activations, logits, answers, weights gathered or cast, and a judge come on top (python -m lab.memory)")
+def accumulate(wrapped, batches):
+    """Each of `batches`; DDP adds gradients over the ranks behind the last of them alone.
+
+    FSDP adds them behind each: it has no room for whole gradients."""
+    for i, batch in enumerate(batches):
+        is_last = i + 1 == len(batches)
+        if isinstance(wrapped, DistributedDataParallel) and not is_last:
+            with wrapped.no_sync():
+                yield batch
+        else:
+            yield batch

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -705,6 +706,34 @@ def test_an_out_that_is_a_file(script, ranks, flags, tmp_path):
     run.wait(90)
     assert run.codes() == [1] * ranks and "Traceback" not in run.text() and f"{out} cannot be written ([Errno 17] File exists" in run.text(), run.text()
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "held"), PermissionError(13, "held")])
+def test_a_lock_that_is_held(error, tmp_path, monkeypatch):
+    """Both are what POSIX allows a system to say of another's lock."""
+    def refuse(*_):
+        raise error
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    with pytest.raises(SystemExit, match="another run is writing into"):
+        checkpoints.claim(tmp_path / "run")
+
+
+def test_a_run_goes_on_from_the_student_that_it_began_with(tmp_path):
+    """--student runs/a means its newest checkpoint: at the start, and not at each restart."""
+    for step in (1, 2):
+        (tmp_path / f"a/step-{step:07d}").mkdir(parents=True)
+        write_json(tmp_path / f"a/step-{step:07d}/checkpoint.json", {"step": step})
+    args = SimpleNamespace(student=str(tmp_path / "a"), out=str(tmp_path / "b"))
+    assert checkpoints.newest_checkpoint(args, "student") == str(tmp_path / "a/step-0000002")
+    (tmp_path / "b/step-0000001").mkdir(parents=True)
+    write_json(tmp_path / "b/config.json", {"student": str(tmp_path / "a/step-0000001")})
+    assert checkpoints.newest_checkpoint(args, "student") == str(tmp_path / "a/step-0000001")
+    args.student = str(mini_world.MINI / "student")
+    assert checkpoints.newest_checkpoint(args, "student") == args.student
+    shutil.rmtree(tmp_path / "a/step-0000001")
+    args.student = str(tmp_path / "a")
+    with pytest.raises(SystemExit, match="began with .*step-0000001, which is gone"):
+        checkpoints.newest_checkpoint(args, "student")
 
 
 def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
