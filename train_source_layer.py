@@ -1,22 +1,28 @@
 """
-Source- and layer-wise distillation (paper A, arXiv 2509.18579): a text LLM teaches an audio model to reason, layer by layer, while
-a frozen snapshot of the audio model itself keeps its hearing.
+Source- and layer-wise distillation (paper A, arXiv 2509.18579): a text LLM teaches an audio model to
+reason, layer by layer, while a frozen snapshot of the audio model itself keeps its hearing.
 
-    L = L_top + alpha_layer * L_layer + alpha_ac * L_ac + alpha_sft * L_SFT
+    L = L_top + alpha_layer L_layer + alpha_ac L_ac + alpha_sft L_SFT
 
-    L_top     what the text teacher would say next after READING a description of the clip, against what the student says after HEARING it
-    L_layer   the same, inside: hidden states of each student layer against those of the teacher layer at the same relative depth
-    L_ac      the student's hidden states at the AUDIO tokens against those of its own snapshot from before training
+    L_top     what the text teacher would say next after READING a description of the clip, against
+              what the student says after HEARING it
+    L_layer   the same, inside: hidden states of each student layer against those of the teacher
+              layer at the same relative depth
+    L_ac      the student's hidden states at the AUDIO tokens against those of its own snapshot from
+              before training
     L_SFT     cross-entropy on the reference trace and answer
 
-All but L_ac are taken at the positions that predict the response's tokens, which are the same tokens in both views (data.py).
+All but L_ac are taken at the positions that predict the response's tokens, which are the same tokens
+in both views (data.py).
 
-    python train_source_layer.py                                  # laptop: the mini world, audio synthesised on the first run
-    python train_source_layer.py --dry-run                        # two steps and a small evaluation of everything
-    torchrun --nproc_per_node 8 train_source_layer.py --student Qwen/Qwen2-Audio-7B-Instruct --teacher Qwen/Qwen3-8B --weights bfloat16 \\
-        --shard --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --tower-lr 1 \\
+    python train_source_layer.py                # laptop: the mini world, made on the first run
+    python train_source_layer.py --dry-run      # two steps and a small evaluation of everything
+    torchrun --nproc_per_node 8 train_source_layer.py \\
+        --student Qwen/Qwen2-Audio-7B-Instruct --teacher Qwen/Qwen3-8B --weights bfloat16 --shard \\
+        --data cota.jsonl --eval-data mmau.jsonl iemocap5.jsonl --lr 1e-5 --tower-lr 1 \\
         --batch-size 64 --micro-batch 1 --eval-batch 16
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_source_layer.py ...   # on each node
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
+        train_source_layer.py ...               # on each node
 
 Table 1 of the paper, row by row (python -m lab.experiments table: all of them, three seeds each):
 
@@ -27,377 +33,481 @@ Table 1 of the paper, row by row (python -m lab.experiments table: all of them, 
     layer-wise + acoustic KD + SFT        (the default)
 
 Where the paper is silent, and what we do:
-1. Divergence of hidden states: JSD of softmaxes over features, standardised with the frozen teacher's mean and deviation; raw, a few "massive"
-   ones would own it (losses.py). On the mini world three seeds do not decide between it and mse at
-   equal strength (python -m lab.experiments hidden-seeds). For a small difference it is an eighth of mse:
-   our alphas are 8 times those that were best for mse.
-2. W_i maps student to teacher width, starts from least squares on a calibration batch, has its own learning rate and is saved
-   beside the model, never inside it (layer_map.py).
-3. Mean over layer pairs, and over layers in L_ac, so that alpha_layer and alpha_ac mean the same at any skip.
-4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the mini world's audio tower fastest: frozen, it has no hearing to lose.
-5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes the run.
+1. Divergence of hidden states: JSD of softmaxes over features, standardised with the frozen teacher's
+   mean and deviation; raw, a few "massive" features would own it (losses.py). On the mini world three
+   seeds do not decide between it and mse at equal strength (python -m lab.experiments hidden-seeds).
+   For a small difference it is an eighth of mse: our alphas are 8 times those that were best for mse.
+2. W_i maps student to teacher width, starts from least squares on a calibration batch, has its own
+   learning rate and is saved beside the model, never inside it (layer_map.py).
+3. Mean over layer pairs, and over layers in L_ac, so that alpha_layer and alpha_ac mean the same at
+   any skip.
+4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the mini world's audio tower fastest:
+   frozen, it has no hearing to lose.
+5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes
+   the run.
 """
 import argparse
 import functools
 import math
-import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from plumbing import checkpoints, ranks, run
-
-from plumbing.files import write_json
-
-from plumbing.optimizer import clip, parameter_groups
 import data
 import evaluate
 import layer_map
 import losses
-import mini.world
 import models
+from plumbing import checkpoints, ranks
 from plumbing import plots
-from plumbing.optimizer import SplitAdamW
+from plumbing.optimizer import SplitAdamW, parameter_groups
+from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step
 
-# What the default run gives on two cores, per cent (README.md quotes it; tests/test_readme.py keeps the two equal).
+# What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
-CALIBRATION = 64            # examples that the projections and feature statistics are fitted on, before the first step
-CALIBRATION_TOKENS = 128    # of each, on average, at most: at 7B all layers' states of 8,192 tokens are 7 GB, of all tokens some 40
+
+# The projections and feature statistics are fitted on so many examples, before the first step, and
+# on so many tokens of each at most: at 7B, all layers' states of 8,192 tokens are 7 GB
+CALIBRATION_EXAMPLES = 64
+CALIBRATION_TOKENS = 128
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # 1. Flags
 
 def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    boolean = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+
     # models and data
-    parser.add_argument("--student", default=str(mini.world.MINI / "student"), help="audio LM, folder or hub id (paper: Qwen2.5-Omni-7B)")
-    parser.add_argument("--teacher", default=str(mini.world.MINI / "teacher"), help="text LLM that reads (paper: Qwen3-8B)")
-    parser.add_argument("--acoustic-teacher", default="snapshot", help="snapshot (paper) or a model of the student's shape")
-    parser.add_argument("--data", help="training manifest with reasoning and description (data.py); default: the mini world")
-    parser.add_argument("--eval-data", nargs="+", default=[], help="manifests to evaluate on; without --data: the mini world's test split")
-    parser.add_argument("--max-seconds", type=float, default=None, help="refuse longer clips, in seconds; default: cut where the model stops hearing")
+    add("--student", default="mini/student", help="audio LM (paper: Qwen2.5-Omni-7B)")
+    add("--teacher", default="mini/teacher", help="text LLM that reads (paper: Qwen3-8B)")
+    add("--acoustic-teacher", default="snapshot",
+        help="snapshot (paper), or a model of the student's shape")
+    add("--data", help="training manifest with reasoning and description; default: the mini world")
+    add("--eval-data", nargs="+", default=[], help="manifests; default: the mini world's test split")
+    add("--max-seconds", type=float,
+        help="refuse longer clips, in seconds; default: cut where the model stops hearing")
+
     # the method
-    parser.add_argument("--text-kd", default="layer", help="none | top | skip:K (one student layer in K) | layer (paper's best)")
-    parser.add_argument("--acoustic-kd", action=boolean, default=True, help="L_ac: keep the hidden states at audio tokens")
-    parser.add_argument("--sft", action=boolean, default=True, help="L_SFT: cross-entropy on trace and answer")
-    parser.add_argument("--alpha-layer", type=float, default=0.4, help="weight of L_layer (paper: 0.05, of an unknown divergence)")
-    parser.add_argument("--alpha-ac", type=float, default=4.0, help="weight of L_ac (paper: 0.05, of an unknown divergence)")
-    parser.add_argument("--alpha-sft", type=float, default=0.5, help="weight of L_SFT (paper: 0.5)")
-    parser.add_argument("--divergence", default="jsd", choices=["jsd", "kl"], help="L_top: Jensen-Shannon (paper) or forward KL")
-    parser.add_argument("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN), help="L_layer and L_ac; the paper does not say")
-    parser.add_argument("--loss", default="fused", choices=["fused", "reference"], help="the fast form of losses.py, or its readable formulas")
-    parser.add_argument("--layers", type=int, nargs="+", help="of the mapped student layers, distil only these (counted from 1)")
-    parser.add_argument("--corrupt-descriptions", type=float, default=0.0, metavar="P", help="share of their words dropped or swapped (data.py)")
-    parser.add_argument("--train", default="all", choices=["decoder", "all"], help="decoder (head and projector too), or all: the audio tower too")
+    add("--text-kd", default="layer",
+        help="none | top | skip:K (one student layer in K) | layer (paper's best)")
+    add("--acoustic-kd", action=argparse.BooleanOptionalAction, default=True, help="L_ac")
+    add("--sft", action=argparse.BooleanOptionalAction, default=True, help="L_SFT")
+    add("--alpha-layer", type=float, default=0.4,
+        help="weight of L_layer (paper: 0.05, of an unknown divergence)")
+    add("--alpha-ac", type=float, default=4.0,
+        help="weight of L_ac (paper: 0.05, of an unknown divergence)")
+    add("--alpha-sft", type=float, default=0.5, help="weight of L_SFT (paper: 0.5)")
+    add("--divergence", default="jsd", choices=["jsd", "kl"],
+        help="L_top: Jensen-Shannon (paper) or forward KL")
+    add("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN),
+        help="L_layer and L_ac; the paper does not say")
+    add("--layers", type=int, nargs="+",
+        help="of the mapped student layers, distil only these (counted from 1)")
+    add("--corrupt-descriptions", type=float, default=0.0, metavar="P",
+        help="share of the descriptions' words that are dropped or swapped")
+    add("--train", default="all", choices=["decoder", "all"],
+        help="decoder (with head and projector), or all: the audio tower too")
+    add("--loss", default="fused", choices=["fused", "reference"],
+        help="fused.py's fast forms, or the formulas of losses.py")
+
     # optimisation
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
-    parser.add_argument("--tower-lr", type=float, default=5.0, help="audio tower's learning rate over --lr (with --train all; 1 for large models)")
-    parser.add_argument("--lower-lr", type=float, default=1.0, help="the same for projector, embeddings, lower half of the decoder; 0: frozen")
-    parser.add_argument("--projection-lr", type=float, default=1e-3, help="peak learning rate of the W_i: 100 times the paper's 1e-5")
-    parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"], help="bfloat16: 10 bytes a parameter, not 16 (split_adamw.py)")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="learn low-rank adapters alone, by peft (models.py); 0: the weights themselves")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on matrices only")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples per step over all ranks")
-    parser.add_argument("--micro-batch", type=int, default=8, help="examples per forward on one rank; accumulation follows from it")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
+    add("--tower-lr", type=float, default=5.0,
+        help="the audio tower's learning rate over --lr (1 for large models)")
+    add("--lower-lr", type=float, default=1.0,
+        help="the same for projector, embeddings and lower half of the decoder; 0: frozen")
+    add("--projection-lr", type=float, default=1e-3,
+        help="peak learning rate of the W_i: 100 times the paper's 1e-5")
+    add("--weights", default="float32", choices=["float32", "bfloat16"],
+        help="bfloat16: 10 bytes a parameter, not 16 (plumbing/optimizer.py)")
+    add("--lora", type=int, default=0, metavar="RANK",
+        help="learn low-rank adapters alone, by peft; 0: the weights themselves")
+    add("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
+    add("--batch-size", type=int, default=16, help="examples per step, over all ranks")
+    add("--micro-batch", type=int, default=8, help="examples per forward on one rank")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+
     # evaluation
-    parser.add_argument("--eval-every", type=int, default=0, help="steps between evaluations in the middle; 0: none")
-    parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
-    parser.add_argument("--max-new-tokens", type=int, default=80, help="tokens an answer may have, trace included (7B with CoTA: 2048)")
-    run.add_run_flags(parser, out="runs/source_layer", best=["aqa", "ser"])
+    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: none between")
+    add("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
+    add("--max-new-tokens", type=int, default=80,
+        help="tokens of an answer, its trace included (7B with CoTA: 2048)")
+    add_run_flags(parser, out="runs/source_layer")
+
     args = parser.parse_args(argv)
-    kind, _, every = args.text_kd.partition(":")
-    if kind not in ("none", "top", "skip", "layer") or (kind == "skip") != every.isdigit() or every == "0":
-        parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the paper's 1-in-7 write skip:7")
-    if kind == "none" and not args.sft:
-        parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one of them on")
-    if not 0 <= args.corrupt_descriptions <= (kind != "none") or min(args.lower_lr, args.tower_lr) < 0:
-        parser.error("--corrupt-descriptions is a share between 0 and 1 (0 with --text-kd none); --lower-lr and --tower-lr are 0 or more")
-    if min(args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch, args.lora + 1) < 1:
-        parser.error("batch sizes, --epochs and --max-new-tokens are at least 1, --lora at least 0")
-    if args.layers and kind in ("none", "top"):
+    check_run_flags(args, parser)
+    name, _, every = args.text_kd.partition(":")
+    if name not in ("none", "top", "skip", "layer") or (name == "skip") != every.isdigit() \
+            or every == "0":
+        parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the "
+                     "paper's 1-in-7 write skip:7")
+    if name == "none" and not args.sft:
+        parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one on")
+    if name == "none" and args.corrupt_descriptions:
+        parser.error("--corrupt-descriptions needs a text teacher, who reads them")
+    if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
+        parser.error("--corrupt-descriptions is a share between 0 and 1; --lower-lr and --tower-lr "
+                     "are 0 or more")
+    if args.layers and name in ("none", "top"):
         parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
-    run.check_run_flags(args, parser)
-    args.every = {"layer": 1, "skip": int(every or 0)}.get(kind, 0)     # 0: no L_layer
+    sizes = (args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch)
+    if min(sizes) < 1 or args.lora < 0:
+        parser.error("batch sizes, --epochs and --max-new-tokens are at least 1, --lora at least 0")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 2. One step: forward and losses in one module, because DDP synchronises only what runs inside the forward it wraps
+def layer_interval(text_kd):
+    """One student layer in how many is distilled: 1 for layer, K for skip:K, 0 for none and top."""
+    if text_kd == "layer":
+        return 1
+    if text_kd.startswith("skip:"):
+        return int(text_kd.removeprefix("skip:"))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. One step: forward and losses in one module, because DDP synchronises only what runs inside the
+#    forward that it wraps
 
 class SourceLayerStep(nn.Module):
     """
-    Losses of one micro-batch: forward(batch, tokens) -> {"loss", "top", "layer", "acoustic", "sft"}, those that are on; scalars.
+    Losses of one micro-batch: forward(batch, tokens) -> {"loss", "top", "layer", "acoustic", "sft"},
+    scalars; those that are off are missing.
 
-    tokens: {"response", "audio"}, counts over the global batch, so that summing over micro-batches and ranks gives the global mean.
-    teacher and snapshot live in a tuple: they are no submodules, so DDP neither broadcasts nor checks them.
+    tokens: {"response", "audio"}, counts over the global batch, so that summing over micro-batches
+    and ranks gives the global mean. teacher and snapshot live in a tuple: they are no submodules, so
+    that DDP neither broadcasts nor checks them.
     """
 
-    def __init__(self, student, teacher, snapshot, pairs, shared, args):
+    def __init__(self, student, teacher, snapshot, pairs, shared_ids, args):
         super().__init__()
-        layers, width = models.decoder(student).layers, models.decoder(student).config.hidden_size
-        self.student, self.frozen, self.pairs, self.args = student, (teacher, snapshot), pairs, args
-        self.shared = shared                            # (student ids, teacher ids) of the tokens both vocabularies hold
-        self.jsd_ce, hidden = (losses.fused_jsd_ce, losses.FUSED_HIDDEN) if args.loss == "fused" else (losses.jsd_ce, losses.HIDDEN)
-        self.hidden_divergence = hidden[args.hidden_divergence]
-        self.acoustic_layers = list(range(1, len(layers) + 1)) if snapshot is not None else []
-        self.tap = layer_map.Tap(layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
-        if teacher is not None:
-            self.teacher_tap = layer_map.Tap(models.decoder(teacher).layers, {"response": [t for _, t in pairs]})
-            self.projections = layer_map.Projections(pairs, width, models.decoder(teacher).config.hidden_size)
+        self.args = args
+        self.student = student
+        self.frozen = (teacher, snapshot)
+        self.pairs = pairs                              # [(student layer, teacher layer)], from 1
+        self.shared_ids = shared_ids                    # tokens that both vocabularies hold
+        self.jsd_ce = losses.jsd_ce
+        self.hidden_divergence = losses.HIDDEN[args.hidden_divergence]
+        if args.loss == "fused":
+            self.jsd_ce = losses.fused_jsd_ce
+            self.hidden_divergence = losses.FUSED_HIDDEN[args.hidden_divergence]
+
+        # Taps hand out hidden states of chosen layers at chosen tokens (layer_map.py)
+        layers = models.decoder(student).layers
+        width = models.decoder(student).config.hidden_size
+        self.acoustic_layers = []
         if snapshot is not None:
-            self.snapshot_tap = layer_map.Tap(models.decoder(snapshot).layers, {"audio": self.acoustic_layers})
+            self.acoustic_layers = list(range(1, len(layers) + 1))
+        self.tap = layer_map.Tap(
+            layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
+        if teacher is not None:
+            reader = models.decoder(teacher)
+            self.teacher_tap = layer_map.Tap(reader.layers, {"response": [t for _, t in pairs]})
+            self.projections = layer_map.Projections(pairs, width, reader.config.hidden_size)
+        if snapshot is not None:
+            self.snapshot_tap = layer_map.Tap(
+                models.decoder(snapshot).layers, {"audio": self.acoustic_layers})
             self.statistics = layer_map.Statistics(self.acoustic_layers, width)
 
     def hear(self, batch):
-        """The student on the audio view -> last hidden states at response positions [tokens, hidden], tapped hidden states."""
+        """The student on the audio view -> its last hidden states at the response's positions
+        [tokens, hidden], and the tapped ones {"response", "audio"}: {layer: [tokens, hidden]}."""
         view = batch.audio
-        with self.tap.at(response=view.predict_positions, audio=view.audio_positions) as hidden:
-            last = models.hear(self.student, **view.inputs)                                # [batch, seq, hidden], after the final norm
-        return last.flatten(0, 1)[view.predict_positions], hidden
+        with self.tap.at(response=view.predict_positions, audio=view.audio_positions) as tapped:
+            last = models.hear(self.student, **view.inputs)              # [batch, seq, hidden]
+        return last.flatten(0, 1)[view.predict_positions], tapped
 
     @torch.no_grad()
     def read(self, batch):
         """The text teacher on the text view -> the same two, at the same response tokens."""
-        teacher, view = self.frozen[0], batch.text
-        with self.teacher_tap.at(response=view.predict_positions) as hidden:
-            last = models.read(teacher, **view.inputs)
-        return last.flatten(0, 1)[view.predict_positions], hidden
+        view = batch.text
+        with self.teacher_tap.at(response=view.predict_positions) as tapped:
+            last = models.read(self.frozen[0], **view.inputs)
+        return last.flatten(0, 1)[view.predict_positions], tapped
 
     @torch.no_grad()
     def remember(self, batch):
-        """The snapshot at audio tokens. The decoder is causal, so its input can stop after the last of them."""
+        """The snapshot's hidden states at audio tokens. The decoder is causal, so that its input can
+        stop behind the last of them."""
         view = data.audio_prefix(batch.audio)
-        with self.snapshot_tap.at(audio=view.audio_positions) as hidden, models.without_lora(self.frozen[1]):
-            models.hear(self.frozen[1], **view.inputs)
-        return hidden
+        snapshot = self.frozen[1]
+        with self.snapshot_tap.at(audio=view.audio_positions) as tapped, models.without_lora(snapshot):
+            models.hear(snapshot, **view.inputs)
+        return tapped
 
     def forward(self, batch, tokens):
-        args, parts = self.args, {}
-        heard, inside = self.hear(batch)                                                           # [tokens, hidden], tapped
-        read, taught = (None, None) if self.frozen[0] is None else self.read(batch)                # [tokens, teacher hidden], tapped
+        args = self.args
+        student_hidden, student_tapped = self.hear(batch)                # [tokens, hidden]
+        teacher_hidden = teacher_head = None
+        if self.frozen[0] is not None:
+            teacher_hidden, teacher_tapped = self.read(batch)            # [tokens, teacher hidden]
+            teacher_head = ranks.full(models.head_weight(self.frozen[0]))
+
+        # L_top + alpha_sft L_SFT, in one pass over the vocabulary. `top` and `sft` carry no gradient
         loss, top, sft = self.jsd_ce(
-            heard, models.head_weight(self.student), read, None if read is None else ranks.full(models.head_weight(self.frozen[0])), batch.labels,
-            ce_weight=args.alpha_sft * args.sft, beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared, denominator=tokens["response"])
-        parts |= ({"top": top} if read is not None else {}) | ({"sft": sft} if args.sft else {})
+            student_hidden, models.head_weight(self.student), teacher_hidden, teacher_head,
+            batch.labels, ce_weight=args.alpha_sft if args.sft else 0.0,
+            beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared_ids,
+            denominator=tokens["response"])
+        parts = {}
+        if teacher_hidden is not None:
+            parts["top"] = top
+        if args.sft:
+            parts["sft"] = sft
+
+        # + alpha_layer L_layer: student layer s, projected to the teacher's width, against layer t
         if self.pairs:
-            parts["layer"] = sum(
-                self.hidden_divergence(self.projections(i, inside["response"][s]), taught["response"][t], mean=self.projections.mean[i],
-                                       std=self.projections.std[i], denominator=tokens["response"])
-                for i, (s, t) in enumerate(self.pairs)) / len(self.pairs)
+            total = 0.0
+            for i, (s, t) in enumerate(self.pairs):
+                total = total + self.hidden_divergence(
+                    self.projections(i, student_tapped["response"][s]),
+                    teacher_tapped["response"][t],
+                    mean=self.projections.mean[i], std=self.projections.std[i],
+                    denominator=tokens["response"])
+            parts["layer"] = total / len(self.pairs)
+            loss = loss + args.alpha_layer * parts["layer"]
+
+        # + alpha_ac L_ac: every layer against itself as it was, where the sound is
         if self.acoustic_layers:
-            kept = self.remember(batch)
-            parts["acoustic"] = sum(
-                self.hidden_divergence(inside["audio"][l], kept["audio"][l], mean=self.statistics[l][0], std=self.statistics[l][1],
-                                       denominator=tokens["audio"])
-                for l in self.acoustic_layers) / len(self.acoustic_layers)
-        inner = {"layer": args.alpha_layer, "acoustic": args.alpha_ac}
-        return {"loss": sum((inner[name] * parts[name] for name in inner if name in parts), loss), **parts}
+            snapshot_tapped = self.remember(batch)
+            total = 0.0
+            for layer in self.acoustic_layers:
+                mean, std = self.statistics[layer]
+                total = total + self.hidden_divergence(
+                    student_tapped["audio"][layer], snapshot_tapped["audio"][layer],
+                    mean=mean, std=std, denominator=tokens["audio"])
+            parts["acoustic"] = total / len(self.acoustic_layers)
+            loss = loss + args.alpha_ac * parts["acoustic"]
+        return {**parts, "loss": loss}
 
     @torch.no_grad()
     def calibrate(self, batches):
         """Fit W_i and the feature statistics on a few micro-batches, before training."""
-        student, teacher, audio = {}, {}, {}
+        student_states = {s: [] for s, _ in self.pairs}
+        teacher_states = {t: [] for _, t in self.pairs}
+        audio_states = {layer: [] for layer in self.acoustic_layers}
 
-        def some(hidden, batch):                        # [tokens, width] -> [fewer, width], evenly spaced
-            return hidden[::math.ceil(len(hidden) / (CALIBRATION_TOKENS * len(batch.ids))) or 1].clone()
+        def sample(hidden, batch):                      # [tokens, width] -> fewer, evenly spaced
+            most = CALIBRATION_TOKENS * len(batch.ids)
+            return hidden[::max(1, math.ceil(len(hidden) / most))].clone()
 
         for batch in batches:
             if self.pairs:
-                (_, inside), (_, taught) = self.hear(batch), self.read(batch)
+                _, student_tapped = self.hear(batch)
+                _, teacher_tapped = self.read(batch)
                 for s, t in self.pairs:
-                    student.setdefault(s, []).append(some(inside["response"][s], batch))
-                    teacher.setdefault(t, []).append(some(taught["response"][t], batch))
+                    student_states[s].append(sample(student_tapped["response"][s], batch))
+                    teacher_states[t].append(sample(teacher_tapped["response"][t], batch))
             if self.acoustic_layers:
-                for l, hidden in self.remember(batch)["audio"].items():
-                    audio.setdefault(l, []).append(some(hidden, batch))
+                for layer, hidden in self.remember(batch)["audio"].items():
+                    audio_states[layer].append(sample(hidden, batch))
+
         for i, (s, t) in enumerate(self.pairs):
-            self.projections.fit(i, torch.cat(student[s]), torch.cat(teacher[t]))
-        for l in self.acoustic_layers:
-            self.statistics.fit(l, torch.cat(audio[l]))
+            self.projections.fit(i, torch.cat(student_states[s]), torch.cat(teacher_states[t]))
+        for layer in self.acoustic_layers:
+            self.statistics.fit(layer, torch.cat(audio_states[layer]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # 3. Schedule
 
 def learning_rate_factor(step, steps):
     """Linear warm-up over 3 % of the steps, then a cosine to zero."""
     warm = max(1, round(0.03 * steps))
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # 4. The run
 
 def main(argv=None):
     args = parse_flags(argv)
-    started, out, (rank, world, device) = time.time(), Path(args.out), ranks.start_distributed()
-    say = run.speaker(rank)
-    torch.manual_seed(args.seed)
-    args.student = ranks.of_rank_zero(models.newest_checkpoint(args.student))
-    # 4.1 data: the whole manifest and every clip are checked before anything trains
-    if args.batch_size % (args.micro_batch * world):
-        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x {world} = {args.micro_batch * world} "
-                         "(--micro-batch x ranks); change one")
+    with Run(args) as run:
+        train(args, run)
+
+
+def train(args, run):
+    # 4.1 Data: the whole manifest and every clip are checked before anything trains
+    forward_size = args.micro_batch * run.world
+    if args.batch_size % forward_size:
+        raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x "
+                         f"{run.world} = {forward_size} (--micro-batch x ranks); change one")
     train_file, eval_files = args.data, args.eval_data
     if train_file is None:
-        sizes = {"train": 16, "test": 8} if args.dry_run else {"train": None, "test": 300}
-        with ranks.rank_zero_first(rank, world):
-            train_file, *made = [mini.world.build(split, seed=args.seed, per_task=n) for split, n in sizes.items()]
-        eval_files = eval_files or made
-    examples, scored, seconds, unusable = run.read_data(train_file, eval_files, args, ("reasoning", "description")[:1 + (args.text_kd != "none")], say)
+        import mini.world
+
+        with ranks.rank_zero_first(run.rank, run.world):
+            train_file = mini.world.build("train", seed=args.seed, per_task=16 if args.dry_run else None)
+            test_file = mini.world.build("test", seed=args.seed, per_task=8 if args.dry_run else 300)
+        eval_files = eval_files or [test_file]
+    require = ["reasoning"] if args.text_kd == "none" else ["reasoning", "description"]
+    examples, scored, seconds = run.read_data(train_file, eval_files, require=require)
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
-    # 4.2 models
-    half = torch.bfloat16 if device.type == "cuda" or args.weights == "bfloat16" else torch.float32      # frozen: no master weights needed
-    student, processor = models.load_audio_model(args.student, dtype=half if args.lora else getattr(torch, args.weights))
-    used = models.check(student.to(device), processor)
-    snapshot = teacher = tokenizer = shared = student_to_teacher = None
-    if args.acoustic_kd and args.lora and args.acoustic_teacher == "snapshot":
+    # 4.2 The student. Frozen models need no master weights: they are in `frozen_dtype`
+    frozen_dtype = torch.float32
+    if run.device.type == "cuda" or args.weights == "bfloat16":
+        frozen_dtype = torch.bfloat16
+    dtype = frozen_dtype if args.lora else getattr(torch, args.weights)
+    args.student = checkpoints.newest_of(args.student, "student", args.out)
+    student, processor = models.load_audio_model(args.student, dtype=dtype)
+    used = models.check(student.to(run.device), processor)
+
+    # 4.3 Its snapshot, which remembers what audio tokens looked like before training
+    snapshot = None
+    if args.acoustic_kd and args.acoustic_teacher == "snapshot" and args.lora:
         snapshot = student                              # without its adapter it is what it was
     elif args.acoustic_kd:
-        snapshot = models.frozen_copy(student, half) if args.acoustic_teacher == "snapshot" else models.load_same_shape(args.acoustic_teacher, student, half)
-        models.cast(snapshot.to(device), half).requires_grad_(False).set_output_embeddings(nn.Identity())      # it is never asked for a word
-        snapshot = ranks.shard(snapshot, models.blocks(snapshot)) if args.shard else snapshot
+        if args.acoustic_teacher == "snapshot":
+            snapshot = models.frozen_copy(student, frozen_dtype)
+        else:
+            args.acoustic_teacher = checkpoints.newest_of(
+                args.acoustic_teacher, "acoustic_teacher", args.out)
+            snapshot = models.load_same_shape(args.acoustic_teacher, student, frozen_dtype)
+        models.cast(snapshot.to(run.device), frozen_dtype).requires_grad_(False)
+        snapshot.set_output_embeddings(nn.Identity())   # it is never asked for a word
+        if args.shard:
+            ranks.shard(snapshot, models.blocks(snapshot))
+
+    # 4.4 The teacher, a text LLM, and the tokens that it shares with the student
+    teacher = tokenizer = shared_ids = student_to_teacher = None
     if args.text_kd != "none":
-        teacher, tokenizer = models.load_text_model(args.teacher, dtype=half)
-        models.check_teacher(teacher.to(device).requires_grad_(False))
+        teacher, tokenizer = models.load_text_model(args.teacher, dtype=frozen_dtype)
+        models.check_teacher(teacher.to(run.device).requires_grad_(False))
         if args.shard:
             ranks.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
-        shared = (student_ids.to(device), teacher_ids.to(device))
-        student_to_teacher = data.token_map(student_ids, teacher_ids, len(models.head_weight(student)))
-        say("vocabulary:", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()))
-    models.choose_trained(student, args.train, used, frozen=models.lower_half(student) if args.lower_lr == 0 else (), lora=args.lora)
-    depths = [len(models.decoder(model).layers) for model in (student, teacher or student)]
-    pairs = layer_map.pairs(*depths, every=args.every, only=args.layers) if args.every else []
-    step_module = wrapped = SourceLayerStep(student, teacher, snapshot, pairs, shared, args).to(device)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" or args.weights == "bfloat16")
+        shared_ids = (student_ids.to(run.device), teacher_ids.to(run.device))
+        vocabulary_size = len(models.head_weight(student))
+        student_to_teacher = data.token_map(student_ids, teacher_ids, vocabulary_size)
+        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()]
+        run.say("vocabulary:", ", ".join(counts))
 
-    def micro_batches(chunk):                           # without a text teacher nobody reads the text view
-        return [data.collate(chunk[i:i + args.micro_batch], processor, tokenizer or processor.tokenizer,
-                             words="description" if teacher else None, student_to_teacher=student_to_teacher,
-                             max_seconds=args.max_seconds) for i in range(0, len(chunk), args.micro_batch)]
+    # 4.5 What learns, and from which layer to which
+    lower = models.lower_half(student)
+    models.choose_trained(
+        student, args.train, used, frozen=lower if args.lower_lr == 0 else (), lora=args.lora)
+    pairs = []
+    if layer_interval(args.text_kd):
+        student_depth = len(models.decoder(student).layers)
+        teacher_depth = len(models.decoder(teacher).layers)
+        pairs = layer_map.pairs(
+            student_depth, teacher_depth, every=layer_interval(args.text_kd), only=args.layers)
+    step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared_ids, args)
+    step_module = step_module.to(run.device)
+    autocast = functools.partial(
+        torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16)
 
-    # 4.3 before: what the student can do as it comes
-    checkpoint, done = checkpoints.find_checkpoint(args, out, device), 0
+    def micro_batches(examples):
+        return [data.collate(examples[i:i + args.micro_batch], processor,
+                             tokenizer or processor.tokenizer,
+                             words="description" if teacher else None,
+                             student_to_teacher=student_to_teacher, max_seconds=args.max_seconds)
+                for i in range(0, len(examples), args.micro_batch)]
+
+    # 4.6 What will happen, in a few lines
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
-    stop = min(steps, 2) if args.dry_run else steps
-    learns = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
-    say(f"{device} x {world}, {student.dtype} weights{', float32 adapters' * (args.lora > 0)}{', bfloat16 autocast' * (half == torch.bfloat16)}{', sharded' * args.shard}; "
-        f"student {student.num_parameters():,} parameters, {learns:,} learn; teacher {teacher.num_parameters() if teacher else 0:,}")
-    say(data.about_clips(seconds, processor))
-    say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; {args.micro_batch} x {args.batch_size // args.micro_batch // world} x {world} "
-        f"(micro-batch x accumulation x ranks) = {args.batch_size} examples a step, {steps} steps")
-    say(ranks.memory_line(args, world, step_module, student=[student], teacher=[teacher], snapshot=[snapshot]))
-    say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
-    checkpoints.start_folder(out, checkpoint, rank, world)
+    checkpoint = run.start(steps)
+    trainable_count = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
+    accumulation = args.batch_size // forward_size
+    run.say(f"{run.device} x {run.world}, {student.dtype} weights; student "
+            f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher "
+            f"{teacher.num_parameters() if teacher else 0:,}")
+    run.say(data.about_clips(seconds, processor))
+    run.say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; "
+            f"{args.micro_batch} x {accumulation} x {run.world} (micro-batch x accumulation x "
+            f"ranks) = {args.batch_size} examples a step, {steps} steps")
+    run.say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
 
+    # 4.7 Before: what the student can do as it comes
     def score(when):
-        how = dict(batch_size=args.eval_batch, max_new_tokens=args.max_new_tokens, seed=args.seed)
-        return run.evaluation(lambda: evaluate.evaluate_model(student, processor, scored, **how), when, data.fingerprint(scored), module=wrapped, out=out, args=args, rank=rank)
+        return run.evaluate(when, scored, lambda: evaluate.evaluate_model(
+            student, processor, scored, batch_size=args.eval_batch,
+            max_new_tokens=args.max_new_tokens, seed=args.seed))
 
-    before = None if args.no_eval or not scored else checkpoint and run.read_known(out / "before.json", data.fingerprint(scored)) or score("before")
+    run.model = step_module
+    before = None
+    if scored and not args.no_eval:
+        before = score("before")
 
-    # 4.4 checkpoint or calibration; DDP or FSDP; optimizer
-    where = {"batch": f"{args.micro_batch} examples", "do": "lower --micro-batch, shorten clips and traces, or use --checkpoint-activations, --lora RANK or --shard"}
-    beside = {"projections.safetensors": step_module.projections} if pairs else {}
-    beside |= {"statistics.safetensors": step_module.statistics} if snapshot is not None else {}
+    # 4.8 Go on from a checkpoint, or fit the projections; then DDP or FSDP, and the optimizer
+    beside = {}
+    if pairs:
+        beside["projections.safetensors"] = step_module.projections
+    if snapshot is not None:
+        beside["statistics.safetensors"] = step_module.statistics
     if checkpoint:
-        done = checkpoints.load_model(checkpoint, student, *(functools.partial(layer_map.load, module, checkpoint / name) for name, module in beside.items()))
-        say(f"going on from step {done}, {checkpoint}")
+        checkpoints.load_model(checkpoint, student, beside, layer_map.load)
     else:
-        few = micro_batches(run.examples_of_step(examples, 0, min(CALIBRATION, len(examples)), args.seed + 1))
-        longest = max(batch.audio.inputs["input_ids"].shape[1] for batch in few)
-        with autocast(), run.out_of_memory_named({**where, "part": "the calibration", "length": longest}):
-            step_module.calibrate(batch.to(device) for batch in few)
-    wrapped = ranks.wrap(step_module, student, args, world=world, compute=half)
-    learns = [p for p in step_module.parameters() if p.requires_grad]
-    special = [(models.lower_half(student), args.lower_lr * args.lr, args.weight_decay),
-               (models.tower(student).parameters(), args.tower_lr * args.lr, args.weight_decay)]
-    special += [(step_module.projections.parameters(), args.projection_lr, 0.0)] if pairs else []
-    groups = parameter_groups(step_module, lr=args.lr, weight_decay=args.weight_decay, special=special)
-    optimizer = (torch.optim.AdamW if args.weights == "float32" or args.lora else SplitAdamW)(groups, betas=(0.9, 0.98))
+        number = min(CALIBRATION_EXAMPLES, len(examples))
+        calibration = micro_batches(examples_of_step(examples, 0, number, args.seed + 1))
+        with autocast():
+            step_module.calibrate(batch.to(run.device) for batch in calibration)
+    model = run.wrap(step_module, student, compute=frozen_dtype)
+
+    trainable = [p for p in step_module.parameters() if p.requires_grad]
+    special = [(lower, args.lower_lr * args.lr, 0.01),              # parameters, lr, weight decay
+               (models.tower(student).parameters(), args.tower_lr * args.lr, 0.01)]
+    if pairs:
+        special.append((step_module.projections.parameters(), args.projection_lr, 0.0))
+    groups = parameter_groups(step_module, lr=args.lr, weight_decay=0.01, special=special)
+    Optimizer = SplitAdamW if args.weights == "bfloat16" and not args.lora else torch.optim.AdamW
+    optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, step_module, optimizer)
-    card = functools.partial(models.write_card, base=args.student, script=Path(__file__).name, flags={k: v for k, v in vars(args).items() if k != "every"})
-    save = functools.partial(checkpoints.save_checkpoint, out, model=student, processor=processor, beside=beside, module=step_module, optimizer=optimizer,
-                             card=card, rank=rank, keep=args.keep, best=args.keep_best)
-    run.start_logs(out, args, done, unusable, steps=steps, rank=rank, world=world)
+    card = functools.partial(models.write_card, base=args.student, script="train_source_layer.py",
+                             flags=vars(args))
+    run.checkpoint_parts = dict(model=student, processor=processor, beside=beside,
+                                module=step_module, optimizer=optimizer, card=card)
 
-    # 4.5 the loop: forward, accumulate, backward, clip, step
-    first, begun, saved, usual_top, spoiled = done, time.time(), checkpoint, None, 0
-    prepared = run.feed(micro_batches, examples, args, done=done, stop=stop, rank=rank, world=world, device=device)
-    run.forget_peak_memory(device)
-    with run.bad_days(where, prepared, lambda: save(step=done), say) as signals, run.progress(done, stop, rank) as bar:
-        for step, (batches, faults, waited) in zip(range(done, stop), prepared):
-            if before and args.eval_every and step and step % args.eval_every == 0:        # here, so that it is made up for by a run that was killed meanwhile
-                now = run.read_known(out / f"eval-{step:07d}.json", data.fingerprint(scored)) or score(f"eval-{step:07d}")
-                checkpoints.note_scores(saved, {"aqa": now.get("aqa", {}).get("average"), "ser": now.get("ser", {}).get("ua")}, args, rank)
-                for sentence in evaluate.name_failures(before, now):
-                    say(f"step {step}: {sentence}")
-            clock, batches = time.time() - waited, [batch.to(device) for batch in batches]
-            tokens = data.denominators(batches)
-            run.seed_step(args.seed, step, rank)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
-            sums, spoilt = {"faults": len(faults)}, []
-            for i, batch in enumerate(batches):
-                where |= {"part": "the forward pass", "length": max(view.inputs["input_ids"].shape[1] for view in (batch.audio, batch.text))}
-                with ranks.accumulating(wrapped, last=i + 1 == len(batches)):
-                    with autocast():
-                        parts = wrapped(batch, tokens)
-                    where["part"] = "the backward pass"
-                    (parts["loss"] * world).backward()             # DDP and FSDP average over ranks; ours are parts of a sum
-                spoilt += [] if parts["loss"].isfinite() else batch.ids
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
-            where["part"] = "the optimizer"
-            norm, sums = clip(learns, args.clip), ranks.sum_over_ranks({**sums, "asked": len(signals)}, device)
-            if sound := math.isfinite(sums["loss"] + norm):        # the same on every rank
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done, spoiled, taken = step + 1, 0 if sound else spoiled + 1, time.time() - clock
-            if sums.pop("faults"):
-                run.note_unusable(faults, unusable, out, done, rank)
-            why = run.reason_to_stop(sums.pop("asked"), spoiled, len(unusable), args.skip_bad)
-            if sound and args.divergence == "kl" and "top" in sums:
-                if usual_top and step > 0.1 * steps and sums["top"] > 2 * usual_top:
-                    say(f"step {done}: the forward KL jumped from {usual_top:.3f} to {sums['top']:.3f}: use --divergence jsd")
-                usual_top = 0.95 * usual_top + 0.05 * sums["top"] if usual_top else sums["top"]
-            line = {"step": done, **sums, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-                    "tokens_per_second": (tokens["response"] + tokens["audio"]) / taken, **run.costs(taken, waited, device)}
-            text = "  ".join(f"{name} {value:.4f}" for name, value in sums.items()) + f"  norm {norm:.2f}  {line['tokens_per_second']:,.0f} tokens/s"
-            if not sound:
-                line = run.left_out(done, sums["loss"], norm, spoilt, [name for batch in batches for name in batch.ids], say)
-            run.log_step(line, text, span=(first, stop), clock=(started, begun), out=out, bar=bar, say=say, rank=rank)
-            if done == stop or why or done % args.save_every == 0 or before and args.eval_every and done % args.eval_every == 0:
-                where["part"] = "writing a checkpoint"
-                saved = save(step=done)
-            if why:
-                run.leave(why, saved, say)
+    # 4.9 The loop
+    for step, batches in run.batches(examples, micro_batches):
+        if before and run.evaluation_is_due():
+            middle = score(f"eval-{step:07d}")
+            for sentence in evaluate.name_failures(before, middle):
+                run.say(f"step {step}: {sentence}")
 
-    # 4.6 after
+        # 1. Losses are means over the tokens of the WHOLE step, all ranks and micro-batches
+        batches = [batch.to(run.device) for batch in batches]
+        tokens = data.denominators(batches)                 # {"response", "audio"}, global counts
+
+        # 2. L = L_top + alpha_layer L_layer + alpha_ac L_ac + alpha_sft L_SFT
+        for batch in run.accumulate(batches):
+            with autocast():
+                parts = model(batch, tokens)
+            (parts["loss"] * run.world).backward()          # DDP and FSDP average over the ranks
+            run.note(**{name: part.detach() for name, part in parts.items()})
+
+        # 3. Clip and step. A step that is not finite is left out, on every rank alike
+        norm = ranks.full(torch.nn.utils.clip_grad_norm_(trainable, args.clip)).item()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
+        if run.finite(norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 4. What happened?
+        ids = [name for batch in batches for name in batch.ids]
+        run.log(step, ids, lr=optimizer.param_groups[0]["lr"],
+                tokens_per_second=(tokens["response"] + tokens["audio"]) / run.step_seconds())
+        run.save_or_stop()
+
+    # 4.10 After
     if before:
         after = score("after")
-        table, minutes = evaluate.report_change(before, after), (time.time() - started) / 60
-        if rank == 0:
-            write_json(out / "results.json", {"before": before, "after": after, "minutes": minutes})
-            card(out / f"step-{done:07d}", results=table)
-            say(table)
-            if not args.dry_run:                        # eight questions a task show nothing
-                say("\n".join(evaluate.name_failures(before, after)))
-                if args.data is None:
-                    say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(*sum(EXPECTED.values(), ())))
-            plots.plot_run(out)
-            say(f"{out}: results.json, log.jsonl, samples, run.png, checkpoint step-{done:07d}; {minutes:.1f} minutes in all")
-    wrapped = None                      # DDP's reducer must go before its process group does, or gloo waits forever at exit
-    ranks.stop_distributed()
+        run.finish(evaluate.report_change(before, after), plots.plot_run, before=before, after=after)
+        if not args.dry_run:                                # eight questions a task show nothing
+            run.say("\n".join(evaluate.name_failures(before, after)))
+        if args.data is None and not args.dry_run:
+            run.say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(
+                *EXPECTED["aqa"], *EXPECTED["ser"]))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 Checkpoints: written so that a kill at any moment leaves the last one whole, and read so that a run
 goes on as if nothing had happened, with any number of ranks.
 
-    OUT/step-N/model*.safetensors, config.json, ...    the model in the hub's layout, its card README.md
-    OUT/step-N/NAME.safetensors                        what lies beside it, such as the projections
-    OUT/step-N/optimizer/*.safetensors                 each rank writes its part
-    OUT/step-N/checkpoint.json                         step, ranks, and every file with its bytes
+    step-N/model*.safetensors, config.json, ...    the model in the hub's layout, with its card
+    step-N/NAME.safetensors                        what lies beside it, such as the projections
+    step-N/optimizer/*.safetensors                 each rank writes its part
+    step-N/checkpoint.json                         step, ranks, and every file with its bytes
 
 Everything random is a function of (seed, step), so that no generator's state has to be saved. A
 checkpoint is written under a temporary name, flushed to the disk and renamed when it is complete.
@@ -303,16 +303,15 @@ def _was_dry(folder):
 # ---------------------------------------------------------------------------------------------
 # 3. Reading
 
-def load_model(path, model, beside, load):
-    """Fill a model and what lies beside it, in place, before sharding -> the steps it has done.
+def load_model(path, model, beside=(), load=None):
+    """Fill a model and what lies beside it, in place, before sharding.
 
     beside: {file name: module}, filled by load(module, file). Raises SystemExit where one does not
     fit."""
     with _fitting(path):
         models.fill(model, path)
-        for name, module in beside.items():
+        for name, module in dict(beside).items():
             load(module, Path(path) / name)
-        return json.loads((Path(path) / "checkpoint.json").read_text())["step"]
 
 
 def load_optimizer(path, module, optimizer):

@@ -1,19 +1,19 @@
 """
 The run: what both training scripts need around their loops, and no paper is about.
 
-    with Run(args) as run:                          # ranks, device, folder, signals
+    with Run(args) as run:                          # ranks, device, signals
         for step, batch in run.batches(examples, prepare):
-            for part in run.accumulate(model, parts):
+            for part in run.accumulate(parts):
                 run.note(loss=loss)                 # summed over parts and ranks
             if run.finite(norm):                    # the same answer on every rank
                 optimizer.step()
-            run.log(step)                           # log.jsonl, the bar, a line in the terminal
-            run.save_or_stop(step)                  # checkpoints; a signal ends the run with one
+            run.log(step, ids)                      # log.jsonl, the bar, a line in the terminal
+            run.save_or_stop()                      # checkpoints; a signal ends the run with one
 
 It holds no forward, no loss and no schedule. On N ranks every rank calls every method.
 """
-import contextlib
 import ctypes
+import json
 import math
 import multiprocessing
 import os
@@ -28,9 +28,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.utils.data
+import transformers
 from tqdm import tqdm
 
 import data
+import models
 from plumbing import checkpoints, ranks
 from plumbing.files import append_jsonl, open_log, read_json, replace_text, write_json
 
@@ -83,8 +85,10 @@ def examples_of_step(examples, step, batch_size, seed):
 # 2. The run
 
 class Run:
-    """One training run, on this rank. `rank`, `world` (how many ranks), `device`, `out` (a Path),
-    `done` and `steps` (how many steps are done, and how many there will be) can be read."""
+    """One training run, on this rank.
+
+    To be read: rank, world (the number of ranks), device, out (the run's folder, a Path), done and
+    steps (how many steps are done, and how many there will be). Every rank calls every method."""
 
     def __init__(self, args):
         self.args = args
@@ -96,34 +100,38 @@ class Run:
         self.out = Path(args.out)
         self.done = 0
         self.steps = 0
-        self.checkpoint_parts = {}          # what checkpoints.save takes: model, optimizer, ...
-        self.last_checkpoint = None
-        self.signals = []
+        self.model = None                   # the step module as DDP or FSDP runs it, see `wrap`
+        self.checkpoint = None              # the newest one of this run
+        self.checkpoint_parts = {}          # what checkpoints.save wants: model, optimizer, ...
+        self.feed = None                    # prepared examples, see `batches`
+        self.clock = self.started           # when the step began
+        self.signals = []                   # when SIGTERM and Ctrl-C came
         self.bad_steps = 0                  # in a row
-        self.source = None                  # of the examples, see `batches`
         torch.manual_seed(args.seed)
 
     def __enter__(self):
-        self._handlers = {}
+        self.handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._note_signal)
+            self.handlers[number] = signal.signal(number, self._note_signal)
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.source is not None:
-            self.source.close()
-        for number, handler in self._handlers.items():
+        if self.feed is not None:
+            self.feed.close()
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is None:
+            self.model = None               # DDP's reducer must go before its process group
             ranks.stop_distributed()
-        elif kind in (torch.OutOfMemoryError, MemoryError) or "can't allocate memory" in str(error):
-            print("out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
-                  "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard",
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
+                or "can't allocate memory" in str(error):
+            print("Out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
+                  "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard.",
                   file=sys.stderr)
 
     def _note_signal(self, number, _):
-        # The step ends and all ranks save. A second signal, not the copy that torchrun passes on
-        # at once, is meant: it ends the process.
+        # The step ends, all ranks save, then they leave. A second signal, not the copy that
+        # torchrun passes on at once, is meant: it ends the process.
         if self.signals and time.monotonic() - self.signals[-1] > 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -134,49 +142,347 @@ class Run:
         if self.rank == 0:
             tqdm.write(" ".join(map(str, words)))
 
-    # -- before the loop
+    # -- before the loop ----------------------------------------------------------------------
 
     def read_data(self, train_file, eval_files, *, require):
-        """-> the training examples, those to evaluate on, the durations of all clips.
+        """-> the training examples, those to evaluate on, the durations of all their clips.
 
-        Both manifests are read and every clip is decoded before anything trains. Raises
+        Both are read whole and every clip is decoded before anything trains. Raises
         data.DataError at the first fault."""
         limit = 16 if self.args.dry_run and self.args.data else None
-        examples, seconds = data.check_clips(
-            data.read_manifest(train_file, require=require), self.args.max_seconds)
-        scored, more = data.check_clips(
-            data.read_manifests(eval_files, limit=limit), self.args.max_seconds)
-        return examples, scored, seconds + more
+        examples = data.read_manifest(train_file, require=require)
+        scored = data.read_manifests(eval_files, limit=limit)
+        examples, seconds = data.check_clips(examples, self.args.max_seconds)
+        scored, more_seconds = data.check_clips(scored, self.args.max_seconds)
+        return examples, scored, seconds + more_seconds
 
     def start(self, steps, logs=("log",)):
-        """Make the folder this run's -> the checkpoint to go on from, or None."""
+        """Make --out this run's folder -> the checkpoint that it goes on from, or None."""
         checkpoints.claim(self.out)
-        checkpoint = checkpoints.find(self.out, self.args.resume, self.args.dry_run)
-        checkpoints.start_folder(self.out, checkpoint)
-        self.last_checkpoint = checkpoint
+        self.checkpoint = checkpoints.find(self.out, self.args.resume, self.args.dry_run)
+        checkpoints.start_folder(self.out, self.checkpoint)
         self.steps = steps
-        if checkpoint is not None:
-            self.done = read_json(checkpoint / "checkpoint.json")["step"]
+        if self.checkpoint is not None:
+            self.done = read_json(self.checkpoint / "checkpoint.json")["step"]
+            self.say(f"going on from step {self.done}, {self.checkpoint}")
         if self.rank == 0:
-            facts = {**vars(self.args), **_facts(), "ranks": self.world, "steps": steps}
-            write_json(self.out / "config.json", facts)
+            flags = {**vars(self.args), "ranks": self.world, "steps": steps}
+            write_json(self.out / "config.json", {**flags, **_facts()})
             for name in logs:
                 open_log(self.out / f"{name}.jsonl", self.done)
-        return checkpoint
+        return self.checkpoint
 
-    def known(self, when, questions):
-        """An evaluation of these questions that an earlier part of this run saved, or None."""
-        saved = read_json(self.out / f"{when}.json") or {}
-        if self.done == 0 or saved.get("asked") != questions:
-            saved = None
-        return ranks.of_rank_zero(saved)
+    def wrap(self, step_module, student, compute):
+        """-> the step module as one process, DDP or FSDP runs it. compute: see ranks.shard."""
+        if self.args.checkpoint_activations:
+            _checkpoint_activations(student)
+        self.model = ranks.wrap(step_module, blocks=models.blocks(student),
+                                shard_it=self.args.shard, compute=compute)
+        return self.model
 
-    def evaluated(self, when, results, questions):
-        """Write an evaluation down -> its results without the samples."""
+    def evaluate(self, when, examples, work):
+        """work() -> results, with all weights gathered; written to when.json and samples-when.jsonl.
+
+        An evaluation of the same questions that this run made before it was killed is not made
+        again. -> the results without their samples."""
+        begun = time.time()
+        asked = data.fingerprint(examples)
+        known = None
+        if self.done:
+            known = read_json(self.out / f"{when}.json")
+        if known and known.get("asked") != asked:
+            known = None
+        known = ranks.of_rank_zero(known)
+        if known:
+            return known
+
+        results = ranks.whole(self.model, work)
         samples = results.pop("samples")
-        results["asked"] = questions
+        results["asked"] = asked
         if self.rank == 0:
-            lines = "".join(json_line(sample) for sample in samples)
+            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
             replace_text(self.out / f"samples-{when}.jsonl", lines)
             write_json(self.out / f"{when}.json", results)
+        self.clock += time.time() - begun               # an evaluation is no part of a step
         return results
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def batches(self, examples, prepare):
+        """(step, prepare(this rank's share of the step's examples)) for every step that is left.
+
+        --workers processes prepare the next steps meanwhile. An example that cannot be used any
+        more, a clip that is gone say, ends the run with a checkpoint."""
+        last = min(self.steps, 2) if self.args.dry_run else self.steps
+        self.first = self.done
+        self.last = last
+        self.begun = time.time()
+        self.bar = tqdm(initial=self.done, total=last, unit="step", dynamic_ncols=True,
+                        disable=None if self.rank == 0 else True)
+        self.feed = self._feed(examples, prepare)
+        _forget_peak_memory(self.device)
+        for step in range(self.done, last):
+            self.clock = time.time()
+            self.seconds = {}
+            batch = next(self.feed)
+            self.seconds["waiting"] = time.time() - self.clock
+
+            broken = isinstance(batch, data.DataError)
+            if ranks.over_ranks(broken, dist.ReduceOp.MAX, self.device):
+                faults = ranks.gather_lists([str(batch)] if broken else [])
+                self.stop(faults[0])
+
+            # Whatever draws from torch's own generator in a step (a dropout of yours; nothing of
+            # ours does) starts from here, so that a resumed run draws the same
+            torch.manual_seed((self.args.seed * 1_000_003 + step) * 10_007 + self.rank)
+            self.sums = defaultdict(list)
+            self.weights = defaultdict(list)
+            yield step, batch
+
+    def _feed(self, examples, prepare):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"          # threads do not survive a fork
+        share = self.args.batch_size // self.world
+
+        def shares():
+            for step in range(self.first, self.last):
+                batch = examples_of_step(examples, step, self.args.batch_size, self.args.seed)
+                yield batch[self.rank * share:(self.rank + 1) * share]
+
+        prepared = _Prepared(prepare)
+        if self.args.workers == 0 or sys.platform != "linux":   # elsewhere a fork is not safe
+            yield from map(prepared.__getitem__, shares())
+            return
+
+        # Workers get their examples from here and never touch the list of all: counting
+        # references to its parts would copy it, page by page
+        others = set(multiprocessing.active_children())
+        loader = torch.utils.data.DataLoader(
+            prepared, batch_size=None, sampler=shares(), num_workers=self.args.workers,
+            worker_init_fn=_deaf_worker, multiprocessing_context="fork")
+        batches = iter(loader)
+        # A dead worker shows where its batch is waited for, not while a checkpoint is written
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise SystemExit(f"a data worker died ({reason}); see whether memory or /dev/shm is "
+                             "full, lower --workers, and go on with --resume auto") from None
+        finally:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()               # it is deaf, and may be busy with a clip for long
+
+    def gathered(self, module, work):
+        """work(), with all of a sharded module's weights gathered once, not once a token."""
+        return ranks.whole(module, work)
+
+    def equalised(self, batches, idle):
+        """FSDP runs as many micro-batches on every rank: `batches`, and idle() behind them."""
+        if self.args.shard:
+            most = ranks.over_ranks(len(batches), dist.ReduceOp.MAX, self.device)
+            batches = batches + [idle() for _ in range(int(most) - len(batches))]
+        return batches
+
+    def accumulate(self, batches):
+        """The micro-batches of a step; DDP adds gradients over the ranks in the last one alone."""
+        return ranks.accumulate(self.model, batches)
+
+    def sum(self, **values):
+        """-> {name: the sum over all ranks}, at once."""
+        return ranks.sum_over_ranks(values, self.device)
+
+    def note(self, **values):
+        """Add numbers or scalar tensors to the step's sums, over micro-batches and ranks.
+
+        Every rank has to note the same names in a step. Tensors are read when the step is over."""
+        for name, value in values.items():
+            self.sums[name].append(value)
+
+    def note_mean(self, name, total, over):
+        """The same for a mean: the sum of all totals over the sum of all `over`."""
+        self.note(**{name: total})
+        self.weights[name].append(over)
+
+    def lap(self, name):
+        """The seconds since the last lap, or the step's start, are the log's seconds_NAME."""
+        now = time.time()
+        self.seconds[name] = now - self.clock - sum(self.seconds.values())
+
+    def step_seconds(self):
+        """Since the step began, the wait for its data included."""
+        return time.time() - self.clock
+
+    def finite(self, norm):
+        """Are the step's loss and its gradient's norm finite? The same answer on every rank.
+
+        Here the step's notes are summed over micro-batches and ranks."""
+        own_loss = sum(map(float, self.sums["loss"]))
+        totals = {name: sum(map(float, values)) for name, values in self.sums.items()}
+        counts = {f"over {name}": sum(map(float, over)) for name, over in self.weights.items()}
+        totals = self.sum(**totals, **counts, asked_to_stop=len(self.signals))
+        self.asked_to_stop = totals.pop("asked_to_stop") > 0
+
+        self.scalars = {}
+        for name in self.sums:
+            count = totals.get(f"over {name}", 1)
+            if count:
+                self.scalars[name] = totals[name] / count
+        self.scalars["grad_norm"] = norm
+        self.own_loss_is_finite = math.isfinite(own_loss)
+        is_finite = math.isfinite(self.scalars["loss"] + norm)
+        self.bad_steps = 0 if is_finite else self.bad_steps + 1
+        return is_finite
+
+    def log(self, step, ids, **scalars):
+        """A line into log.jsonl, and every tenth into the terminal. ids: this rank's examples."""
+        self.done = step + 1
+        line = {"step": self.done, **self.scalars, **scalars}
+        text = "  ".join(f"{name} {value:,.4g}" for name, value in line.items()
+                         if name not in ("step", "lr"))
+        line["seconds"] = self.step_seconds()
+        line.update({f"seconds_{name}": value for name, value in self.seconds.items()})
+        line.update(memory_gb=_peak_memory_gb(self.device), host_gb=_host_memory_gb())
+
+        if self.bad_steps:
+            # Those of the ranks whose own loss shows it; the gradient alone shows no rank
+            suspects = ranks.gather_lists([] if self.own_loss_is_finite else ids)
+            suspects = suspects or ranks.gather_lists(ids)
+            reason = f"its loss is {line['loss']}, its gradient's norm {line['grad_norm']}"
+            self.say(f"step {self.done} is left out: {reason}; examples: "
+                     f"{', '.join(suspects[:8])}{', ...' if len(suspects) > 8 else ''}")
+            line = {"step": self.done, "skipped": reason, "ids": suspects}
+
+        if self.rank == 0:
+            append_jsonl(self.out / "log.jsonl", line)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        now = time.time()
+        if self.done == self.first + 1:
+            self.say(f"the first step was done {now - self.started:.1f} s after the start, "
+                     f"{now - self.begun:.1f} s of them its own")
+        if self.done % 10 == 0 or self.done <= 2 or self.done == self.last:
+            left = (now - self.begun) / (self.done - self.first) * (self.last - self.done)
+            self.say(f"step {self.done}/{self.last}  {text}  {left / 60:.0f} min left")
+
+    def save_or_stop(self):
+        """A checkpoint, where one is due. A signal, or too many steps that are not finite in a
+        row, end the run behind it: SystemExit."""
+        if self.asked_to_stop:
+            self.stop("asked to stop", status=130)
+        if self.bad_steps >= NOT_FINITE:
+            self.stop(f"the loss or its gradient was not finite in {self.bad_steps} steps in a row "
+                      "(log.jsonl names their examples): look at these, lower --lr or --clip, and "
+                      "go on from an earlier checkpoint (--resume DIR)")
+        if self.done == self.last or self.done % self.args.save_every == 0 \
+                or self.evaluation_is_due():
+            self.save()
+
+    def evaluation_is_due(self):
+        every = self.args.eval_every
+        return every > 0 and self.done > 0 and self.done % every == 0
+
+    def save(self):
+        """A checkpoint of this moment."""
+        self.checkpoint = checkpoints.save(
+            self.out, step=self.done, keep=self.args.keep, **self.checkpoint_parts)
+
+    def stop(self, why, status=1):
+        """Save and end the run before its end: SystemExit."""
+        self.save()
+        self.say(f"\n{why}; saved {self.checkpoint}: go on with --resume auto")
+        ranks.wait_for_all()                # torchrun kills the others when the first has left
+        raise SystemExit(status)
+
+    # -- after the loop -----------------------------------------------------------------------
+
+    def finish(self, table, plot, **results):
+        """results.json, the table in the terminal and in the model's card, run.png."""
+        minutes = (time.time() - self.started) / 60
+        if self.rank > 0:
+            return
+        write_json(self.out / "results.json", {**results, "minutes": minutes})
+        self.checkpoint_parts["card"](self.checkpoint, results=table)
+        self.say(table)
+        plot(self.out)
+        self.say(f"{self.out}: results.json, log.jsonl, samples, run.png, checkpoint "
+                 f"{self.checkpoint.name}; {minutes:.1f} minutes in all")
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Small parts
+
+class _Prepared(torch.utils.data.Dataset):
+    """What DataLoader asks of its workers: a rank's examples of a step -> prepare(them)."""
+
+    def __init__(self, prepare):
+        self.prepare = prepare
+
+    def __getitem__(self, examples):
+        try:
+            return self.prepare(examples)
+        except data.DataError as error:     # as a value: DataLoader would add its own traceback
+            return error
+
+
+def _deaf_worker(_):
+    # Signals are for the main process, which needs its workers until it has saved
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: it goes with its parent
+
+
+def _checkpoint_activations(model):
+    # Keep only each decoder layer's input for backward, which runs the layer again: a third more
+    # time. transformers 5.17 knows the second name alone, version 6 will know the first alone.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for layer in models.decoder(model).layers:
+        layer.training = True               # transformers asks the layer; nothing shall drop out
+
+
+def _facts():
+    """Command, commit and versions, for config.json."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, timeout=10,
+                             capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def _forget_peak_memory(device):
+    # What was needed before the loop, by an evaluation say, shall not count
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory_gb(device):
+    """The peak so far: of the GPU's allocator, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return _status_gb("VmHWM")
+
+
+def _host_memory_gb():
+    """What this process holds of the main memory now; None where the system does not tell."""
+    return _status_gb("VmRSS")
+
+
+def _status_gb(name):
+    status = Path("/proc/self/status")      # Linux alone
+    if not status.exists():
+        return None
+    return int(status.read_text().split(f"{name}:")[1].split()[0]) / 1e6
