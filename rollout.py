@@ -177,6 +177,14 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
 # 3. Rollouts
 
 @dataclass
+class Kind:
+    """What a prompt's rollout is drawn for."""
+    temperature: float
+    kl: bool = False            # it carries L_tok
+    group: bool = False         # it is rewarded
+
+
+@dataclass
 class Rollout:
     row: int                    # which of the rank's prompts of this step it answers
     temperature: float
@@ -195,13 +203,13 @@ class Rollout:
         return not self.ended or len(self.ids) == 1
 
 
-def roll_out(student, processor, prompts, plan, *, key, max_new_tokens):
-    """data.Prompts -> Rollouts in one batched call, each prompt's behind each other. plan: [(temperature, kl, group)], the rollouts of every
-    prompt; key: what makes this step's random numbers its own, such as "seed step". From the full softmax minus the control tokens."""
-    if not plan:
+def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
+    """data.Prompts -> Rollouts in one batched call, each prompt's behind each other. kinds: the Kinds of every prompt's
+    rollouts; key: what makes this step's random numbers its own, such as "seed step". From the full softmax minus the control tokens."""
+    if not kinds:
         return []
-    rollouts = [Rollout(row, *kind, []) for row in range(len(prompts.examples)) for kind in plan]
-    tokenizer, stop, banned, n = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor.tokenizer), len(plan)
+    rollouts = [Rollout(row, kind.temperature, kind.kl, kind.group, []) for row in range(len(prompts.examples)) for kind in kinds]
+    tokenizer, stop, banned, n = processor.tokenizer, stop_ids(processor.tokenizer), banned_ids(student, processor.tokenizer), len(kinds)
     places = data.pad_left(prompts.audio, tokenizer)                                             # ids, mask, positions: [prompts, seq] each
     inputs, seq = {k: v.to(student.device) for k, v in {**places, **prompts.features}.items()}, places["input_ids"].shape[1]
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]

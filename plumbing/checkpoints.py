@@ -214,14 +214,14 @@ def newest_of(path, name, out):
 
     Of another run's folder that is its newest checkpoint; a run that goes on in `out` takes the one
     that it began with. Raises SystemExit where that one is gone."""
-    config = read_json(Path(out) / "config.json") or {}
-    before = config.get(name)
-    if before and complete(out) and not config.get("dry_run"):
-        if Path(before).resolve().parent == Path(path).resolve():
-            if not Path(before).is_dir():
-                raise SystemExit(f"{out} began with {before}, which is gone; put it back, or give "
-                                 "another --out")
-            path = before
+    before = None
+    if complete(out) and not _was_dry(out):
+        before = (read_json(Path(out) / "config.json") or {}).get(name)
+    if before and Path(before).resolve().parent == Path(path).resolve():
+        if not Path(before).is_dir():
+            raise SystemExit(f"{out} began with {before}, which is gone; put it back, or give "
+                             "another --out")
+        path = before
     return ranks.of_rank_zero(models.newest_checkpoint(path))
 
 

@@ -323,6 +323,7 @@ class Run:
         counts = {f"over {name}": sum(map(float, over)) for name, over in self.weights.items()}
         totals = self.sum(**totals, **counts, asked_to_stop=len(self.signals))
         self.asked_to_stop = totals.pop("asked_to_stop") > 0
+        self.totals = totals
 
         self.scalars = {}
         for name in self.sums:
