@@ -29,8 +29,8 @@ The rows of the paper's tables (python -m lab.experiments cord: all of them, thr
 
 Where the paper is silent, and what we do:
 1. Teacher: a frozen copy from before training, as the paper's figure draws it. The current weights
-   (--teacher current) were no worse at a low learning rate; at twice that both views fell together in
-   two of three seeds (python -m lab.experiments cord-teacher).
+   (--teacher current) were no worse at a low learning rate; at twice that both views fell together
+   in two of three seeds (python -m lab.experiments cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call;
    --share-rollouts takes the KL on the group's.
 3. D_t and log q are of what was sampled from: control tokens are banned in both views; log q at the
@@ -44,10 +44,10 @@ Where the paper is silent, and what we do:
 7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have
    no gradient and are not run again. An answer of the text view that was cut at the token limit is
    no reference: its prompt gets no group reward.
-8. E_y[sum_t w_t D_t] also depends on which y are drawn. That term of its gradient, the score-function
-   term, is dropped, as the paper writes it: L_tok changes the tokens' distributions, not the draw.
+8. E_y[sum_t w_t D_t] also depends on which y are drawn. That term of its gradient, the
+   score-function term, is dropped, as the paper writes it: L_tok changes the tokens'
+   distributions, not the draw.
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -66,7 +66,7 @@ import rollout
 from plumbing import checkpoints, plots, ranks
 from plumbing.files import append_jsonl
 from plumbing.optimizer import SplitAdamW, parameter_groups
-from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step
+from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
@@ -76,85 +76,61 @@ EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
 # 1. Flags
 
 def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser, add = flag_parser(__doc__)
 
     # models and data
-    add("--student", default="mini/student", help="audio LM (paper: Qwen2-Audio-7B-Instruct)")
-    add("--teacher", default="initial", choices=["initial", "current"],
-        help="who reads: a frozen copy, or the weights of this step")
-    add("--data", help="training manifest with transcripts; default: the mini world")
-    add("--eval-data", nargs="+", default=[], help="manifests; default: the mini world's test split")
-    add("--max-seconds", type=float,
-        help="refuse longer clips, in seconds; default: cut where the model stops hearing")
-    add("--judge", default="rule", help="rule, or a causal LM that is asked (judge.py)")
+    add("--student", "mini/student", "audio LM (paper: Qwen2-Audio-7B-Instruct)")
+    add("--teacher", "initial", "who reads: a frozen copy, or the weights of this step",
+        choices=["initial", "current"])
+    add("--data", None, "training manifest with transcripts; default: the mini world")
+    add("--eval-data", [], "manifests; default: the mini world's test split", nargs="+")
+    add("--max-seconds", None, "refuse longer clips; default: cut where hearing stops", type=float)
+    add("--judge", "rule", "rule, or a causal LM that is asked (judge.py)")
 
     # L_tok
-    add("--token-loss", default="reverse-kl", choices=["reverse-kl", "forward-kl", "sft", "none"],
-        help="reverse KL on rollouts (paper), or a baseline along the text view's own answer")
-    add("--alpha", type=float, default=2.0,
-        help="weight of the tokens with the largest D_t (paper: 2; 1: uniform)")
-    add("--beta", type=float, default=2.0,
-        help="weight of the first token, falling to 1 at the last (paper: 2; 1: uniform)")
-    add("--top-share", type=float, default=0.1,
-        help="share of a rollout's tokens that alpha weighs (paper: 20 of 200)")
-    add("--loss", default="fused", choices=["fused", "reference"],
-        help="fused.py's fast forms, or the formulas of losses.py")
+    add("--token-loss", "reverse-kl", "reverse KL on rollouts (paper), or a baseline",
+        choices=["reverse-kl", "forward-kl", "sft", "none"])
+    add("--alpha", 2.0, "weight of the tokens with the largest D_t (paper: 2; 1: uniform)")
+    add("--beta", 2.0, "weight of the first token, falling to 1 at the last (paper: 2; 1: uniform)")
+    add("--top-share", 0.1, "share of a rollout's tokens that alpha weighs (paper: 20 of 200)")
+    add("--loss", "fused", "fused.py, or the formulas of losses.py", choices=["fused", "reference"])
 
     # rollouts and L_seq
-    add("--group-size", type=int, default=4,
-        help="N rollouts of a prompt that are rewarded (paper: 4; 0: no L_seq)")
-    add("--temperature", type=float, default=1.0, help="of the rollout for L_tok (paper: 1.0)")
-    add("--group-temperature", type=float, default=1.5, help="of the group's (paper: 1.5)")
-    add("--share-rollouts", action="store_true",
-        help="take the KL on the group's rollouts, and sample no other")
-    add("--max-new-tokens", type=int, default=200,
-        help="longest rollout and answer, in tokens (paper: 200)")
+    add("--group-size", 4, "N rollouts of a prompt that are rewarded (paper: 4; 0: no L_seq)")
+    add("--temperature", 1.0, "of the rollout that carries L_tok (paper: 1.0)")
+    add("--group-temperature", 1.5, "of the group's rollouts (paper: 1.5)")
+    add("--share-rollouts", False, "take the KL on the group's rollouts, and sample no other")
+    add("--max-new-tokens", 200, "longest rollout and answer, in tokens (paper: 200)")
 
     # optimisation
-    add("--train", default="decoder", choices=["decoder", "all"],
-        help="decoder (with head and projector), or all: the audio tower too")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (paper, 7B: 3e-5)")
-    add("--weights", default="float32", choices=["float32", "bfloat16"],
-        help="bfloat16: 10 bytes a parameter, not 16 (plumbing/optimizer.py)")
-    add("--lora", type=int, default=0, metavar="RANK",
-        help="learn low-rank adapters alone, by peft; 0: the weights themselves")
-    add("--epochs", type=float, default=0.8, help="passes over the data; a fraction will do")
-    add("--batch-size", type=int, default=16, help="prompts per step, over all ranks")
-    add("--micro-batch", type=int, default=16,
-        help="rollouts per forward on one rank; those of a prompt share its sequence")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--train", "decoder", "decoder, head and projector, or all: the audio tower too",
+        choices=["decoder", "all"])
+    add("--lr", 3e-4, "peak learning rate (paper, 7B: 3e-5)")
+    add("--epochs", 0.8, "passes over the data; a fraction will do")
+    add("--batch-size", 16, "prompts per step, over all ranks")
+    add("--micro-batch", 16, "rollouts per forward on one rank; a prompt's share its sequence")
 
     # evaluation
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: none between")
-    add("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
-    add("--text-batch", type=int, default=64,
-        help="prompts that one rank reads and answers at once before step 1")
-    add("--show-every", type=int, default=25,
-        help="steps between three rollouts in the terminal and samples.jsonl")
-    add_run_flags(parser, out="runs/cord")
+    add("--text-batch", 64, "prompts that one rank reads and answers at once before step 1")
+    add("--show-every", 25, "steps between three rollouts in the terminal and samples.jsonl")
+    add_run_flags(add, out="runs/cord")
 
     args = parser.parse_args(argv)
     check_run_flags(args, parser)
     if args.group_size == 1 or args.group_size < 0:
-        parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing to "
-                     "be better than")
+        parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing "
+                     "to be better than")
     if args.token_loss == "none" and not args.group_size:
         parser.error("with --token-loss none and --group-size 0 nothing is learnt")
     if args.token_loss == "sft" and args.group_size:
         parser.error("--token-loss sft is a baseline of its own: add --group-size 0")
     if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
         parser.error("--share-rollouts needs --token-loss reverse-kl and a --group-size")
-    sizes = (args.batch_size, args.micro_batch, args.max_new_tokens, args.eval_batch,
-             args.text_batch, args.show_every)
-    if min(sizes) < 1 or args.epochs <= 0 or args.lora < 0:
-        parser.error("batch sizes, --max-new-tokens and --show-every are at least 1, --epochs above "
-                     "0, --lora at least 0")
+    if min(args.text_batch, args.show_every) < 1:
+        parser.error("--text-batch and --show-every are at least 1")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
-        parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is between "
-                     "0 and 1")
+        parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is "
+                     "between 0 and 1")
     return args
 
 
@@ -194,8 +170,11 @@ def reward(rollouts, prompts, references, verdicts, run):
 
     # r_i: 1 where the rollout gives the answer that the text view gives, else 0
     group = [r for r in rollouts if r.group]
-    judged = verdicts([(prompts.examples[r.row], r.text, references[prompts.examples[r.row].id]["text"])
-                       for r in group])
+    asked = []
+    for r in group:
+        example = prompts.examples[r.row]
+        asked.append((example, r.text, references[example.id]["text"]))
+    judged = verdicts(asked)
     number = cut.count(False)
     rewards = torch.tensor(judged, dtype=torch.float32).view(number, -1 if number else 1)
 

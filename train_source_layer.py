@@ -1,6 +1,6 @@
 """
-Source- and layer-wise distillation (paper A, arXiv 2509.18579): a text LLM teaches an audio model to
-reason, layer by layer, while a frozen snapshot of the audio model itself keeps its hearing.
+Source- and layer-wise distillation (paper A, arXiv 2509.18579): a text LLM teaches an audio model
+to reason, layer by layer, while a frozen snapshot of the audio model itself keeps its hearing.
 
     L = L_top + alpha_layer L_layer + alpha_ac L_ac + alpha_sft L_SFT
 
@@ -12,8 +12,8 @@ reason, layer by layer, while a frozen snapshot of the audio model itself keeps 
               before training
     L_SFT     cross-entropy on the reference trace and answer
 
-All but L_ac are taken at the positions that predict the response's tokens, which are the same tokens
-in both views (data.py).
+All but L_ac are taken at the positions that predict the response's tokens, which are the same
+tokens in both views (data.py).
 
     python train_source_layer.py                # laptop: the mini world, made on the first run
     python train_source_layer.py --dry-run      # two steps and a small evaluation of everything
@@ -33,20 +33,20 @@ Table 1 of the paper, row by row (python -m lab.experiments table: all of them, 
     layer-wise + acoustic KD + SFT        (the default)
 
 Where the paper is silent, and what we do:
-1. Divergence of hidden states: JSD of softmaxes over features, standardised with the frozen teacher's
-   mean and deviation; raw, a few "massive" features would own it (losses.py). On the mini world three
-   seeds do not decide between it and mse at equal strength (python -m lab.experiments hidden-seeds).
-   For a small difference it is an eighth of mse: our alphas are 8 times those that were best for mse.
+1. Divergence of hidden states: JSD of softmaxes over features, standardised with the frozen
+   teacher's mean and deviation; raw, a few "massive" features would own it (losses.py). On the mini
+   world three seeds do not decide between it and mse at equal strength (python -m lab.experiments
+   hidden-seeds). For a small difference it is an eighth of mse: our alphas are 8 times those that
+   were best for mse.
 2. W_i maps student to teacher width, starts from least squares on a calibration batch, has its own
    learning rate and is saved beside the model, never inside it (layer_map.py).
 3. Mean over layer pairs, and over layers in L_ac, so that alpha_layer and alpha_ac mean the same at
    any skip.
 4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the mini world's audio tower fastest:
    frozen, it has no hearing to lose.
-5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation changes
-   the run.
+5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation
+   changes the run.
 """
-import argparse
 import functools
 import math
 
@@ -58,10 +58,9 @@ import evaluate
 import layer_map
 import losses
 import models
-from plumbing import checkpoints, ranks
-from plumbing import plots
+from plumbing import checkpoints, plots, ranks
 from plumbing.optimizer import SplitAdamW, parameter_groups
-from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step
+from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
@@ -76,67 +75,43 @@ CALIBRATION_TOKENS = 128
 # 1. Flags
 
 def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser, add = flag_parser(__doc__)
 
     # models and data
-    add("--student", default="mini/student", help="audio LM (paper: Qwen2.5-Omni-7B)")
-    add("--teacher", default="mini/teacher", help="text LLM that reads (paper: Qwen3-8B)")
-    add("--acoustic-teacher", default="snapshot",
-        help="snapshot (paper), or a model of the student's shape")
-    add("--data", help="training manifest with reasoning and description; default: the mini world")
-    add("--eval-data", nargs="+", default=[], help="manifests; default: the mini world's test split")
-    add("--max-seconds", type=float,
-        help="refuse longer clips, in seconds; default: cut where the model stops hearing")
+    add("--student", "mini/student", "audio LM (paper: Qwen2.5-Omni-7B)")
+    add("--teacher", "mini/teacher", "text LLM that reads (paper: Qwen3-8B)")
+    add("--acoustic-teacher", "snapshot", "snapshot (paper), or a model of the student's shape")
+    add("--data", None, "manifest with reasoning and description; default: the mini world")
+    add("--eval-data", [], "manifests; default: the mini world's test split", nargs="+")
+    add("--max-seconds", None, "refuse longer clips; default: cut where hearing stops", type=float)
 
     # the method
-    add("--text-kd", default="layer",
-        help="none | top | skip:K (one student layer in K) | layer (paper's best)")
-    add("--acoustic-kd", action=argparse.BooleanOptionalAction, default=True, help="L_ac")
-    add("--sft", action=argparse.BooleanOptionalAction, default=True, help="L_SFT")
-    add("--alpha-layer", type=float, default=0.4,
-        help="weight of L_layer (paper: 0.05, of an unknown divergence)")
-    add("--alpha-ac", type=float, default=4.0,
-        help="weight of L_ac (paper: 0.05, of an unknown divergence)")
-    add("--alpha-sft", type=float, default=0.5, help="weight of L_SFT (paper: 0.5)")
-    add("--divergence", default="jsd", choices=["jsd", "kl"],
-        help="L_top: Jensen-Shannon (paper) or forward KL")
-    add("--hidden-divergence", default="jsd", choices=list(losses.HIDDEN),
-        help="L_layer and L_ac; the paper does not say")
-    add("--layers", type=int, nargs="+",
-        help="of the mapped student layers, distil only these (counted from 1)")
-    add("--corrupt-descriptions", type=float, default=0.0, metavar="P",
-        help="share of the descriptions' words that are dropped or swapped")
-    add("--train", default="all", choices=["decoder", "all"],
-        help="decoder (with head and projector), or all: the audio tower too")
-    add("--loss", default="fused", choices=["fused", "reference"],
-        help="fused.py's fast forms, or the formulas of losses.py")
+    add("--text-kd", "layer", "none | top | skip:K (one student layer in K) | layer (paper's best)")
+    add("--acoustic-kd", True, "L_ac: keep the hidden states at audio tokens")
+    add("--sft", True, "L_SFT: cross-entropy on trace and answer")
+    add("--alpha-layer", 0.4, "weight of L_layer (paper: 0.05, of an unknown divergence)")
+    add("--alpha-ac", 4.0, "weight of L_ac (paper: 0.05, of an unknown divergence)")
+    add("--alpha-sft", 0.5, "weight of L_SFT (paper: 0.5)")
+    add("--divergence", "jsd", "of L_top (paper: jsd); kl: forward", choices=["jsd", "kl"])
+    add("--hidden-divergence", "jsd", "of L_layer and L_ac", choices=list(losses.HIDDEN))
+    add("--layers", None, "of the mapped student layers, only these (from 1)", type=int, nargs="+")
+    add("--corrupt-descriptions", 0.0, "share of their words that are dropped or swapped")
+    add("--loss", "fused", "fused.py, or the formulas of losses.py", choices=["fused", "reference"])
 
     # optimisation
-    add("--lr", type=float, default=5e-4, help="peak learning rate (paper, 7B: 1e-5)")
-    add("--tower-lr", type=float, default=5.0,
-        help="the audio tower's learning rate over --lr (1 for large models)")
-    add("--lower-lr", type=float, default=1.0,
-        help="the same for projector, embeddings and lower half of the decoder; 0: frozen")
-    add("--projection-lr", type=float, default=1e-3,
-        help="peak learning rate of the W_i: 100 times the paper's 1e-5")
-    add("--weights", default="float32", choices=["float32", "bfloat16"],
-        help="bfloat16: 10 bytes a parameter, not 16 (plumbing/optimizer.py)")
-    add("--lora", type=int, default=0, metavar="RANK",
-        help="learn low-rank adapters alone, by peft; 0: the weights themselves")
-    add("--epochs", type=int, default=3, help="passes over the data (paper: 3)")
-    add("--batch-size", type=int, default=16, help="examples per step, over all ranks")
-    add("--micro-batch", type=int, default=8, help="examples per forward on one rank")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--train", "all", "all, or the decoder with head and projector",
+        choices=["decoder", "all"])
+    add("--lr", 5e-4, "peak learning rate (paper, 7B: 1e-5)")
+    add("--tower-lr", 5.0, "the audio tower's learning rate over --lr (1 for large models)")
+    add("--lower-lr", 1.0, "the same for projector, embeddings and lower decoder; 0: frozen")
+    add("--projection-lr", 1e-3, "peak learning rate of the W_i: 100 times the paper's 1e-5")
+    add("--epochs", 3, "passes over the data (paper: 3)")
+    add("--batch-size", 16, "examples per step, over all ranks")
+    add("--micro-batch", 8, "examples per forward on one rank")
 
     # evaluation
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: none between")
-    add("--eval-batch", type=int, default=64, help="questions answered at once on one rank")
-    add("--max-new-tokens", type=int, default=80,
-        help="tokens of an answer, its trace included (7B with CoTA: 2048)")
-    add_run_flags(parser, out="runs/source_layer")
+    add("--max-new-tokens", 80, "tokens of an answer, its trace included (7B with CoTA: 2048)")
+    add_run_flags(add, out="runs/source_layer")
 
     args = parser.parse_args(argv)
     check_run_flags(args, parser)
@@ -153,10 +128,7 @@ def parse_flags(argv=None):
         parser.error("--corrupt-descriptions is a share between 0 and 1; --lower-lr and --tower-lr "
                      "are 0 or more")
     if args.layers and name in ("none", "top"):
-        parser.error("--layers chooses among distilled layers, so it needs --text-kd layer or skip:K")
-    sizes = (args.batch_size, args.micro_batch, args.epochs, args.max_new_tokens, args.eval_batch)
-    if min(sizes) < 1 or args.lora < 0:
-        parser.error("batch sizes, --epochs and --max-new-tokens are at least 1, --lora at least 0")
+        parser.error("--layers chooses among distilled layers: it needs --text-kd layer or skip:K")
     return args
 
 
@@ -175,12 +147,12 @@ def layer_interval(text_kd):
 
 class SourceLayerStep(nn.Module):
     """
-    Losses of one micro-batch: forward(batch, tokens) -> {"loss", "top", "layer", "acoustic", "sft"},
-    scalars; those that are off are missing.
+    Losses of one micro-batch: forward(batch, tokens) -> {"loss", "top", "layer", "acoustic",
+    "sft"}, scalars; those that are off are missing.
 
     tokens: {"response", "audio"}, counts over the global batch, so that summing over micro-batches
-    and ranks gives the global mean. teacher and snapshot live in a tuple: they are no submodules, so
-    that DDP neither broadcasts nor checks them.
+    and ranks gives the global mean. teacher and snapshot live in a tuple: they are no submodules,
+    so that DDP neither broadcasts nor checks them.
     """
 
     def __init__(self, student, teacher, snapshot, pairs, shared_ids, args):
@@ -231,12 +203,13 @@ class SourceLayerStep(nn.Module):
 
     @torch.no_grad()
     def remember(self, batch):
-        """The snapshot's hidden states at audio tokens. The decoder is causal, so that its input can
-        stop behind the last of them."""
+        """The snapshot's hidden states at audio tokens. The decoder is causal, so that its input
+        can stop behind the last of them."""
         view = data.audio_prefix(batch.audio)
         snapshot = self.frozen[1]
-        with self.snapshot_tap.at(audio=view.audio_positions) as tapped, models.without_lora(snapshot):
-            models.hear(snapshot, **view.inputs)
+        with models.without_lora(snapshot):
+            with self.snapshot_tap.at(audio=view.audio_positions) as tapped:
+                models.hear(snapshot, **view.inputs)
         return tapped
 
     def forward(self, batch, tokens):
@@ -247,7 +220,7 @@ class SourceLayerStep(nn.Module):
             teacher_hidden, teacher_tapped = self.read(batch)            # [tokens, teacher hidden]
             teacher_head = ranks.full(models.head_weight(self.frozen[0]))
 
-        # L_top + alpha_sft L_SFT, in one pass over the vocabulary. `top` and `sft` carry no gradient
+        # L_top + alpha_sft L_SFT in one pass over the vocabulary; top and sft carry no gradient
         loss, top, sft = self.jsd_ce(
             student_hidden, models.head_weight(self.student), teacher_hidden, teacher_head,
             batch.labels, ce_weight=args.alpha_sft if args.sft else 0.0,
@@ -343,8 +316,9 @@ def train(args, run):
         import mini.world
 
         with ranks.rank_zero_first(run.rank, run.world):
-            train_file = mini.world.build("train", seed=args.seed, per_task=16 if args.dry_run else None)
-            test_file = mini.world.build("test", seed=args.seed, per_task=8 if args.dry_run else 300)
+            small = args.dry_run
+            train_file = mini.world.build("train", seed=args.seed, per_task=16 if small else None)
+            test_file = mini.world.build("test", seed=args.seed, per_task=8 if small else 300)
         eval_files = eval_files or [test_file]
     require = ["reasoning"] if args.text_kd == "none" else ["reasoning", "description"]
     examples, scored, seconds = run.read_data(train_file, eval_files, require=require)
@@ -502,7 +476,8 @@ def train(args, run):
     # 4.10 After
     if before:
         after = score("after")
-        run.finish(evaluate.report_change(before, after), plots.plot_run, before=before, after=after)
+        table = evaluate.report_change(before, after)
+        run.finish(table, plots.plot_run, before=before, after=after)
         if not args.dry_run:                                # eight questions a task show nothing
             run.say("\n".join(evaluate.name_failures(before, after)))
         if args.data is None and not args.dry_run:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 # 1. Ranks
 
 def start_distributed():
-    """-> (rank, number of ranks, device). NCCL on GPUs, gloo on CPUs; one process without torchrun."""
+    """-> (rank, ranks, device). NCCL on GPUs, gloo on CPUs; one process without torchrun."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -12,6 +12,7 @@ The run: what both training scripts need around their loops, and no paper is abo
 
 It holds no forward, no loss and no schedule. On N ranks every rank calls every method.
 """
+import argparse
 import ctypes
 import json
 import math
@@ -42,28 +43,56 @@ NOT_FINITE = 5              # steps in a row without a finite loss and gradient 
 # ---------------------------------------------------------------------------------------------
 # 1. Flags, and the order of the examples
 
-def add_run_flags(parser, *, out):
+def flag_parser(opening):
+    """-> (parser, add). add(flag, default, help): a flag of its default's type, a bool a switch."""
+    parser = argparse.ArgumentParser(
+        description=opening.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(flag, default, help, **options):
+        if default is True:
+            options["action"] = argparse.BooleanOptionalAction
+        elif default is False:
+            options["action"] = "store_true"
+        elif isinstance(default, (int, float, str)):
+            options["type"] = type(default)
+        parser.add_argument(flag, default=default, help=help, **options)
+
+    return parser, add
+
+
+def add_run_flags(add, *, out):
     """The flags that are the same in both training scripts."""
-    add = parser.add_argument
-    add("--seed", type=int, default=0, help="of the order of the examples and of every draw")
-    add("--out", default=out, help="folder for log, checkpoints, samples, results and figure")
-    add("--max-steps", type=int, help="stop here, whatever --epochs says")
-    add("--no-eval", action="store_true", help="train only")
-    add("--dry-run", action="store_true", help="two steps and a small evaluation, then stop")
-    add("--workers", type=int, default=1, help="processes a rank that prepare the next steps' clips")
+    add("--clip", 1.0, "largest gradient norm")
+    add("--weights", "float32", "bfloat16: 10 bytes a parameter, not 16 (plumbing/optimizer.py)",
+        choices=["float32", "bfloat16"])
+    add("--lora", 0, "learn adapters of this rank alone, by peft; 0: the weights themselves")
+    add("--seed", 0, "of the order of the examples and of every draw")
+    add("--out", out, "folder for log, checkpoints, samples, results and figure")
+    add("--max-steps", None, "stop here, whatever --epochs says", type=int)
+    add("--eval-every", 0, "steps between evaluations; 0: before and after alone")
+    add("--eval-batch", 64, "questions answered at once on one rank")
+    add("--no-eval", False, "train only")
+    add("--dry-run", False, "two steps and a small evaluation of everything, then stop")
+    add("--workers", 1, "processes on each rank that prepare the next steps' clips")
     # many GPUs
-    add("--shard", action="store_true", help="FSDP2: every rank holds its share of all weights")
-    add("--checkpoint-activations", action="store_true",
-        help="run each decoder layer again in backward instead of keeping what is inside it")
+    add("--shard", False, "FSDP2: every rank holds its share of all weights")
+    add("--checkpoint-activations", False, "keep each layer's input alone, and run it again")
     # long runs
-    add("--save-every", type=int, default=100, help="steps between checkpoints; one at the end too")
-    add("--keep", type=int, default=2, metavar="K", help="newest checkpoints that stay")
-    add("--resume", help="auto (the newest checkpoint in --out, if any) or a checkpoint's folder")
+    add("--save-every", 100, "steps between checkpoints; one is written at the end too")
+    add("--keep", 2, "newest checkpoints that stay")
+    add("--resume", None, "auto (the newest checkpoint in --out, if any) or a checkpoint's folder")
 
 
 def check_run_flags(args, parser):
-    if min(args.save_every, args.keep) < 1 or args.workers < 0:
-        parser.error("--save-every and --keep are at least 1, --workers at least 0")
+    counts = (args.batch_size, args.micro_batch, args.eval_batch, args.max_new_tokens,
+              args.save_every, args.keep)
+    if min(counts) < 1 or args.epochs <= 0:
+        parser.error("batch sizes, --max-new-tokens, --save-every and --keep are at least 1, "
+                     "--epochs above 0")
+    if min(args.workers, args.lora, args.eval_every) < 0:
+        parser.error("--workers, --lora and --eval-every are at least 0")
 
 
 def examples_of_step(examples, step, batch_size, seed):
@@ -181,7 +210,7 @@ class Run:
         return self.model
 
     def evaluate(self, when, examples, work):
-        """work() -> results, with all weights gathered; written to when.json and samples-when.jsonl.
+        """work() -> results, with all weights gathered; into when.json and samples-when.jsonl.
 
         An evaluation of the same questions that this run made before it was killed is not made
         again. -> the results without their samples."""
