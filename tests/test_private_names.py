@@ -18,7 +18,7 @@ FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] 
 OURS = {path.stem for path in FILES}
 # (our file, name) -> the module that has it, where we use it, the test that sees what it does
 FSDP = "torch.distributed.fsdp._fully_shard"
-SHARDED = "ranks.forget_forward", "test_common.py::test_a_shard_is_a_share"
+SHARDED = "ranks.forget_forward", "test_run.py::test_a_shard_is_a_share"
 PRIVATE = {
     ("plumbing/ranks.py", "_get_fsdp_state"): (f"{FSDP}._fully_shard", *SHARDED),
     ("plumbing/ranks.py", "_fsdp_param_group"): (f"{FSDP}._fsdp_state", *SHARDED),
