@@ -179,20 +179,18 @@ def claim(folder):
 
     Raises SystemExit, on every rank, where another run holds it, where it cannot be written, or
     where a rank does not see what rank 0 writes there."""
-    lock = Path(folder) / "lock"
-    token = ranks.of_rank_zero(uuid.uuid4().hex)
+    mark = Path(folder) / ranks.of_rank_zero(f"partial-{uuid.uuid4().hex}")
     fault = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            # The file is never closed, because that would give the lock back. lockf, not flock,
-            # which the data workers would inherit.
+            # A lock dies with its process, or when any descriptor of the file is closed: this one
+            # never is. lockf, not flock, which the data workers would inherit.
             with writing(folder):
                 descriptor = os.open(make_folder(folder) / "lock", os.O_RDWR | os.O_CREAT)
             if fcntl:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with writing(folder):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, token.encode())
+                mark.mkdir()
         except (BlockingIOError, PermissionError):          # POSIX allows both
             fault = f"another run is writing into {folder}; wait for its end, or give another --out"
         except SystemExit as error:
@@ -200,8 +198,8 @@ def claim(folder):
     fault = ranks.of_rank_zero(fault)
 
     if fault is None:
-        sees = lock.exists() and lock.read_text() == token
-        blind = [str(rank) for rank, ok in enumerate(ranks.gather_lists([sees])) if not ok]
+        blind = [str(rank) for rank, sees in enumerate(ranks.gather_lists([mark.exists()]))
+                 if not sees]
         if blind:
             fault = (f"--out {folder} is not the same folder for all: rank {', '.join(blind)} does "
                      "not see what rank 0 writes there; give one that every node can write to")
@@ -283,6 +281,7 @@ def start_folder(folder, checkpoint):
                     for old in folder.glob(pattern):
                         old.unlink()
             else:
+                (folder / "after.json").unlink(missing_ok=True)
                 for old in folder.glob("eval-*.json"):      # made behind the checkpoint
                     if old.stem.removeprefix("eval-") > checkpoint.name.removeprefix("step-"):
                         old.unlink()

@@ -134,14 +134,12 @@ class Run:
         self.checkpoint_parts = {}          # what checkpoints.save wants: model, optimizer, ...
         self.feed = None                    # prepared examples, see `batches`
         self.clock = self.started           # when the step began
+        self.handlers = {}                  # of SIGTERM and Ctrl-C, as they were before the loop
         self.signals = []                   # when SIGTERM and Ctrl-C came
         self.bad_steps = 0                  # in a row
         torch.manual_seed(args.seed)
 
     def __enter__(self):
-        self.handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.handlers[number] = signal.signal(number, self._note_signal)
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -149,6 +147,7 @@ class Run:
             self.feed.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.handlers = {}
         if kind is None:
             self.model = None               # DDP's reducer must go before its process group
             ranks.stop_distributed()
@@ -249,6 +248,8 @@ class Run:
         self.bar = tqdm(initial=self.done, total=last, unit="step", dynamic_ncols=True,
                         disable=None if self.rank == 0 else True)
         self.feed = self._feed(examples, prepare)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._note_signal)
         _forget_peak_memory(self.device)
         for step in range(self.done, last):
             self.clock = time.time()

@@ -217,25 +217,30 @@ def near_run(out, other, rel):
 # -------------------------------------------------------- habits of a fork ------------------------------------------------------------
 
 def eat_before(name, step, path, rank):
-    """Before a function of plumbing.checkpoints or of one of its modules, `name` ("models.save") does its work for the step-th time on that rank, somebody else fills the disk with
-    a file at `path`. None: no small disk could be mounted; then it says that it has no room, or, where it is not asked again, files cannot grow beyond a megabyte."""
-    from plumbing import checkpoints
-    holder, last = (checkpoints, name) if "." not in name else (getattr(checkpoints, name.split(".")[0]), name.split(".")[1])
-    work = getattr(holder, last)
+    """Before a function ("models.save") does its work for the step-th time on that rank, somebody
+    else fills the disk with a file at `path`.
+
+    None: no small disk could be mounted. Then it says that it has no room, or, where it is not
+    asked again, files cannot grow beyond a megabyte."""
+    from plumbing import checkpoints, run
+
+    module, function = name.split(".")
+    holder = run if module == "run" else getattr(checkpoints, module)
+    work = getattr(holder, function)
 
     def hungry(*args, **named):
         hungry.calls += 1
-        if hungry.calls == step and os.environ.get("RANK", "0") == str(rank):
-            if path:
-                fill(path)
-            elif name == "same_on_all_ranks":
-                shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 20)
-            else:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        is_now = hungry.calls == step and os.environ.get("RANK", "0") == str(rank)
+        if is_now and path:
+            fill(path)
+        elif is_now and name != "shutil.disk_usage":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        if name == "shutil.disk_usage" and not path and hungry.calls >= step:
+            return SimpleNamespace(free=1 << 20)
         return work(*args, **named)
 
     hungry.calls = 0
-    setattr(holder, last, hungry)
+    setattr(holder, function, hungry)
 
 
 def fill(path, leave=0):
@@ -249,47 +254,14 @@ def fill(path, leave=0):
                 pass
 
 
-def spoil_a_weight(step, rank):
-    """On one rank a bit of a weight turns over before the checkpoint of that step."""
-    import torch
-
-    from plumbing import checkpoints
-    check = checkpoints.same_on_all_ranks
-
-    def after_a_ray(module):
-        if os.environ.get("RANK") == str(rank) and step == after_a_ray.calls:
-            with torch.no_grad():
-                weight = next(p for p in module.parameters() if p.requires_grad and p.dim() == 2)
-                weight.view(torch.int32)[0, 0] ^= 1
-        after_a_ray.calls += 1
-        return check(module)
-
-    after_a_ray.calls = 1
-    checkpoints.same_on_all_ranks = after_a_ray
-
-
 def stop_at(step):
     """Asked to stop in that step."""
-    from plumbing import run
-    log = run.log_step
+    from plumbing.run import Run
+    log = Run.log
 
-    def until_then(line, *more, **named):
-        log(line, *more, **named)
-        if line["step"] == step - 1:
+    def until_then(self, *more, **named):
+        log(self, *more, **named)
+        if self.done == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run.log_step = until_then
-
-
-def scored_as(best, scores):
-    """The n-th evaluation gives the n-th score, and seen.jsonl says which checkpoints stay then."""
-    from plumbing import checkpoints
-    from plumbing.files import append_jsonl
-    note, left = checkpoints.note_scores, list(scores)
-
-    def noted(checkpoint, found, *more):
-        assert best in found
-        note(checkpoint, {**found, best: left.pop(0)}, *more)
-        append_jsonl(checkpoint.parent / "seen.jsonl", {"stay": steps(checkpoint.parent)})
-
-    checkpoints.note_scores = noted
+    Run.log = until_then

@@ -8,22 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bad_days
-from plumbing import checkpoints, ranks, run
-from plumbing.files import append_jsonl, open_log, write_json
+from plumbing import checkpoints
+from plumbing.files import append_jsonl, open_log, read_json, write_json
 import evaluate
 import layer_map
 import mini.world
 import models
-import train_cord
-import train_source_layer
-from bad_days import ROOT, end, family, fork, lines, losses, near_run, none_survive, ranks_of, same_run, spawn, steps, until
+from bad_days import end, family, fork, lines, near_run, none_survive, ranks_of, same_run, spawn, steps, until
 from test_train_cord import write_spoken
 from test_train_source_layer import write_world
 
@@ -99,7 +95,7 @@ def moments(numbers, evaluate):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
     """Killed 24 times, at moments of chance and at those that hurt most: losses, samples, evaluations and weights are those of a run that was left alone."""
-    evaluate = ["--eval-every", "2", "--eval-batch", "4", *(["--keep-best", "aqa", "--max-new-tokens", "8"] if script == "source" else ["--keep-best", "audio"])]
+    evaluate = ["--eval-every", "2", "--eval-batch", "4", *(["--max-new-tokens", "8"] if script == "source" else [])]
     whole = undisturbed(script, LONG, *evaluate, evaluate=True)
     out, numbers, fell, dead = tmp_path / "run", random.Random(script), {}, []
     argv = flags(script, out, "--max-steps", str(LONG), *evaluate, evaluate=True)
@@ -149,13 +145,14 @@ OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")         # as README says
 @pytest.mark.parametrize("script, more, late", [("source", [], 0), ("cord", [], 1), ("source", ["--shard"], 1), ("cord", ["--shard"], 0)],
                          ids=["source", "cord", "source-shard", "cord-shard"])
 def test_torchrun_starts_again_when_a_rank_is_killed(script, more, late, flags, undisturbed, tmp_path, monkeypatch):
-    """Nobody is there to type --resume: the run finds its newest checkpoint by itself. The other rank, which waits for the dead one, does not hang; nor does a
+    """With --resume auto a restart finds the newest checkpoint. The other rank, which waits for the dead one, does not hang; nor does a
     rank that starts again early take the address that a dead one has left in torchrun's store for that of one who is late."""
     (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}' and os.environ['TORCHELASTIC_RESTART_COUNT'] > '0':\n    time.sleep(6)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv(*OWN_STORE)
     whole, out = undisturbed(script, 5, *more, ranks=2), tmp_path / "run"
-    run = spawn(script, flags(script, out, "--max-steps", "5", *more), out, [*TWO, "--max-restarts", "2"])
+    argv = flags(script, out, "--max-steps", "5", "--resume", "auto", *more)
+    run = spawn(script, argv, out, [*TWO, "--max-restarts", "2"])
     until(lambda: len(lines(out)) >= 2 and steps(out), run)
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     assert run.wait(120) == 0, run.text()
@@ -166,11 +163,11 @@ def test_torchrun_starts_again_when_a_rank_is_killed(script, more, late, flags, 
 
 @pytest.mark.slow
 def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed, tmp_path, monkeypatch):
-    """Each node's torchrun counts its own restarts: the one whose rank did not die says 0, and must go on from the same checkpoint all the same."""
+    """Both nodes go on from the same checkpoint, though a rank of only one of them died."""
     monkeypatch.setenv(*OWN_STORE)
     whole, out = undisturbed("source", 5, ranks=2), tmp_path / "run"
     nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{bad_days.free_port()}", "--max-restarts", "2"]
-    one, other = (spawn("source", flags("source", out, "--max-steps", "5"), out, nodes) for _ in range(2))
+    one, other = (spawn("source", flags("source", out, "--max-steps", "5", "--resume", "auto"), out, nodes) for _ in range(2))
     until(lambda: len(lines(out)) >= 2 and steps(out), one)
     ranks = {**ranks_of(one), **ranks_of(other)}
     os.kill(ranks[1], signal.SIGKILL)
@@ -182,59 +179,17 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
     near_run(out, whole, 1e-4)          # each has all cores of its node, so that sums round in another order
 
 
-def test_restarts_that_may_wait_for_the_dead_are_warned_of(monkeypatch, capsys):
-    """torch 2.11 keeps one store over all restarts unless it is told not to."""
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *a, **k: None)
-    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
-    for name, value in dict(RANK="0", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="2").items():
-        monkeypatch.setenv(name, value)
-    ranks.start_distributed()
-    assert "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun" in capsys.readouterr().out
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    ranks.start_distributed()
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("changes, dry, resume, found", [
-    ([], False, None, 4), (["--lr", "1e-5"], False, None, None), ([], True, None, None), (["--resume", "2"], False, None, 2), (["--resume", "2"], False, "2", 4),
-    (["--resume", "auto"], False, None, 4)], ids=["ours", "anothers", "a-dry-runs", "asked-to-go-back", "went-back-already", "auto"])
-def test_what_a_restart_takes_for_its_own(tmp_path, monkeypatch, changes, dry, resume, found):
-    """torchrun starts again whatever the reason was, a refusal too: a folder of other flags or of a dry run is not this run's, and --resume DIR means DIR
-    until this run has begun its own log there."""
-    folder = folder_of(tmp_path, [None] * 4)
-    at = lambda number: str(folder / f"step-{int(number):07d}")
-    changes = [at(2) if word == "2" else word for word in changes]
-    were = ["--resume", at(resume)] if resume else changes if "auto" in changes else []
-    write_json(folder / "config.json", {**vars(train_cord.parse_flags(were)), "dry_run": dry})
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    got = checkpoints.find_checkpoint(train_cord.parse_flags(changes), folder, torch.device("cpu"))
-    assert got == (found and Path(at(found)))
-
-
-def test_going_back_leaves_what_came_after_aside(tmp_path):
-    """--resume DIR of an earlier checkpoint: the later ones are another run's now; they must neither be taken for the newest nor cost the new ones their place."""
-    folder = folder_of(tmp_path, [None] * 4)
-    for number in (2, 4):
-        (folder / f"eval-{number:07d}.json").write_text("{}")
-    checkpoints.start_folder(folder, folder / "step-0000002", 0, 1)
-    assert steps(folder) == [1, 2] and sorted(path.name for path in folder.glob("aside-*")) == ["aside-0000003", "aside-0000004"]
-    assert [path.name for path in folder.glob("eval-*")] == ["eval-0000002.json"]
-    checkpoints.start_folder(folder, folder / "step-0000001", 0, 1)
-    assert steps(folder) == [1] and len(list(folder.glob("aside-*"))) == 3
-
-
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_is_made_up_for(flags, undisturbed, tmp_path):
     """The checkpoint is there, what it scored is not: else the best of a run might never be known."""
-    more, out = ["--eval-every", "2", "--keep-best", "aqa", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"], tmp_path / "run"
+    more, out = ["--eval-every", "2", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"], tmp_path / "run"
     undisturbed("source", 4, *more, evaluate=True, wait=False)
     run = fork("source", flags("source", out, "--max-steps", "4", *more, evaluate=True), out)
     until(lambda: 2 in steps(out), run)
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL and not (out / "eval-0000002.json").exists()
     goes_on("source", flags, out, undisturbed("source", 4, *more, evaluate=True), 4, *more, evaluate=True)
-    assert "scores" in json.loads((out / "step-0000002" / "checkpoint.json").read_text())
+    assert (out / "eval-0000002.json").exists()
 
 
 def test_a_log_is_cut_back_by_a_rename(tmp_path):
@@ -315,7 +270,7 @@ def test_a_second_signal_is_meant(ranks, flags, tmp_path):
 def test_before_training_there_is_nothing_to_save(script, flags, tmp_path):
     out = tmp_path / "run"
     run = fork(script, flags(script, out, "--max-steps", "4", "--eval-batch", "1", evaluate=True), out)
-    until(lambda: (out / "README.txt").exists(), run)
+    until(lambda: (out / "config.json").exists(), run)
     time.sleep(0.3)
     assert not (out / "before.json").exists()
     os.kill(run.pid, signal.SIGTERM)
@@ -385,7 +340,7 @@ def refused(run, out, ranks):
 def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
     out = (disk or tmp_path) / "run"
     argv = flags("source", out, "--max-steps", "3", "--keep", "1")
-    run = fork("source", argv, out, ranks, habit=("eat_before", "same_on_all_ranks", 2, str(out.parent / "other") if disk else None, 0))
+    run = fork("source", argv, out, ranks, habit=("eat_before", "shutil.disk_usage", 2, str(out.parent / "other") if disk else None, 0))
     assert "(the disk is full)" in refused(run, out, ranks)
     (out.parent / "other").unlink(missing_ok=True)
     goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
@@ -411,7 +366,7 @@ def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path)
     if not disk:
         pytest.skip("no small disk can be mounted here")
     out, more = disk / "run", ["--keep", "1", "--save-every", "10"]
-    run = fork("source", flags("source", out, "--max-steps", "20", *more), out, ranks, habit=("eat_before", "append_jsonl", 11, str(disk / "other"), 0))     # some still fit in
+    run = fork("source", flags("source", out, "--max-steps", "20", *more), out, ranks, habit=("eat_before", "run.append_jsonl", 11, str(disk / "other"), 0))     # some still fit in
     run.wait(90)
     assert all(run.codes()) and f"{out / 'log.jsonl'} cannot be written ([Errno 28] No space left on device)" in run.text(), run.text()
     assert ranks == 2 or "Traceback" not in run.text()      # the other rank waits for one that has gone
@@ -422,48 +377,36 @@ def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path)
         goes_on("source", flags, out, undisturbed("source", 20), 20, *more)
 
 
-# -------------------------------------------------------------- which ones stay -----------------------------------------------------------
+# ------------------------------------------------------------- which ones stay
 
-def folder_of(tmp_path, scores):
-    """Checkpoints 1, 2, ... with these scores."""
-    for number, score in enumerate(scores, 1):
-        (tmp_path / f"step-{number:07d}").mkdir()
-        write_json(tmp_path / f"step-{number:07d}" / "checkpoint.json", {"step": number, **({} if score is None else {"scores": score})})
+def folder_of(tmp_path, number):
+    """A run's folder with checkpoints 1, 2, ..., number, of which nothing but the list is there."""
+    for step in range(1, number + 1):
+        folder = tmp_path / f"step-{step:07d}"
+        folder.mkdir()
+        write_json(folder / "checkpoint.json", {"step": step})
     return tmp_path
 
 
-@pytest.mark.parametrize("scores, keep, stay", [
-    ([None] * 5, 2, [4, 5]), ([None], 3, [1]), ([{"a": 1}, {"a": 9}, {"a": 3}, None], 1, [2, 4]), ([{"a": 1}, {"a": 3}, {"a": 9}], 1, [3]),
-    ([{"a": 5}, {"a": 5}, None], 1, [1, 3]),                                # of equals the earlier
-    ([{"a": None, "b": 1}, {"a": None, "b": 2}, None], 1, [3]),             # no question asked for it
-    ([{"b": 1}, {"a": 2}, {"b": 3}], 1, [2, 3])])
-def test_which_checkpoints_stay(tmp_path, scores, keep, stay):
-    folder = folder_of(tmp_path, scores)
-    checkpoints.drop_old(folder, keep, "a")
-    assert steps(folder) == stay and not list(folder.glob("partial-*"))
+def test_going_back_needs_another_folder(tmp_path):
+    """--resume DIR of an earlier checkpoint: auto would take the later ones for this run's."""
+    folder = folder_of(tmp_path, 3)
+    earlier = folder / "step-0000002"
+    with pytest.raises(SystemExit, match="holds step-0000003, later than step-0000002: give"):
+        checkpoints.find(folder, earlier, dry_run=False)
+    assert checkpoints.find(tmp_path / "elsewhere", earlier, dry_run=False) == earlier
+    assert checkpoints.find(folder, folder / "step-0000003", False) == folder / "step-0000003"
 
 
-@pytest.mark.parametrize("script, best", [("source", "aqa"), pytest.param("cord", "audio", marks=pytest.mark.slow)])
-def test_the_best_stays(script, best, flags, tmp_path):
-    """With --keep 1, behind each evaluation in the middle: the newest and the best so far, and no other."""
-    out, wins = tmp_path / "run", [3, 9, 1, 4, 12, 12]
-    more = ["--eval-every", "1", "--keep-best", best, "--keep", "1", "--max-new-tokens", "4"]
-    run = fork(script, flags(script, out, "--max-steps", "7", "--save-every", "100", *more, evaluate=True), out, habit=("scored_as", best, wins))
-    assert run.wait() == 0, run.text()
-    assert [found["stay"] for found in lines(out, "seen")] == [[1], [2], [2, 3], [2, 4], [5], [5, 6]] and steps(out) == [5, 7]
+def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
+    folder = folder_of(tmp_path, 2)
+    for name in ("eval-0000002", "eval-0000004", "after"):
+        (folder / f"{name}.json").write_text("{}")
+    checkpoints.start_folder(folder, folder / "step-0000002")
+    assert sorted(path.name for path in folder.glob("*.json")) == ["eval-0000002.json"]
 
 
 # ----------------------------------------------------- other ranks, other folders ---------------------------------------------------------
-
-@pytest.mark.slow
-def test_a_rank_with_other_weights_is_named(flags, tmp_path):
-    out = tmp_path / "run"
-    run = fork("source", flags("source", out, "--max-steps", "4"), out, 2, habit=("spoil_a_weight", 2, 1))
-    run.wait(60)
-    assert run.codes() == [1, 1] and "the weights of rank 1 are not those of rank 0, so that nothing is saved: go on with --resume auto" in run.text(), run.text()
-    assert "Traceback" not in run.text() and steps(out) == [1] and not list(out.glob("partial-*"))
-    none_survive(run)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, ways, rel", [
@@ -539,33 +482,31 @@ def damage(checkpoint, name):
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tmp_path):
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tmp_path, capsys):
     """--resume DIR refuses it and says why; auto says why, and takes the one before; without any other it stops."""
     whole, folder = undisturbed("source", 4), tmp_path / "run"
     shutil.copytree(whole, folder)
     newest, before = folder / "step-0000004", folder / "step-0000003"
-    words, said = damage(newest, name), []
-    ask = lambda resume: checkpoints.find_checkpoint(train_source_layer.parse_flags(["--resume", str(resume)]), folder, torch.device("cpu"))
+    words = damage(newest, name)
     with pytest.raises(SystemExit, match=f"{newest} is not (whole .{words}|a checkpoint)"):
-        ask(newest)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "speaker", lambda rank: said.append)
-        assert ask("auto") == before
-    sentence, = said
+        checkpoints.find(folder, newest, dry_run=False)
+    assert checkpoints.find(folder, "auto", dry_run=False) == before
+    sentence, = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"{newest} is passed over \({words}.*\)", sentence)
     shutil.rmtree(before)
     with pytest.raises(SystemExit, match=f"{folder} has no checkpoint that is whole: .*{words}"):
-        ask("auto")
+        checkpoints.find(folder, "auto", dry_run=False)
 
 
 def test_auto_goes_on_from_the_newest_that_is_whole(flags, undisturbed, tmp_path):
-    """To the last bit of what an undisturbed run gives; what was broken is put aside, so that nothing takes it for the newest."""
+    """To the last bit of what an undisturbed run gives; what was broken is written anew."""
     out = tmp_path / "run"
     shutil.copytree(undisturbed("source", 4), out)
     damage(out / "step-0000004", "truncated")
     goes_on("source", flags, out, undisturbed("source", 4), 4)
     assert f"{out / 'step-0000004'} is passed over (model.safetensors is truncated" in (said := said_by(out))
-    assert f"going on from step 3, {out / 'step-0000003'}" in said and (out / "aside-0000004").exists()
+    assert f"going on from step 3, {out / 'step-0000003'}" in said
+    assert models.fault_of(out / "step-0000004") is None
 
 
 def said_by(out):
@@ -684,11 +625,11 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     ("log.jsonl", b'{"step": 1}\n\xff\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote"),
     ("before.json", "", "before.json is not the JSON that a run wrote there")])
 def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
-    folder = folder_of(tmp_path, [None] * 3)
+    folder = folder_of(tmp_path, 3)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match=f"^{folder}/{words}"):
-        checkpoints.find_checkpoint(train_source_layer.parse_flags(["--resume", "auto"]), folder, torch.device("cpu"))
-        run.read_known(folder / "before.json", "fingerprint")
+        checkpoints.find(folder, "auto", dry_run=False)
+        read_json(folder / "before.json")
         open_log(folder / "log.jsonl", 3)
 
 
@@ -723,17 +664,19 @@ def test_a_run_goes_on_from_the_student_that_it_began_with(tmp_path):
     for step in (1, 2):
         (tmp_path / f"a/step-{step:07d}").mkdir(parents=True)
         write_json(tmp_path / f"a/step-{step:07d}/checkpoint.json", {"step": step})
-    args = SimpleNamespace(student=str(tmp_path / "a"), out=str(tmp_path / "b"))
-    assert checkpoints.newest_checkpoint(args, "student") == str(tmp_path / "a/step-0000002")
-    (tmp_path / "b/step-0000001").mkdir(parents=True)
+    def newest(path):
+        return checkpoints.newest_of(str(path), "student", tmp_path / "b")
+
+    assert newest(tmp_path / "a") == str(tmp_path / "a/step-0000002")
+    checkpoint = tmp_path / "b/step-0000001"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "checkpoint.json", {"step": 1})
     write_json(tmp_path / "b/config.json", {"student": str(tmp_path / "a/step-0000001")})
-    assert checkpoints.newest_checkpoint(args, "student") == str(tmp_path / "a/step-0000001")
-    args.student = str(mini_world.MINI / "student")
-    assert checkpoints.newest_checkpoint(args, "student") == args.student
+    assert newest(tmp_path / "a") == str(tmp_path / "a/step-0000001")
+    assert newest(mini.world.MINI / "student") == str(mini.world.MINI / "student")
     shutil.rmtree(tmp_path / "a/step-0000001")
-    args.student = str(tmp_path / "a")
     with pytest.raises(SystemExit, match="began with .*step-0000001, which is gone"):
-        checkpoints.newest_checkpoint(args, "student")
+        newest(tmp_path / "a")
 
 
 def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
