@@ -1,7 +1,7 @@
 """
 What torch.compile makes of losses._chunk for an H100, without one: how often a token's logits are read, and what is written, in the Triton code.
 
-    python tests/kernels_for_h100.py
+    python tests/gpu/kernels_for_h100.py
 
 The logits of a chunk are two matrices of 1.2 GB, far more than any cache holds, so this count is the time between the products. Fake tensors stand
 for real ones, and what Inductor asks the driver is answered here; it stops when the code is written.
@@ -22,7 +22,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import losses
 
 H100 = types.SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65_536,

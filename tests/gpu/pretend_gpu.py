@@ -1,7 +1,7 @@
 """
 A GPU that is not there, so that the branches written for one run at all where there is none:
 
-    python tests/pretend_gpu.py train_cord.py --dry-run --out runs/pretended
+    python tests/gpu/pretend_gpu.py train_cord.py --dry-run --out runs/pretended
 
 Every tensor that says "cuda" holds its numbers in main memory and computes there, under a GPU's autocast, beside a GPU's optimizer and FSDP. What a GPU would
 refuse is refused: an operation between the two devices, numpy() of a GPU's tensor, NCCL with a CPU's. Not seen: kernels (what torch.compile would

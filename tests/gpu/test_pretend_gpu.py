@@ -15,7 +15,7 @@ from pretend_gpu import LINKED
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or not shutil.which("nm") or not LINKED.exists(),
                                 reason="the pretended driver is compiled by g++, for Linux and a torch that knows CUDA")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(script, *flags, gpu, ranks=1):
@@ -26,7 +26,7 @@ def run(script, *flags, gpu, ranks=1):
     started, said, hidden = [], [tempfile.TemporaryFile("w+") for _ in range(ranks)], {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     for rank in range(ranks):
         group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks > 1 else {}
-        started.append(subprocess.Popen([sys.executable, *([str(ROOT / "tests/pretend_gpu.py")] if gpu else []), str(script), *map(str, flags)], text=True, cwd=ROOT,
+        started.append(subprocess.Popen([sys.executable, *([str(ROOT / "tests/gpu/pretend_gpu.py")] if gpu else []), str(script), *map(str, flags)], text=True, cwd=ROOT,
                                         stdout=said[rank], stderr=subprocess.STDOUT, env={**os.environ, **group, **hidden, "OMP_NUM_THREADS": "1"}))
     try:
         codes = [process.wait(timeout=400) for process in started]
