@@ -143,11 +143,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.feed is not None:
-            self.feed.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
+        self._end_loop()
         if kind is None:
             self.model = None               # DDP's reducer must go before its process group
             ranks.stop_distributed()
@@ -156,6 +152,14 @@ class Run:
             print("Out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
                   "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard.",
                   file=sys.stderr)
+
+    def _end_loop(self):
+        if self.feed is not None:
+            self.feed.close()
+            self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.feed, self.handlers = None, {}
 
     def _note_signal(self, number, _):
         # The step ends, all ranks save, then they leave. A second signal, not the copy that
@@ -268,6 +272,7 @@ class Run:
             self.sums = defaultdict(list)
             self.weights = defaultdict(list)
             yield step, batch
+        self._end_loop()
 
     def _feed(self, examples, prepare):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"          # threads do not survive a fork
