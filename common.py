@@ -552,9 +552,9 @@ def newest_checkpoint(args, name):
     newest checkpoint, and for a run that goes on the one that it began with. Raises SystemExit
     where that one is gone."""
     path = getattr(args, name)
-    before = (read_json(Path(args.out) / "config.json") or {}).get(name)
-    begun = before and list(Path(args.out).glob("step-*")) and not was_dry(args.out)
-    if begun and Path(before).resolve().parent == Path(path).resolve():
+    begun = list(Path(args.out).glob("step-*")) and not was_dry(args.out)
+    before = (read_json(Path(args.out) / "config.json") or {}).get(name) if begun else None
+    if before and Path(before).resolve().parent == Path(path).resolve():
         if not Path(before).is_dir():
             raise SystemExit(f"{args.out} began with {before}, which is gone; put it back, or give "
                              "another --out")
