@@ -39,12 +39,15 @@ CHINESE = str.maketrans({"。": ". ", "，": ", ", "：": ": ", "；": "; ", "�
 
 # "The answer is ...", "my answer would be: ...", "the correct option isn't ...", "答案是...".
 # What follows starts at its first word, with the brackets and the sign before it: (B, -5, \frac, .5
-STATEMENT = re.compile(
-    r"(?:\b(?:answer|(?:correct|best|right) (?:option|choice))\b[^.:=\n]{0,40}?"
-    r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b|[:=])"
-    r"|\bI(?:'d| would|'ll| will)? (?:choose|pick|select|go with)"
-    r"|(?:答案(?:应该|就)?(?:是|选|为|:)|选择?)(?:选项)?)"
-    r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))", re.I)
+ANSWER_IS = (
+    r"\b(?:answer|(?:correct|best|right) (?:option|choice))\b(?:[^.:=\n]{0,40}?"
+    r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b)"
+    r"|(?:\s+(?:to|for)\b[^.:=\n,]{0,40})?[\s*_]*[:=])"          # but not "let me answer step by step:"
+    r"|(?:答案(?:应该|就)?(?:是|选|为|:)|选择?)(?:选项)?")
+I_CHOOSE = r"|\bI(?:'d| would|'ll| will)? (?:choose|pick|select|go with)"
+BEHIND = r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))"
+STATEMENT = re.compile(f"(?:{ANSWER_IS}){BEHIND}", re.I)
+CHOICE_STATEMENT = re.compile(f"(?:{ANSWER_IS}{I_CHOOSE}){BEHIND}", re.I)
 
 # The end of a sentence; but the full stop of "B. gold" ends none
 SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?](?:\s|$)|\n")
@@ -59,7 +62,7 @@ def final_answer(output_text):
     if response is not None:
         text = response
     elif re.search("<THINK>", text, re.I):
-        text = (STATEMENT.findall(text) or [""])[-1]
+        text = (CHOICE_STATEMENT.findall(text) or [""])[-1]
     return TAGS.sub(" ", text)
 
 
@@ -112,7 +115,7 @@ LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
 # A bare capital where an answer stands: "it's C", "not B but C", "B because ...". In "a C note" or
 # "A dog barks" it is none.
 BARE_LETTER = re.compile(
-    r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|not|but|or"
+    r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|believe|feel|that|not|but|or"
     r"|and|nor|neither|either|both|than|of|probably|maybe|likely|definitely|clearly|answer)|'s|n't)\s+)"
     r"([A-HJ-Z])"
     r"(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can"
@@ -124,9 +127,13 @@ CONCLUSION = re.compile(
     re.I)
 CLAUSE = re.compile(r"[,;:.!?\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies a choice that follows it in the same clause, and one that stands before it
-DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! a doubt)|cannot|than"
-                    r"|instead of|unlike|except|anything but|thought|wrong to|before|after"
+DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! (?:a|any) doubt)|cannot|(?<!other )than"
+                    r"|instead of|unlike|except|anything but|thought (?:it|this|that)|wrong to"
                     r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
+THOUGHT = re.compile(r"\bthought\s+(?:(?:the|an?)\s+)?$", re.I)
+# "What comes after the bell is a dog"; but "a dog barks after the bell" names two
+BEFORE_OR_AFTER = re.compile(r"\b(?:before|after)\s+(?:(?:the|an?)\s+)?$", re.I)
+VERB = re.compile(r"\s*(?:,|(?:is|was|comes|came|would|must)\b)", re.I)
 DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely"
                     r"|impossible|ruled out|excluded|eliminated)\b", re.I)
 
@@ -176,6 +183,7 @@ def named_choices(text, choices):
     choices = [choice.replace("$", "") for choice in choices]
     if choices and all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
+        text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
         found = value(text)
         if found and found[0] != "is" and len(sentences(text)) == 1:
@@ -196,13 +204,17 @@ def named_choices(text, choices):
     text = marked(text, choices)
     text = re.sub(r"⟧,?\s+(?:(?:or|and|nor)\s+)?⟦", "⟧ ⟦", text)         # "not A, B, or C" is one clause
     before_reason = REASON.split(text, maxsplit=1)[0]                    # "C, because B is a cat" is C
-    named = set()
+    named, times = set(), set()
     for clause in CLAUSE.split(before_reason if "⟦" in before_reason else text):
         for found in re.finditer(r"⟦(\d+)⟧", clause):
             before, behind = clause[:found.start()], clause[found.end():]
-            if not DENIES.search(before) and not DENIED.search(behind):
+            if DENIES.search(before) or THOUGHT.search(before) or DENIED.search(behind):
+                continue
+            if not BEFORE_OR_AFTER.search(before):
                 named.add(int(found[1]))
-    return named
+            elif not VERB.match(behind):
+                times.add(int(found[1]))
+    return named | times if named else named
 
 
 def marked(text, choices):
@@ -234,7 +246,7 @@ def extract_choice(output_text, choices):
     or None; never a guess. The first place that names any choice decides; if it names two, none."""
     answer = stated(output_text)
     parts = [boxed(answer) or ""]
-    for statement in reversed(STATEMENT.findall(answer)):
+    for statement in reversed(CHOICE_STATEMENT.findall(answer)[-5:]):     # some models never stop
         head = re.split("[:;]", statement)[0]              # "yes: it gets no louder"
         if standing_alone(plain(head), choices):
             parts.append(head)
@@ -309,8 +321,11 @@ def voicebench_letter(output_text):
 COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please"
                       r"|(?:let's |let me |to )?(?:check|verify)"
                       r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b", re.I)
+# "The answer is as follows:" states nothing yet
+FOLLOWS = re.compile(r"(?:as follows|(?:the )?following|(?:given |shown )?below)\b", re.I)
 # What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
-THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|for a total of|in total|altogether)\b(?=.*\d)", re.I)
+THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|for a total of|in total|altogether)\b(?=.*\d)"
+                       r"|\bwhich (?:is|equals|gives|makes)\b(?=\s*[$£€]?[\d.,/]+\W*$)", re.I)
 PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 
 
@@ -323,7 +338,9 @@ def open_answer(output_text):
         return box
     if marked := re.findall(r"####\s*(\S.*)", answer):
         return marked[-1]
-    if statements := STATEMENT.findall(answer):
+    answer = re.sub(r"\\[\[\]]|\$\$", " ", answer)           # a formula on a line of its own
+    statements = [text for text in STATEMENT.findall(answer) if not FOLLOWS.match(text)]
+    if statements:
         return sentences(statements[-1])[0]
     stating = [part for part in sentences(without_questions(answer)) if not COURTESY.match(part)]
     for sentence in reversed(stating):
@@ -414,6 +431,7 @@ UNITS = {name: (dimension, Fraction(factor)) for dimension, units in {
     "imperial length": {"inch inches": "1", "foot feet ft": "12", "yard yards": "36",
                         "mile miles": "63360"},
     "mass": {"g gram grams": "1", "kg kilogram kilograms": "1000"},
+    "imperial mass": {"oz ounce ounces": "1", "lb lbs": "16"},          # "pounds" may be money
     "volume": {"ml": "1/1000", "l liter liters litre litres": "1"},
     "a.m.": {"am": "1"}, "p.m.": {"pm": "1"},
     "time": {"second seconds": "1", "minute minutes min": "60", "hour hours": "3600",
@@ -436,6 +454,11 @@ ASSIGNED = re.compile(r"\b[A-Za-z]\w?\s*=")                # x = 1, y = 2
 
 # What a number alone would not say, the first that is found
 NEXT = r"\s+[$£€]?\d"
+# What has still to be computed, or is denied behind the number: "5 divided by 2", "20 % of 50"
+COMPUTED = re.compile(
+    r"\bto the power\b|\b(?:divided|multiplied) by\b|\bsquared\b|\bcubed\b|\bsquare root of\b|\d!(?!\w)"
+    rf"|(?:%|\bpercent) of{NEXT}|\d\s+(?:of|(?:more|less|fewer) than){NEXT}"
+    r"|^\W*\d\S*\s+(?:is|was|are)(?: not|n't)\b", re.I)
 RELATIONS = {name: re.compile(pattern, re.I) for name, pattern in {
     "not": r"\b(?:not|cannot|never)\b|n't\b",
     "twice": rf"\b(?:twice|double|triple|times){NEXT}",
@@ -455,7 +478,8 @@ CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|a
                      r"|per)|'s)\s+[$£€]?\d[\d.,/]*(?![\w.,/:])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
 # Behind the first number, no part of the answer: "366 downloads in 3 months", "5, so she has 3 more"
 ASIDE = re.compile(
-    r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d))\b"
+    r"\s+(?:in|for|per|from|after|by|at|with|on|when|if|each|every|during|that|to(?!\s+[$£€]?\d)"
+    r"|over(?=\s+\S+\s+(?:second|minute|hour|day|week|month|year)s?\b))\b"
     r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead|not|than)\b"
     r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)"
     r"|,\s+\S+ (?:of|more|less|fewer)\b", re.I)
@@ -477,6 +501,7 @@ def value(text):
         text = one_side(text)
     else:                                                                               # by name
         text = " ".join(sorted(part for part in re.split(r"\b(?=[A-Za-z]\w?\s*=)", text) if "=" in part))
+    computed = COMPUTED.search(BRACKETS.sub(" ", text))
     for aside in (BRACKETS, DENIED_NUMBER, CONTEXT):
         rest = aside.sub(" ", text)
         text = rest if NUMBER.search(rest) else text
@@ -488,6 +513,8 @@ def value(text):
     quantities = [quantity(found) for found in NUMBER.finditer(text)]
     if any(amount is None for amount, _ in quantities):                                 # 1/0
         return None
+    if computed:
+        return "computed", ((computed[0], None), *quantities)
     relation = next((name for name, pattern in RELATIONS.items() if pattern.search(text)), "is")
     if relation == "or" and len(set(quantities)) == 1:                                  # 0.75, or 3/4
         return "is", tuple(quantities[:1])
@@ -503,6 +530,8 @@ def comes_to(text):
         return text
     left, _, right = text.rpartition("=")
     an_unknown = not WORD.search(left) and re.search("[A-Za-z]", re.sub(r"\\[a-z]+", "", left))
+    if re.fullmatch(r"\W*[a-z](?:\s*[-+]\s*[a-z])+\s*", left, re.I):           # "so x + y = 7" is 7
+        an_unknown = None
     return "" if not left or an_unknown or FORMULA.search(right) else right
 
 
@@ -623,8 +652,10 @@ def agree(said, reference, choices=()):
         return chosen is not None and chosen == extract_choice(reference, choices)
     said, reference = open_answer(said), open_answer(reference)
     values = value(said), value(reference)
-    if values != (None, None):
-        return None not in values and same_value(*values)
+    if values[1] is not None:
+        return values[0] is not None and same_value(*values)
+    if values[0] is not None:                              # "yes, since 3 > 2" for "Yes"
+        said = re.split("[,;]", said)[0]
     said, reference = (spelling(BEHIND_WORDS.split(text.strip(), maxsplit=1)[0]) for text in (said, reference))
     return bool(said) and said == reference
 
@@ -637,8 +668,11 @@ ASK = ("Question: {question}\nReference answer: {reference}\nGiven answer: {said
 
 
 def choices_of(example):
-    """The choices that the manifest lists, or else those that the spoken question lists itself."""
-    return example.choices or data.spoken_choices(example.transcript)
+    """The choices that the manifest lists, or else, where the answer is a letter, those that the
+    spoken question lists itself."""
+    if example.choices or not re.fullmatch("[A-Z]", example.answer or ""):
+        return example.choices
+    return data.spoken_choices(example.transcript)
 
 
 def load(name, device):

@@ -95,10 +95,17 @@ def read_rows(files, broken=None):
     split, row). A row is a dict, or the bytes of a line still to be parsed. Raises SystemExit, in
     one sentence, for what cannot be read; of parquet a list `broken` gets the sentence instead."""
     for file, split in files.items():
-        with open(file, "rb") as start:
-            head = start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        rows = parquet_rows if head.startswith(b"PAR1") or file.suffix == ".parquet" else list_rows if head.startswith(b"[") else jsonl_rows
         try:
+            try:
+                with open(file, "rb") as start:
+                    head = start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+            except OSError as error:
+                raise BrokenFile(f"{file}: cannot be opened ({error}); fetch it again") from None
+            rows = jsonl_rows
+            if head.startswith(b"PAR1") or file.suffix == ".parquet":
+                rows = parquet_rows
+            elif head.startswith(b"["):
+                rows = list_rows
             for where, row in rows(file):
                 yield where, file, split, row
         except BrokenFile as error:

@@ -632,3 +632,13 @@ def test_voicebench_options_that_hold_initials(tmp_path, capsys):
     _, lines = run(capsys, "voicebench", write_parquet(tmp_path / "mmsu/law-00000-of-00001.parquet", rows), tmp_path / "out.jsonl")
     assert len(lines) == 3
     assert [data.spoken_choices(prompt)[1] for prompt in prompts] == ["Brown v. Board", "Franklin D. Roosevelt", "one"]
+
+
+def test_a_shard_that_cannot_be_opened_is_passed_over_and_named(tmp_path):
+    """A pruned cache of the hub is full of links to nothing."""
+    (tmp_path / "gone.parquet").symlink_to(tmp_path / "nowhere")
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    broken = []
+    files = {tmp_path / "gone.parquet": None, tmp_path / "rows.jsonl": None}
+    assert len(list(import_datasets.read_rows(files, broken))) == 1
+    assert len(broken) == 1 and "gone.parquet: cannot be opened" in broken[0]

@@ -228,8 +228,15 @@ def test_the_rule_is_the_default_judge():
 def test_choices_that_stand_in_the_transcript_are_choices():
     """VoiceBench's questions speak their options: the group reward reads them there, as the evaluation does."""
     asked = example(transcript="What barks?\nA. a cat\nB. a dog\nC. rain\nD. thunder")
+    asked.answer = "B"
     verdicts = judge.load("rule", torch.device("cpu"))
     assert verdicts([(asked, "It's a dog, not a cat.", "The answer is B."), (asked, "B. a cat", "The answer is B.")]) == [True, False]
+
+
+def test_a_list_in_the_transcript_is_no_choices_where_the_answer_is_a_number():
+    asked = example(transcript="How many are prime?\nA. 2\nB. 4\nC. 5\nD. 7")
+    asked.answer = "3"
+    assert judge.load("rule", torch.device("cpu"))([(asked, "\\boxed{3}", "\\boxed{3}")]) == [True]
 
 
 @pytest.mark.parametrize("said", ["C. E", "(C) E", "C) E", "The answer is (C) E.", "<RESPONSE>C. E</RESPONSE>", "E", "c. e"])
@@ -241,3 +248,60 @@ def test_a_choice_that_is_a_letter_itself(said):
 @pytest.mark.parametrize("said, chosen", [("C. Em", "Em"), ("D. C", "C"), ("G. Em", None), ("B", "F#m"), ("C", "C")])
 def test_chords(said, chosen):
     assert judge.extract_choice(said, ["G", "F#m", "Em", "C"]) == chosen
+
+
+# ------------------------------------------------- what a reader of the code found wrong
+
+@pytest.mark.parametrize("said, chosen", [
+    ("What follows after the bell is a dog.", "dog"),
+    ("The sound you hear before the explosion is a cat.", "cat"),
+    ("After careful listening I think it is B.", "cat"),
+    ("I thought about it and it is a dog.", "dog"),
+    ("I thought it was a dog, but it is a cat.", "cat"),
+    ("At first I thought dog, but it is a cat.", "cat"),
+    ("Without any doubt it is a dog.", "dog"),
+    ("What comes after the dog is a cat.", "cat"),
+    ("A dog barks before the cat meows.", None),
+    ("The cat after the dog.", None),
+    ("I believe B is the answer.", "cat")])
+def test_words_around_a_choice(said, chosen):
+    assert judge.extract_choice(said, ["dog", "cat", "bird", "cow"]) == chosen
+
+
+@pytest.mark.parametrize("said", ["The correct one is B.", "I would say one of the options fits: B"])
+def test_one_is_not_always_a_number(said):
+    assert judge.extract_choice(said, ["1", "2", "3", "4"]) == "2"
+
+
+@pytest.mark.parametrize("said", ["The answer is unclear. " * 500, "The answer is " * 800])
+def test_a_choice_of_a_model_that_never_stops(said):
+    start = time.perf_counter()
+    assert judge.extract_choice(said, ["dog", "cat", "white gold", "gold"]) is None
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("said, reference, same", [
+    ("Let me answer step by step: 5 + 3 = 8. Then 8 * 2 = 16. She has 16 apples.", "16", True),
+    ("I'll answer this step by step:\n1. She has 3.\n2. She buys 4.\nShe has 7 apples.", "7", True),
+    ("To find the answer, we compute 3 + 4 = 7. Then 7 * 2 = 14.", "14", True),
+    ("If I choose 2 of them, the probability is 1/6.", "1/6", True),
+    ("The answer is:\n\\[\n12\n\\]", "12", True),
+    ("The answer is as follows:\n5 + 3 = 8\nSo she has 8 apples.", "8", True),
+    ("The answer is yes, since 3 > 2.", "Yes", True),
+    ("The answer is Monday, 3 days later.", "Monday", True),
+    ("We get x=3 and y=4, so x+y = 7.", "7", True),
+    ("She ran 15 miles over 5 days.", "15", True),
+    ("The total number of apples is 3 x 4 which is 12.", "12", True),
+    ("**Answer:** 5", "5", True),
+    ("x^2 = 9", "9", False),
+    ("5 is not the answer.", "5", False),
+    ("The answer is the square root of 16.", "16", False),
+    ("5 kg", "5 lb", False),
+    ("5 to the power of 2", "5", False),
+    ("5 divided by 2", "5", False),
+    ("20 percent of 50", "20", False),
+    ("5 more than 3", "5", False),
+    ("5 of 6", "5", False),
+    ("5 squared", "5", False)])
+def test_what_states_a_number(said, reference, same):
+    assert agree(said, reference) is same
