@@ -1,32 +1,35 @@
 """
-What happens inside: which layers of student and teacher are alike, whether W_i finds the right token, and who gets the gradient.
+What happens inside: which layers of student and teacher are alike, whether W_i finds the right
+token, who gets the gradient, and where hearing and reading part ways.
 
-Three questions about paper A that its tables do not answer, asked of two models and a manifest with reasoning and descriptions:
+layers    Does the proportional map align what it should? Linear CKA between every student layer
+          (hearing) and every teacher layer (reading), over the response's tokens; and, through W_i,
+          how much of a student token's attention falls on its own teacher token. 1 / length would
+          be chance. Before and after training.
+features  Which features get the gradient of L_layer, with each divergence of losses.py, and with a
+          "massive" feature planted into both models?
+kl        CORD's Figure 3: where along a rollout, and on which tokens, is D_t large?
 
-1. Does the proportional map align what it should? Linear CKA between every student layer (hearing) and every teacher layer (reading), over
-   the response's tokens: a heat map, with the map of layer_map.py drawn on it.
-2. Does a hidden state carry its own token? Through W_i, each student token attends over the teacher tokens of its response: how much falls
-   on the token that it is paired with, where 1 / length would be chance?
-3. Which features get the gradient of L_layer, with each divergence of losses.py, and with a "massive" feature planted into both models?
-
-    python evaluate.py --task layers --model runs/source_layer --data test.jsonl   # 1 and 2, before and after training
-    python evaluate.py --task features --model mini/student --teacher mini/teacher --data test.jsonl     # 3
-
-And one about CORD (the paper's Figure 3): where along a rollout, and on which tokens, do hearing and reading part ways?
-
-    python evaluate.py --task kl --model runs/cord --data test.jsonl               # before and after training
+    python -m lab.inside layers --model runs/source_layer --data test.jsonl
+    python -m lab.inside features --model mini/student --teacher mini/teacher --data test.jsonl
+    python -m lab.inside kl --model runs/cord --data test.jsonl
 """
+import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import layer_map
 import losses
 import models
 import rollout
+from plumbing.files import make_folder, write_json, writing
+from plumbing.predictions import read_json
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
 MOST_TOKENS = 2000          # CKA compares every two tokens: 32 MB a layer
@@ -352,3 +355,130 @@ def plot_kl(reports, path):
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------
+# 6. The commands
+
+def settings_of(model):
+    """The flags of the run that a checkpoint belongs to; none for another model."""
+    if not (model / "checkpoint.json").exists():
+        return {}
+    return read_json(model.parent / "config.json", "a run's flags")
+
+
+def load(name):
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    student, processor = models.load_audio_model(str(name), dtype=dtype)
+    return student.to("cuda" if gpu else "cpu"), processor
+
+
+def run_layers(args, out):
+    """layers and features: JSON, a PNG and a few lines. A checkpoint's run names its teacher and the
+    student that it started from. Every second example fits W_i, the others are looked at."""
+    model = Path(args.model)
+    settings = settings_of(model)
+    teacher_name = args.teacher or settings.get("teacher")
+    if not teacher_name:
+        raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; "
+                             "give --teacher")
+    examples = data.read_manifest(args.data, split=args.split)
+    examples = [e for e in examples if e.task != evaluate.SER_TASK]
+    examples = [e for e in examples if e.reasoning and e.description]
+    most = min(len(examples), args.limit or 80)
+    if most < 4:
+        raise data.DataError(f"{args.data}: has {most} examples with reasoning and description; at "
+                             "least 4 are needed")
+    # spread over the file, so that every task is there however it is sorted
+    examples = [examples[i * len(examples) // most] for i in range(most)]
+
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    teacher, tokenizer = models.load_text_model(teacher_name, dtype=dtype)
+    models.check_teacher(teacher.to("cuda" if gpu else "cpu"))
+
+    def states_of(name):
+        student, processor = load(name)
+        parts = examples[::2], examples[1::2]
+        return [states(student, processor, teacher, tokenizer, part) for part in parts]
+
+    start = settings.get("student", model) if args.task == "layers" else model
+    fitting, seen = states_of(start)
+    pairs = layer_map.pairs(len(seen["student"]), len(seen["teacher"]))     # the whole map
+    projections = fit(pairs, fitting)
+    if args.task == "features":
+        report = features_report(seen, pairs, projections)
+        with writing(out / "features.png"):
+            plot_features(report, out / "features.png")
+        print(*features_lines(report), sep="\n")
+    else:
+        before = layers_report(seen, pairs, projections)
+        fitting, seen = states_of(model)
+        projections = fit(pairs, fitting)                   # for pairs that the run did not distil
+        saved = model / "projections.safetensors"
+        if saved.exists():
+            projections = trained(saved, pairs, projections)
+        after = layers_report(seen, pairs, projections)
+        report = {"pairs": pairs, "before": before, "after": after}
+        report["vocabulary"] = after["vocabulary"]
+        with writing(out / "layers.png"):
+            plot_layers(before, after, pairs, out / "layers.png")
+        print(*layers_lines(report), sep="\n")
+    write_json(out / f"{args.task}.json", report)
+    print(f"{out}: {args.task}.json, {args.task}.png")
+
+
+def run_kl(args, out):
+    """The spread of D_t over rollouts. The student that a run started from is the teacher, before
+    and after training."""
+    model = Path(args.model)
+    settings = settings_of(model)
+    examples = evaluate.spoken(data.read_manifest(args.data, split=args.split))
+    examples = examples[:args.limit or 200]
+    if not examples:
+        raise data.DataError(f"{args.data}: has no example with a transcript, so no text view can "
+                             "be compared; add transcripts")
+    teacher, processor = load(settings.get("student", model))
+    students = {"before": teacher}
+    if settings:
+        students["after"], _ = load(model)
+    reports = {}
+    for when, student in students.items():
+        how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        pairs = divergences(student, processor, teacher, examples, seed=args.seed, **how)
+        reports[when] = kl_report(pairs, processor.tokenizer)
+    write_json(out / "kl.json", reports)
+    with writing(out / "kl.png"):
+        plot_kl(reports, out / "kl.png")
+    print(*kl_lines(reports), sep="\n")
+    print(f"{out}: kl.json, kl.png")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("task", choices=["layers", "features", "kl"])
+    add("--model", metavar="DIR", required=True, help="an audio language model, or a run's folder")
+    add("--data", metavar="FILE", required=True, help="a manifest (JSONL; see data.py)")
+    add("--teacher", metavar="DIR",
+        help="layers, features: the text LLM; default: the one that the run of --model names")
+    add("--split", help="only the manifest's examples of this split")
+    add("--limit", type=int, help="layers, features: 80 examples, spread over the file; kl: 200")
+    add("--out", default="runs/evaluate", help="folder (default %(default)s)")
+    add("--batch-size", type=int, default=16, help="kl: rollouts at once")
+    add("--max-new-tokens", type=int, default=200, help="kl: tokens of a rollout (paper B: 200)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    out = make_folder(args.out)
+    try:
+        args.model = models.newest_checkpoint(args.model)
+        run = run_kl if args.task == "kl" else run_layers
+        run(args, out)
+    except data.DataError as error:
+        raise SystemExit(f"lab.inside: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

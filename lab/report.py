@@ -1,7 +1,7 @@
 """
 What a run's folder says, without the code: all its curves in one picture, and how it goes in a page of text.
 
-    python evaluate.py --task report --run runs/source_layer      # in the middle of a run, after a kill, after a resume, at the end
+    python -m lab.report runs/source_layer      # in the middle of a run, after a kill, at the end
 
 Both training scripts leave the same files, and this is all that is read:
 
@@ -14,6 +14,7 @@ Both training scripts leave the same files, and this is all that is read:
 A run may be read while it is being written, so that nothing here takes for granted that a file exists, that its last line is whole, or that a line has
 a term. It trusts the log alone about how far the run is: an evaluation beyond its last step is one that a resumed run will make again.
 """
+import argparse
 import json
 import math
 import textwrap
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 import data
+import evaluate
+from plumbing.files import writing
 from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, read_lines
 
 LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")      # of both scripts, in the order of the colours
@@ -296,3 +299,30 @@ def plot_report(run):
     figure.suptitle(f"{textwrap.shorten(run['config']['command'], 150, placeholder=' ...')}   ({progress(run)}{note})", fontsize=10)
     figure.savefig(run["folder"] / "report.png", dpi=110)
     plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="the folder that the script's --out named")
+    args = parser.parse_args(argv)
+    try:
+        run = read_run(args.run)
+    except data.DataError as error:
+        raise SystemExit(f"lab.report: {error}") from None
+    picture = run["folder"] / "report.png"
+    with writing(picture):
+        plot_report(run)
+    print(*summary(run), sep="\n")
+    if run["results"]:
+        before = run["results"]["before"]
+        after = run["results"]["after"]
+        if "text_accuracy" in before:
+            print(evaluate.report_gap(after, before))
+        else:
+            print(evaluate.report_change(before, after))
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()

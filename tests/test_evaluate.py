@@ -19,8 +19,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import data
 import evaluate
 import judge
-from lab import report
 import rollout
+from plumbing import plots
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice, voicebench_letter
 
@@ -540,7 +540,7 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
     assert re.search(r"^mix +50.00 +100.00 +[+]50.00", evaluate.report_change(before, after), re.M)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "sft": 1.0}\n')
     (tmp_path / "results.json").write_text(json.dumps({"before": before, "after": after}))
-    report.plot_run(tmp_path)
+    plots.plot_run(tmp_path)
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
@@ -685,8 +685,9 @@ def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
     bad = examples[0].audio.parent / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, rows)))
     (bad.parent / "broken.wav").write_bytes(b"RIFF")
-    for task, words in ("both", "broken.wav"), ("kl", "--task kl runs in one process, and torchrun started 2; start it with python"):
-        done = by_ranks(2, tmp_path / task, "--task", task, "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2)
+    for task, words in ("both", "broken.wav"), ("mmau", "--task mmau runs in one process, and torchrun started 2; start it with python"):
+        done = by_ranks(2, tmp_path / task, "--task", task, "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2,
+                         "--predictions", "none.json")
         sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
         assert done.returncode and len(sentences) == 1 and words in sentences[0], done.stderr
         assert done.stdout == "" and not (tmp_path / task / "out").exists() and 'evaluate.py", line' not in done.stderr

@@ -268,12 +268,11 @@ def test_kl_report_finds_what_was_planted():
     assert sum(report["histogram"]["counts"]) == 2000 and report["by_position"][0] > report["by_position"][10] == pytest.approx(0.01)
 
 
-def test_the_kl_command_before_and_after(tmp_path, monkeypatch, capsys):
+def test_the_kl_command_before_and_after(tmp_path, capsys):
     """The student against itself reading: mean D_t as train_cord.py's own step computes it on the same rollouts."""
     manifest = write_spoken(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "kl", "--model", str(mini.world.MINI / "student"), "--data", str(manifest),
-                                      "--max-new-tokens", "20", "--out", str(tmp_path)])
-    evaluate.main()
+    inside.main(["kl", "--model", str(mini.world.MINI / "student"), "--data", str(manifest),
+                 "--max-new-tokens", "20", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "kl.json").read_text())
     assert list(report) == ["before"] and (tmp_path / "kl.png").stat().st_size > 10_000 and "largest on:" in capsys.readouterr().out
     student, processor = models.load_audio_model(mini.world.MINI / "student")

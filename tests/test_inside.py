@@ -121,8 +121,8 @@ def test_the_command_before_and_after_training(world, tmp_path):
     import train_source_layer
     train_source_layer.main(small_run(world, tmp_path / "run", "--text-kd", "skip:3", "--lr", "1e-3"))
     model, out = tmp_path / "run" / "step-0000004", tmp_path / "look"
-    subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "evaluate.py"), "--task", "layers", "--model", str(model), "--data", str(world),
-                    "--out", str(out)], check=True, capture_output=True, timeout=240)
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "lab.inside", "layers", "--model", str(model), "--data", str(world),
+                    "--out", str(out)], cwd=ROOT, check=True, capture_output=True, timeout=240)
     report = json.loads((out / "layers.json").read_text())
     assert report["pairs"] == [list(pair) for pair in layer_map.pairs(7, 9)] and (out / "layers.png").stat().st_size > 10_000
     for when in ("before", "after"):
@@ -145,14 +145,12 @@ def test_saved_projections_serve_their_own_pairs(tmp_path):
     assert (merged.weights[1] == 7).all() and (merged.mean[1] == 3).all() and torch.equal(merged.weights[0], torch.eye(6, 4))
 
 
-def test_features_on_the_mini_models_and_a_teacher_nobody_named(world, tmp_path, capsys, monkeypatch):
-    import evaluate
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "features", "--model", str(mini.world.MINI / "student"), "--data", str(world),
-                                      "--out", str(tmp_path)])
+def test_features_on_the_mini_models_and_a_teacher_nobody_named(world, tmp_path, capsys):
+    flags = ["features", "--model", str(mini.world.MINI / "student"), "--data", str(world)]
+    flags += ["--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="nobody knows its teacher; give --teacher"):
-        evaluate.main()
-    sys.argv += ["--teacher", str(mini.world.MINI / "teacher")]
-    evaluate.main()
+        inside.main(flags)
+    inside.main([*flags, "--teacher", str(mini.world.MINI / "teacher")])
     report = json.loads((tmp_path / "features.json").read_text())
     assert report["planted"]["mse, raw"]["largest"] > 0.9 and report["planted"]["jsd, standardised"]["largest"] < 0.05
     assert (tmp_path / "features.png").exists() and "planted" in capsys.readouterr().out

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import data
-import evaluate
 from lab import report
+from plumbing import plots
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -81,8 +81,8 @@ def test_a_log_is_read_whatever_a_kill_left_of_it(tmp_path):
     lines = [{"step": 1, "loss": 3.0, "sft": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0, "sft": 0.5}, {"step": 2, "loss": 2.0}, [1], 7, {"loss": 5.0}]
     run = report.read_run(write_run(tmp_path, lines))
     assert [line["step"] for line in run["log"]] == [1, 2, 3] and run["done"] == 3 and not run["finished"]
-    assert report.curve(run["log"], "loss") == ((1, 2, 3), (3.0, 2.0, 1.0))                 # of a step's two lines the later
-    assert report.curve(run["log"], "sft") == ((3,), (0.5,)) and report.curve(run["log"], "top") == ((), ())
+    assert plots.curve(run["log"], "loss") == ((1, 2, 3), (3.0, 2.0, 1.0))                 # of a step's two lines the later
+    assert plots.curve(run["log"], "sft") == ((3,), (0.5,)) and plots.curve(run["log"], "top") == ((), ())
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n\xff\xfe{"st')
     assert report.read_run(tmp_path)["done"] == 1
 
@@ -163,7 +163,7 @@ def test_a_finished_run_ends_with_its_paired_differences(tmp_path, capsys):
     before["aqa"]["correct"]["sound"]["a"] = False
     for name, found in ("before", before), ("after", after), ("results", {"before": before, "after": after, "minutes": 3.0}):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    evaluate.main(["--task", "report", "--run", str(tmp_path)])
+    report.main([str(tmp_path)])
     said = capsys.readouterr().out
     assert "2 of 2 steps, finished" in said and "3.0 minutes in all" in said and "average       50.00    60.00   +50.00 points" in said
     assert re.search(r"^ +0 +45.0 +55.0 +50.0 +80.0\n +2 +55.0 +65.0 +60.0 +75.0$", said, re.M) and said.endswith("report.png\n")
@@ -222,19 +222,19 @@ def test_lines_that_lack_terms(tmp_path, monkeypatch, line):
 
 def test_smoothing_neither_lags_nor_loses_the_ends():
     line = np.arange(200.0)
-    assert report.smooth(line)[50:150] == pytest.approx(line[50:150], abs=0.51) and report.smooth(np.ones(77)) == pytest.approx(np.ones(77))
-    assert report.smooth([3.0, 1.0]) == pytest.approx([3, 1])
+    assert plots.smooth(line)[50:150] == pytest.approx(line[50:150], abs=0.51) and plots.smooth(np.ones(77)) == pytest.approx(np.ones(77))
+    assert plots.smooth([3.0, 1.0]) == pytest.approx([3, 1])
 
 
 def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
     left_out = {"step": 2, "skipped": "the gradient was not finite", "ids": ["q"]}
     write_run(tmp_path / "a", [source_layer(1, sft=None), left_out, source_layer(3)])
     (tmp_path / "a" / "results.json").write_text(json.dumps({"before": heard(50, 80), "after": heard(60, 75)}))
-    report.plot_run(tmp_path / "a")
+    plots.plot_run(tmp_path / "a")
     write_run(tmp_path / "b", [cord(1), left_out, cord(3, kl=None)])
     for name in "before", "after":
         (tmp_path / "b" / f"{name}.json").write_text(json.dumps(views(90, 70)))
-    report.plot_cord(tmp_path / "b")
+    plots.plot_cord(tmp_path / "b")
     assert all((tmp_path / name / "run.png").stat().st_size > 10_000 for name in "ab")
 
 
@@ -247,7 +247,7 @@ def test_a_real_run(tmp_path, capsys, script):
     subprocess.run([sys.executable, str(ROOT / script), "--dry-run", "--out", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True, timeout=300)
 
     def say():
-        evaluate.main(["--task", "report", "--run", str(tmp_path / "run")])
+        report.main([str(tmp_path / "run")])
         return capsys.readouterr().out
     whole = say()
     assert "2 of " in whole and ", a dry run" in whole and "checkpoints 2, the newest first" in whole and "paired" in whole
@@ -258,3 +258,11 @@ def test_a_real_run(tmp_path, capsys, script):
         (tmp_path / "run" / name).unlink()
     killed = say()
     assert "1 of " in killed and "paired" not in killed and re.search(r"^ +0 ", killed, re.M)
+
+
+def test_without_matplotlib_the_figure_is_left_out_with_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plots.plot_run(tmp_path)
+    plots.plot_cord(tmp_path)
+    assert capsys.readouterr().out.count("no figure was drawn, because matplotlib cannot") == 2
+    assert not (tmp_path / "run.png").exists()
