@@ -91,7 +91,7 @@ def tally(groups, record, right):
 
 
 def accuracies(correct):
-    """task -> id -> right? -> accuracy and Wilson's interval of each task and of all ("average")."""
+    """task -> id -> right? -> accuracy and interval of each task and of all ("average")."""
     verdicts = {task: list(by_id.values()) for task, by_id in correct.items()}
     verdicts["average"] = sum(verdicts.values(), [])
     per_cent = {name: 100 * sum(v) / len(v) if v else None for name, v in verdicts.items()}
@@ -168,7 +168,8 @@ def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
     """labels, predictions: class names, one per utterance; None is no answer, which is wrong.
 
     Returns {"ua": per cent; "recall": per class; "interval": bootstrap 95 %, resampled within each
-    class; "confusion": label -> prediction or "no answer" -> count}. ValueError: an unknown label."""
+    class; "confusion": label -> prediction or "no answer" -> count}. Raises ValueError for an unknown
+    label."""
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise ValueError(f"the label {unknown[0]!r} is not among the classes {', '.join(classes)}")
@@ -317,8 +318,8 @@ def report(results):
         ser = results["ser"]
         low, high = ser["interval"]
         names = list(next(iter(ser["confusion"].values())))
-        lines.append(f"{'SER':10}{ser['ua']:9.2f}   [{low:5.2f}, {high:6.2f}]  unweighted accuracy; "
-                     "below: said (columns) of meant (rows)")
+        lines.append(f"{'SER':10}{ser['ua']:9.2f}   [{low:5.2f}, {high:6.2f}]  unweighted "
+                     "accuracy; below: said (columns) of meant (rows)")
         lines.append(" " * 10 + "".join(f"{name:>10}" for name in names))
         for label, row in ser["confusion"].items():
             lines.append(f"{label:10}" + "".join(f"{row[name]:10}" for name in names))
@@ -406,8 +407,8 @@ def name_failures(before, after):
     gain = {name: after["aqa"][name] - was[name] for name in was}
     lost = before["ser"]["ua"] - after["ser"]["ua"] if "ser" in before else 0
     if lost > 2 and sum(gain.values()) > 0:
-        sentences.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how to "
-                         "hear; raise --alpha-ac")
+        sentences.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how "
+                         "to hear; raise --alpha-ac")
     if gain.get("speech", 0) <= 5:
         return sentences
 
@@ -425,8 +426,7 @@ def name_failures(before, after):
 # 4. The audio-text gap (paper B): the same questions, heard and read
 
 def spoken(examples):
-    """What can be asked in both views: with a transcript, and not about emotion, which no transcript
-    holds."""
+    """What can be asked in both views: a transcript is needed, and none holds an emotion."""
     return [e for e in examples if e.transcript and e.task != SER_TASK]
 
 
@@ -535,8 +535,8 @@ def report_gap(results, before=None):
             pairs = [mine[i] for i in shared], [theirs[i] for i in shared]
             points, (low, high) = paired_bootstrap(*pairs)
             key = f"{view}_accuracy"
-            lines.append(f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} points, "
-                         f"paired [{low:+.1f}, {high:+.1f}], {len(shared)} questions")
+            lines.append(f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} "
+                         f"points, paired [{low:+.1f}, {high:+.1f}], {len(shared)} questions")
     if "elsewhere" in results and "elsewhere" in before:
         change = report_change(before["elsewhere"], results["elsewhere"])
         lines += ["elsewhere (heard only):", change]

@@ -12,7 +12,7 @@ TINY = 1e-6                 # what a log scale shows of 0
 
 
 def read_lines(path):
-    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts the last off."""
+    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts one."""
     if not path.exists():
         return []
     found = []

@@ -160,5 +160,5 @@ def test_readme_shows_what_was_seen():
     readme = (ROOT / "README.md").read_text()
     for name, lines in (("features", inside.features_lines), ("layers", inside.layers_lines)):
         assert f"docs/figures/{name}.png" in readme
-        for line in lines(json.loads((ROOT / "figures" / f"{name}.json").read_text())):
+        for line in lines(json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text())):
             assert line in readme, f"README lacks a line of {name}: {line}"
