@@ -168,8 +168,8 @@ def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
     """labels, predictions: class names, one per utterance; None is no answer, which is wrong.
 
     Returns {"ua": per cent; "recall": per class; "interval": bootstrap 95 %, resampled within each
-    class; "confusion": label -> prediction or "no answer" -> count}. Raises ValueError for an unknown
-    label."""
+    class; "confusion": label -> prediction or "no answer" -> count}. Raises ValueError for an
+    unknown label."""
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise ValueError(f"the label {unknown[0]!r} is not among the classes {', '.join(classes)}")

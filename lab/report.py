@@ -147,9 +147,9 @@ def some(names, most=5):
 
 
 def host_growth(log):
-    """-> (first, last GB, MB a thousand steps) of the host's memory, or None. A resumed run is a new
-    process with less: only what follows the last fall by a tenth counts. Caches fill at first: the
-    slope is that of the last nine tenths."""
+    """-> (first, last GB, MB a thousand steps) of the host's memory, or None. A resumed run is a
+    new process with less: only what follows the last fall by a tenth counts. Caches fill at
+    first: the slope is that of the last nine tenths."""
     steps, values = curve(log, "host_gb")
     if not values:
         return None
@@ -163,7 +163,7 @@ def host_growth(log):
 
 
 def table(evaluations):
-    """[(step, scores)] as lines, a row a step; of many every second, or third, ..., and the last."""
+    """[(step, scores)] as lines, a row a step; of many every second, or third, ..., to the last."""
     evaluations = evaluations[::-math.ceil(len(evaluations) / ROWS)][::-1]
     names = list(dict.fromkeys(name for _, found in evaluations for name in found))
     wide = {name: max(8, len(name) + 2) for name in names}
