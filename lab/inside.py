@@ -34,7 +34,7 @@ from plumbing.predictions import read_json
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
 MOST_TOKENS = 2000          # CKA compares every two tokens: 32 MB a layer
-PLANTED = 200.0             # arXiv 2402.17762 finds features hundreds of times larger than the median
+PLANTED = 200.0             # arXiv 2402.17762: features hundreds of times the median
 
 
 # -------------------------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
 
 
 def standardise(hidden):
-    """[tokens, width] -> each feature with mean 0 and deviation 1, or a massive feature would be all
-    that CKA sees."""
+    """[tokens, width] -> each feature with mean 0 and deviation 1, or a massive feature would be
+    all that CKA sees."""
     mean, std = layer_map.feature_statistics(hidden)
     return (hidden - mean) / std
 
@@ -150,7 +150,7 @@ def own_attention(projected, target, rows):
     firsts = []
     chances = []
     for s, t in zip(projected.split(rows), target.split(rows)):
-        attention = (s @ t.T / t.shape[1] ** 0.5).softmax(-1)       # [tokens of this response, same]
+        attention = (s @ t.T / t.shape[1] ** 0.5).softmax(-1)       # [tokens, tokens] of it
         shares.append(attention.diagonal())
         firsts.append(attention.argmax(-1) == torch.arange(len(s)))
         chances.append(torch.full((len(s),), 1 / len(s)))
@@ -493,8 +493,8 @@ def load(name):
 
 
 def run_layers(args, out):
-    """layers and features: JSON, a PNG and a few lines. A checkpoint's run names its teacher and the
-    student that it started from. Every second example fits W_i, the others are looked at."""
+    """layers and features: JSON, a PNG and a few lines. A checkpoint's run names its teacher and
+    the student that it started from. Every second example fits W_i, the others are looked at."""
     model = Path(args.model)
     settings = settings_of(model)
     teacher_name = args.teacher or settings.get("teacher")
