@@ -151,10 +151,12 @@ def folder_of(script, flags, seed):
 
 def call(log, threads, script, *arguments):
     """Run a script of ours with its output in a file. Raises SystemExit with the last line of what it said."""
-    command = [sys.executable, "-W", "ignore", str(HERE / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE)}
+    where = [str(HERE / script)] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, "-W", "ignore", *where, *map(str, arguments)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
         raise SystemExit(f"{script} {shlex.join(map(str, arguments))} failed: {said[-1]}; all of its output is in {log}")
@@ -180,14 +182,14 @@ def results_of(script, flags, seed, dry_run=False):
 
 
 def run(script, flags, seed, *, threads, dry_run, look):
-    """Train one row with one seed unless its results are there; look: also at its layers and vocabulary (evaluate.py --task layers)."""
+    """Train one row with one seed unless its results are there; look: also at its layers and vocabulary (lab.inside layers)."""
     folder = folder_of(script, flags, seed)
     if not results_of(script, flags, seed, dry_run):
         call(folder / "run.txt", threads, f"{script.__name__}.py", *arguments_of(script, flags, seed, dry_run), *["--resume", "auto"] * (not dry_run))
         if not results_of(script, flags, seed, dry_run):    # Ctrl-C reaches the run first, which saves and stops as it should
             raise SystemExit(f"{folder} was interrupted; the same command goes on with it")
     if look and not (folder / "layers.json").exists():
-        call(folder / "layers.txt", threads, "evaluate.py", "--task", "layers", "--model", newest(folder), "--data", world("test", seed, dry_run),
+        call(folder / "layers.txt", threads, "lab.inside", "layers", "--model", newest(folder), "--data", world("test", seed, dry_run),
              "--out", folder, *["--limit", "8"] * dry_run)
 
 

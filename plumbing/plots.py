@@ -1,5 +1,5 @@
 """
-run.png, the figure that a training script draws at its end.
+run.png, the figure that a training script draws at its end. Without matplotlib there is none.
 """
 import json
 import math
@@ -12,9 +12,11 @@ TINY = 1e-6                 # what a log scale shows of 0
 
 
 def read_lines(path):
-    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts the last line off."""
+    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts one."""
+    if not path.exists():
+        return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -23,39 +25,55 @@ def read_lines(path):
 
 
 def curve(log, name):
-    """Where a term was logged -> (steps, values). Lines without it, null and what is not finite are left out."""
-    found = [(line["step"], line[name]) for line in log if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
-    return tuple(zip(*found)) or ((), ())
+    """Where a term was logged -> (steps, values), without null and what is not finite."""
+    lines = [line for line in log if isinstance(line.get(name), int | float)]
+    lines = [line for line in lines if math.isfinite(line[name])]
+    return tuple(line["step"] for line in lines), tuple(line[name] for line in lines)
 
 
 def smooth(values):
     """The mean of the twentieth of all around each of them, of fewer at both ends."""
     window = np.ones(max(1, len(values) // 20))
-    return np.convolve(values, window, mode="same") / np.convolve(np.ones(len(values)), window, mode="same")
+    around = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / around
 
 
 def draw(axis, log, name, colour, label=None, scale="linear"):
-    """A term over the steps, faint as it was and smoothed -> the line for a legend, if there is anything to draw. scale: linear, log, or exact, which
-    is linear and nothing to smooth."""
+    """A term over the steps, faint as it was and smoothed -> the lines for a legend. scale: linear,
+    log, or exact, which is linear with nothing to smooth."""
     steps, values = curve(log, name)
     if not values:
         return []
-    if scale == "log":                                                    # one step's jump is not to lift all around it
+    if scale == "log":
+        # smoothed as logarithms, so that one step's jump does not lift all around it
         axis.set_yscale("log")
         values = np.maximum(values, TINY)
         soft = np.exp(smooth(np.log(values)))
     else:
         soft = values if scale == "exact" else smooth(values)
     axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    return axis.plot(steps, soft, color=colour, linewidth=1.5, label=label or name, marker="o" if len(values) == 1 else None)
+    marker = "o" if len(values) == 1 else None
+    return axis.plot(steps, soft, color=colour, linewidth=1.5, label=label or name, marker=marker)
+
+
+def pyplot():
+    """matplotlib.pyplot without a screen, or None where it cannot be imported."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot
+    except ImportError as error:
+        print(f"no figure was drawn, because matplotlib cannot be imported ({error})")
+        return None
+    return matplotlib.pyplot
 
 
 def plot_run(folder):
-    """A training run's folder (log.jsonl, results.json) -> run.png: the loss terms over the steps, accuracies before and after."""
-    import matplotlib
-    matplotlib.use("Agg")                                                 # no screen needed
-    import matplotlib.pyplot as plt
-
+    """A training run's folder (log.jsonl, results.json) -> run.png: the loss terms over the steps,
+    accuracies before and after."""
+    plt = pyplot()
+    if plt is None:
+        return
     log = read_lines(Path(folder) / "log.jsonl")
     results = json.loads((Path(folder) / "results.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
@@ -63,23 +81,32 @@ def plot_run(folder):
         steps, values = curve(log, name)
         if values:
             left.plot(steps, np.maximum(values, 1e-6), label=name, linewidth=1.5)
-    left.set(xlabel="step", ylabel="loss term, unweighted", yscale="log", title="what the student learns from")
+    left.set(xlabel="step", ylabel="loss term, unweighted", yscale="log")
+    left.set_title("what the student learns from")
     left.legend(frameon=False)
-    bars = [(name, *((r["aqa"][name], r["aqa"]["intervals"][name]) for r in (results["before"], results["after"])))
-            for name in (*results["before"].get("aqa", {}).get("correct", ()), "average") if "aqa" in results["before"]
-            and results["before"]["aqa"][name] is not None]
+
+    aqa = results["before"].get("aqa", {})
+    tasks = [*aqa.get("correct", ()), "average"]
+    labels = [name for name in tasks if aqa.get(name) is not None]
     if "ser" in results["before"]:
-        bars.append(("SER\n(never trained)", *((r["ser"]["ua"], r["ser"]["interval"]) for r in (results["before"], results["after"]))))
+        labels.append("SER\n(never trained)")
     for side, (when, colour) in enumerate((("before", "#b8c4d6"), ("after", "#2f5d9b"))):
-        at = np.arange(len(bars)) + 0.4 * side - 0.2
-        height = np.array([bar[1 + side][0] for bar in bars])
-        low, high = np.array([bar[1 + side][1] for bar in bars]).reshape(-1, 2).T
+        found = results[when]
+        at = np.arange(len(labels)) + 0.4 * side - 0.2
+        heights = [found["aqa"][name] for name in tasks if name in labels]
+        intervals = [found["aqa"]["intervals"][name] for name in tasks if name in labels]
+        if len(labels) > len(heights):
+            heights.append(found["ser"]["ua"])
+            intervals.append(found["ser"]["interval"])
+        height = np.array(heights)
+        low, high = np.array(intervals).reshape(-1, 2).T
         error = [np.maximum(0, height - low), np.maximum(0, high - height)]
-        right.bar(at, height, 0.38, color=colour, label=when, yerr=error, ecolor="#555555", capsize=2)
+        right.bar(at, height, 0.38, color=colour, label=when, yerr=error, ecolor="#555", capsize=2)
         for x, y in zip(at, height):
-            right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color="black" if side == 0 else "white")
+            shade = "black" if side == 0 else "white"
+            right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color=shade)
     right.set(ylabel="accuracy (%)", ylim=(0, 100), title="hearing questions, before and after")
-    right.set_xticks(range(len(bars)), [bar[0] for bar in bars])
+    right.set_xticks(range(len(labels)), labels)
     right.legend(frameon=False, loc="upper center", ncols=2)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -88,24 +115,33 @@ def plot_run(folder):
 
 
 def plot_cord(folder):
-    """A CORD run's folder (log.jsonl, before, step-N and after.json) -> run.png: both views' accuracy over the steps, and what drove them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """A CORD run's folder (log.jsonl, before, eval-N and after.json) -> run.png: both views'
+    accuracy over the steps, and what drove them."""
+    plt = pyplot()
+    if plt is None:
+        return
     folder = Path(folder)
     log = read_lines(folder / "log.jsonl")
-    points = [(0, "before")] + [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")] + [(log[-1]["step"], "after")]
-    evaluations = [(step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)]
+    points = [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")]
+    points = sorted([(0, "before"), *points, (log[-1]["step"], "after")])
+    steps = [step for step, _ in points]
+    evaluations = [json.loads((folder / f"{name}.json").read_text()) for _, name in points]
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for view, colour in (("text", ORANGE), ("audio", BLUE)):
-        values = [found[f"{view}_accuracy"] for _, found in evaluations]
-        low, high = zip(*(found["intervals"][view] for _, found in evaluations))
-        left.plot([step for step, _ in evaluations], values, "-o", color=colour, label=f"{view} view")
-        left.fill_between([step for step, _ in evaluations], low, high, color=colour, alpha=0.15, linewidth=0)
-    left.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title="the same questions, read and heard")
+        values = [found[f"{view}_accuracy"] for found in evaluations]
+        low, high = zip(*(found["intervals"][view] for found in evaluations))
+        left.plot(steps, values, "-o", color=colour, label=f"{view} view")
+        left.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    left.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102))
+    left.set_title("the same questions, read and heard")
     left.legend(frameon=False, loc="lower right")
-    for name, label, axis, colour in (("kl", "KL per token (nats)", right, BLUE), ("reward", "reward, mean of the groups", right.twinx(), RED)):
+
+    rewards = right.twinx()
+    for axis, name, label, colour in (
+        (right, "kl", "KL per token (nats)", BLUE),
+        (rewards, "reward", "reward, mean of the groups", RED),
+    ):
         draw(axis, log, name, colour)
         axis.set_ylabel(label, color=colour)
         axis.set_ylim(bottom=0)

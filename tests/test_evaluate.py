@@ -1,4 +1,5 @@
 """From text to numbers: extraction, MMAU's rule, unweighted accuracy, intervals, decoding, the command line."""
+
 import json
 import os
 import random
@@ -14,70 +15,120 @@ import scipy.stats
 import torch
 from sklearn.metrics import balanced_accuracy_score
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import data
 import evaluate
 import judge
-from lab import report
 import rollout
+from plumbing import plots
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice, voicebench_letter
 
 ROOT = Path(__file__).parent.parent
 METALS = ["gold", "silver", "white gold", "a ring"]
-TRACE = ("<THINK><PLANNING>p</PLANNING><CAPTION>silver, (B)</CAPTION><REASONING>The answer is silver.</REASONING>"
-         "<SUMMARY>s</SUMMARY></THINK>")
+TRACE = (
+    "<THINK><PLANNING>p</PLANNING><CAPTION>silver, (B)</CAPTION><REASONING>The answer is silver.</REASONING>"
+    "<SUMMARY>s</SUMMARY></THINK>"
+)
 
 
 # ------------------------------------------------------- what was chosen -------------------------------------------------------
 
-@pytest.mark.parametrize("output, choice", [
-    (TRACE + "<RESPONSE>gold</RESPONSE>", "gold"),                      # the trace speaks of silver: dropped
-    (TRACE + "<RESPONSE>White Gold.", "white gold"),                    # never closed
-    (TRACE + "<RESPONSE>gold</RESPONSE><RESPONSE>silver</RESPONSE>", "gold"),
-    (TRACE + " I hear gold.", "gold"),                                  # no response tag: what follows the trace
-    (TRACE, None),                                                      # only a trace: no answer, not the trace's words
-    (TRACE + "<RESPONSE></RESPONSE>", None),
-    ("<THINK><PLANNING>gold or silver? The answer is silver, I thi", "silver"),      # cut off, but it says so
-    ("<THINK><PLANNING>it may be silver", None),                        # cut off before any statement
-    ("gold<|im_end|>", "gold"),
-    ("B", "silver"), ("b", "silver"), ("(B)", "silver"), ("B.", "silver"), ("B)", "silver"), ("[B]", "silver"), ("**B**", "silver"),
-    ("B. silver", "silver"), ("(A) gold", "gold"), ("a) gold", "gold"), ("A: gold", "gold"), ("A - gold", "gold"),
-    ("The answer is B", "silver"), ("The answer is (C).", "white gold"), ("**Answer:** (C) white gold", "white gold"),
-    ("The correct answer is: \"gold\".", "gold"), ("the answer is option B, not A", "silver"),
-    ("The answer to this is B", "silver"), ("the correct option is C", "white gold"), ("I choose option D", "a ring"),
-    ("B because silver is lighter", "silver"), ("B because it is not gold", "silver"),
-    ("A is a letter of gold", "gold"),
-    ("It is silver. Gold would sound brighter.", None),                 # two are named, and no statement says which
-    ("silver. Gold would sound brighter.", "silver"),                   # the first sentence is an answer by itself
-    ("The answer is silver. Gold would be brighter.", "silver"),
-    ("Either gold or silver. The answer is silver", "silver"), ("The answer is gold? No, the answer is silver", "silver"),
-    ("The answer is gold.\nNo: the answer is silver.", "silver"), ("The answer is silver. The answer is easy to hear.", "silver"),
-    ("gold or silver", None), ("(A) silver", None), ("A and B", None),  # contradictions are no answer
-    ("", None), ("I do not know", None), ("golden", None), ("marigold", None), ("non-gold", None), ("E", None), ("(F)", None),
-])
+
+@pytest.mark.parametrize(
+    "output, choice",
+    [
+        (TRACE + "<RESPONSE>gold</RESPONSE>", "gold"),  # the trace speaks of silver: dropped
+        (TRACE + "<RESPONSE>White Gold.", "white gold"),  # never closed
+        (TRACE + "<RESPONSE>gold</RESPONSE><RESPONSE>silver</RESPONSE>", "gold"),
+        (TRACE + " I hear gold.", "gold"),  # no response tag: what follows the trace
+        (TRACE, None),  # only a trace: no answer, not the trace's words
+        (TRACE + "<RESPONSE></RESPONSE>", None),
+        (
+            "<THINK><PLANNING>gold or silver? The answer is silver, I thi",
+            "silver",
+        ),  # cut off, but it says so
+        ("<THINK><PLANNING>it may be silver", None),  # cut off before any statement
+        ("gold<|im_end|>", "gold"),
+        ("B", "silver"),
+        ("b", "silver"),
+        ("(B)", "silver"),
+        ("B.", "silver"),
+        ("B)", "silver"),
+        ("[B]", "silver"),
+        ("**B**", "silver"),
+        ("B. silver", "silver"),
+        ("(A) gold", "gold"),
+        ("a) gold", "gold"),
+        ("A: gold", "gold"),
+        ("A - gold", "gold"),
+        ("The answer is B", "silver"),
+        ("The answer is (C).", "white gold"),
+        ("**Answer:** (C) white gold", "white gold"),
+        ('The correct answer is: "gold".', "gold"),
+        ("the answer is option B, not A", "silver"),
+        ("The answer to this is B", "silver"),
+        ("the correct option is C", "white gold"),
+        ("I choose option D", "a ring"),
+        ("B because silver is lighter", "silver"),
+        ("B because it is not gold", "silver"),
+        ("A is a letter of gold", "gold"),
+        (
+            "It is silver. Gold would sound brighter.",
+            None,
+        ),  # two are named, and no statement says which
+        (
+            "silver. Gold would sound brighter.",
+            "silver",
+        ),  # the first sentence is an answer by itself
+        ("The answer is silver. Gold would be brighter.", "silver"),
+        ("Either gold or silver. The answer is silver", "silver"),
+        ("The answer is gold? No, the answer is silver", "silver"),
+        ("The answer is gold.\nNo: the answer is silver.", "silver"),
+        ("The answer is silver. The answer is easy to hear.", "silver"),
+        ("gold or silver", None),
+        ("(A) silver", None),
+        ("A and B", None),  # contradictions are no answer
+        ("", None),
+        ("I do not know", None),
+        ("golden", None),
+        ("marigold", None),
+        ("non-gold", None),
+        ("E", None),
+        ("(F)", None),
+    ],
+)
 def test_extraction(output, choice):
     assert extract_choice(output, METALS) == choice
 
 
-@pytest.mark.parametrize("output, choices, choice", [
-    ("A dog barks", ["cat", "dog"], "dog"),                             # an article, not option A
-    ("A dog barks", ["a dog", "cat"], "a dog"),
-    ("The answer is A because", ["cat", "dog"], "cat"),
-    ("B minor", ["C major", "A", "B minor"], "B minor"),                # a key, not option B
-    ("It is B minor, I hear it", ["B minor", "C major"], "B minor"),
-    ("a chord of C", ["A", "C", "G"], "C"),
-    ("It takes 1.5 seconds", ["5 seconds", "2 seconds"], None),         # 1.5 is not 5
-    ("It takes 1.5 seconds", ["5 seconds", "1.5 seconds"], "1.5 seconds"),
-    ("C:maj/1 to G:maj/1", ["G:maj/1 to C:maj/1", "C:maj/1 to G:maj/1"], "C:maj/1 to G:maj/1"),
-    ("beep, knock", ["knock, beep", "beep, knock"], "beep, knock"),
-    ("not present", ["present", "not present"], "not present"), ("It is not present", ["present", "absent"], None),
-    ("3", ["1", "2", "3"], "3"), ("There are 3 knocks", ["13", "3", "33"], "3"),
-    ("D", ["1.63 s", "2.74 s", "1.53 s", "1.63 s"], "1.63 s"),          # a doubled choice, as MMAU has
-    ("C (unclear)", ["x", "y", "z"], "z"),
-    ("anything", [], None),
-])
+@pytest.mark.parametrize(
+    "output, choices, choice",
+    [
+        ("A dog barks", ["cat", "dog"], "dog"),  # an article, not option A
+        ("A dog barks", ["a dog", "cat"], "a dog"),
+        ("The answer is A because", ["cat", "dog"], "cat"),
+        ("B minor", ["C major", "A", "B minor"], "B minor"),  # a key, not option B
+        ("It is B minor, I hear it", ["B minor", "C major"], "B minor"),
+        ("a chord of C", ["A", "C", "G"], "C"),
+        ("It takes 1.5 seconds", ["5 seconds", "2 seconds"], None),  # 1.5 is not 5
+        ("It takes 1.5 seconds", ["5 seconds", "1.5 seconds"], "1.5 seconds"),
+        ("C:maj/1 to G:maj/1", ["G:maj/1 to C:maj/1", "C:maj/1 to G:maj/1"], "C:maj/1 to G:maj/1"),
+        ("beep, knock", ["knock, beep", "beep, knock"], "beep, knock"),
+        ("not present", ["present", "not present"], "not present"),
+        ("It is not present", ["present", "absent"], None),
+        ("3", ["1", "2", "3"], "3"),
+        ("There are 3 knocks", ["13", "3", "33"], "3"),
+        ("D", ["1.63 s", "2.74 s", "1.53 s", "1.63 s"], "1.63 s"),  # a doubled choice, as MMAU has
+        ("C (unclear)", ["x", "y", "z"], "z"),
+        ("anything", [], None),
+    ],
+)
 def test_extraction_pitfalls(output, choices, choice):
     assert extract_choice(output, choices) == choice
 
@@ -87,94 +138,248 @@ def test_extraction_does_not_depend_on_the_order_of_choices():
         shuffled = random.Random(seed).sample(METALS, len(METALS))
         for choice in METALS:
             letter = "ABCD"[shuffled.index(choice)]
-            for output in (choice, f"The answer is {choice}", f"I hear {choice} here", letter, f"({letter}) {choice}", f"it is ({letter})"):
+            for output in (
+                choice,
+                f"The answer is {choice}",
+                f"I hear {choice} here",
+                letter,
+                f"({letter}) {choice}",
+                f"it is ({letter})",
+            ):
                 assert extract_choice(f"{TRACE}<RESPONSE>{output}</RESPONSE>", shuffled) == choice
 
 
 # ------------------------------------------------------- MMAU's rule -------------------------------------------------------
 
-@pytest.mark.parametrize("answer, prediction, choices, right", [
-    ("gold", "gold", ["gold", "silver"], True), ("gold", "GOLD!", ["gold", "silver"], True),
-    ("gold", "It must be gold", ["gold", "silver"], True),
-    ("gold", "gold, not silver", ["gold", "silver"], False),            # a word of a wrong choice
-    ("gold", "golden", ["gold", "silver"], False),
-    ("gold", "", ["gold", "silver"], False), ("", "", ["", "silver"], False),
-    ("gold", "The answer is (A) gold", ["gold", "a ring"], False),      # "a" belongs to a wrong choice
-    ("gold", "The answer is (A) gold", ["gold", "silver"], True),       # here it does not
-    ("gold", "The answer is (A) gold", ["gold", "the ring"], False),
-    ("a gold ring", "a gold ring", ["a gold ring", "a silver ring"], True),         # words it shares with a wrong choice are free
-    ("a gold ring", "gold ring", ["a gold ring", "a silver ring"], False),          # all words are needed
-    ("gold", "white gold", ["gold", "white gold"], False), ("white gold", "white gold", ["gold", "white gold"], True),
-    ("knock then beep", "beep then knock", ["knock then beep", "beep then knock"], True),       # blind to order: so is MMAU's script
-    ("C#", "C", ["C#", "D"], True),                                     # and to signs
-])
+
+@pytest.mark.parametrize(
+    "answer, prediction, choices, right",
+    [
+        ("gold", "gold", ["gold", "silver"], True),
+        ("gold", "GOLD!", ["gold", "silver"], True),
+        ("gold", "It must be gold", ["gold", "silver"], True),
+        ("gold", "gold, not silver", ["gold", "silver"], False),  # a word of a wrong choice
+        ("gold", "golden", ["gold", "silver"], False),
+        ("gold", "", ["gold", "silver"], False),
+        ("", "", ["", "silver"], False),
+        (
+            "gold",
+            "The answer is (A) gold",
+            ["gold", "a ring"],
+            False,
+        ),  # "a" belongs to a wrong choice
+        ("gold", "The answer is (A) gold", ["gold", "silver"], True),  # here it does not
+        ("gold", "The answer is (A) gold", ["gold", "the ring"], False),
+        (
+            "a gold ring",
+            "a gold ring",
+            ["a gold ring", "a silver ring"],
+            True,
+        ),  # words it shares with a wrong choice are free
+        (
+            "a gold ring",
+            "gold ring",
+            ["a gold ring", "a silver ring"],
+            False,
+        ),  # all words are needed
+        ("gold", "white gold", ["gold", "white gold"], False),
+        ("white gold", "white gold", ["gold", "white gold"], True),
+        (
+            "knock then beep",
+            "beep then knock",
+            ["knock then beep", "beep then knock"],
+            True,
+        ),  # blind to order: so is MMAU's script
+        ("C#", "C", ["C#", "D"], True),  # and to signs
+    ],
+)
 def test_official_rule(answer, prediction, choices, right):
-    for seed in range(5):                                               # the order of choices must not matter
-        assert mmau_correct(answer, prediction, random.Random(seed).sample(choices, len(choices))) is right
+    for seed in range(5):  # the order of choices must not matter
+        assert (
+            mmau_correct(answer, prediction, random.Random(seed).sample(choices, len(choices)))
+            is right
+        )
 
 
 def record(n, task, output, answer="gold", choices=("gold", "silver", "a ring"), **more):
     out = {} if output is None else {"model_output": output}
-    return {"id": f"q{n}", "question": "?", "choices": list(choices), "answer": answer, "task": task, **out, **more}
+    return {
+        "id": f"q{n}",
+        "question": "?",
+        "choices": list(choices),
+        "answer": answer,
+        "task": task,
+        **out,
+        **more,
+    }
 
 
 def test_score_mmau():
-    records = [record(0, "sound", "gold", difficulty="easy"), record(1, "sound", "The answer is (A) gold", difficulty="hard"),
-               record(2, "sound", "silver"), record(3, "music", "<THINK>silver</THINK><RESPONSE>gold</RESPONSE>"),
-               record(4, "music", None), record(5, "speech", "gold or silver"), record(6, "speech", "")]
+    records = [
+        record(0, "sound", "gold", difficulty="easy"),
+        record(1, "sound", "The answer is (A) gold", difficulty="hard"),
+        record(2, "sound", "silver"),
+        record(3, "music", "<THINK>silver</THINK><RESPONSE>gold</RESPONSE>"),
+        record(4, "music", None),
+        record(5, "speech", "gold or silver"),
+        record(6, "speech", ""),
+    ]
     score = score_mmau(records)
     assert {k: score[k] for k in ("sound", "music", "speech", "average")} == pytest.approx(
-        {"sound": 200 / 3, "music": 100, "speech": 0, "average": 50})       # micro: 3 of 6, not the mean of the tasks
-    assert {k: score["official"][k] for k in ("sound", "music", "speech", "average")} == pytest.approx(
-        {"sound": 100 / 3, "music": 0, "speech": 0, "average": 100 / 6})
-    assert score["official"]["counts"] == {"task": {"sound": [1, 3], "music": [0, 1], "speech": [0, 2]},
-                                           "difficulty": {"easy": [1, 1], "hard": [0, 1]}, "sub-category": {}}
-    assert score["counts"] == {"records": 7, "skipped": 1, "no_answer": 2, "indistinct": 0, "no_gold": 0}
-    assert score["correct"] == {"sound": {"q0": True, "q1": True, "q2": False}, "music": {"q3": True}, "speech": {"q5": False, "q6": False}}
+        {"sound": 200 / 3, "music": 100, "speech": 0, "average": 50}
+    )  # micro: 3 of 6, not the mean of the tasks
+    assert {
+        k: score["official"][k] for k in ("sound", "music", "speech", "average")
+    } == pytest.approx({"sound": 100 / 3, "music": 0, "speech": 0, "average": 100 / 6})
+    assert score["official"]["counts"] == {
+        "task": {"sound": [1, 3], "music": [0, 1], "speech": [0, 2]},
+        "difficulty": {"easy": [1, 1], "hard": [0, 1]},
+        "sub-category": {},
+    }
+    assert score["counts"] == {
+        "records": 7,
+        "skipped": 1,
+        "no_answer": 2,
+        "indistinct": 0,
+        "no_gold": 0,
+    }
+    assert score["correct"] == {
+        "sound": {"q0": True, "q1": True, "q2": False},
+        "music": {"q3": True},
+        "speech": {"q5": False, "q6": False},
+    }
     assert score["intervals"]["average"] == wilson(3, 6)
     assert score_mmau([record(0, "sound", "gold")])["music"] is None
 
 
 def test_score_mmau_on_odd_records():
-    score = score_mmau([record(0, "music", "gold", answer="(A) gold")])             # a letter left in MMAU's own answer
+    score = score_mmau(
+        [record(0, "music", "gold", answer="(A) gold")]
+    )  # a letter left in MMAU's own answer
     assert score["music"] == 100 and score["official"]["music"] == 0
-    score = score_mmau([record(0, "sound", "beep, knock", answer="knock, beep", choices=["knock, beep", "beep, knock"]),
-                        record(1, "sound", "gold", answer="platinum")])
+    score = score_mmau(
+        [
+            record(
+                0,
+                "sound",
+                "beep, knock",
+                answer="knock, beep",
+                choices=["knock, beep", "beep, knock"],
+            ),
+            record(1, "sound", "gold", answer="platinum"),
+        ]
+    )
     assert score["counts"]["indistinct"] == 1 and score["counts"]["no_gold"] == 1
 
 
-MMAR = [{"id": f"r{n}", "audio_path": "a.wav", "question": "?", "choices": ["gold", "silver"], "answer": "gold", "modality": modality,
-         "category": layer, "sub-category": sub, "language": "en", "answer_prediction": said}
-        for n, (modality, layer, sub, said) in enumerate([
-            ("sound", "Signal Layer", "Anomaly Detection", "gold"), ("mix-sound-speech", "Semantic Layer", "Counting", "gold, not silver. The answer is gold"),
-            ("mix-sound-speech", "Semantic Layer", "Counting", "silver"), ("mix-sound-music-speech", "Cultural Layer", "Imagination", None)])]
+MMAR = [
+    {
+        "id": f"r{n}",
+        "audio_path": "a.wav",
+        "question": "?",
+        "choices": ["gold", "silver"],
+        "answer": "gold",
+        "modality": modality,
+        "category": layer,
+        "sub-category": sub,
+        "language": "en",
+        "answer_prediction": said,
+    }
+    for n, (modality, layer, sub, said) in enumerate(
+        [
+            ("sound", "Signal Layer", "Anomaly Detection", "gold"),
+            (
+                "mix-sound-speech",
+                "Semantic Layer",
+                "Counting",
+                "gold, not silver. The answer is gold",
+            ),
+            ("mix-sound-speech", "Semantic Layer", "Counting", "silver"),
+            ("mix-sound-music-speech", "Cultural Layer", "Imagination", None),
+        ]
+    )
+]
 
 
-def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(tmp_path, monkeypatch, capsys):
+def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "mmar.jsonl").write_text("\n".join(map(json.dumps, MMAR)) + "\n")
     (tmp_path / "mmar.json").write_text(json.dumps(MMAR))
     for name in "mmar.jsonl", "mmar.json":
-        run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / name, "--out", tmp_path / "results.json")
+        run_main(
+            monkeypatch,
+            "--task",
+            "mmau",
+            "--predictions",
+            tmp_path / name,
+            "--out",
+            tmp_path / "results.json",
+        )
         aqa = json.loads((tmp_path / "results.json").read_text())["aqa"]
-        assert (aqa["sound"], aqa["mix-sound-speech"], aqa["mix-sound-music-speech"], aqa["music"]) == (100, 50, None, None)
-        assert (aqa["average"], aqa["official"]["average"], aqa["counts"]["skipped"]) == pytest.approx((200 / 3, 100 / 3, 1))
+        assert (
+            aqa["sound"],
+            aqa["mix-sound-speech"],
+            aqa["mix-sound-music-speech"],
+            aqa["music"],
+        ) == (100, 50, None, None)
+        assert (
+            aqa["average"],
+            aqa["official"]["average"],
+            aqa["counts"]["skipped"],
+        ) == pytest.approx((200 / 3, 100 / 3, 1))
         assert aqa["groups"]["category"] == {"Signal Layer": [1, 1], "Semantic Layer": [1, 2]}
-        assert aqa["official"]["counts"]["category"] == {"Signal Layer": [1, 1], "Semantic Layer": [0, 2]}
+        assert aqa["official"]["counts"]["category"] == {
+            "Signal Layer": [1, 1],
+            "Semantic Layer": [0, 2],
+        }
         assert re.search(r"^    Semantic Layer +50.00 +0.00   of 2$", capsys.readouterr().out, re.M)
 
 
 # ------------------------------------------------------- VoiceBench's rule -------------------------------------------------------
 
-@pytest.mark.parametrize("output, letter", [
-    ("B", "B"), ("b.", "B"), ("(C)", "C"), ("B) gold", "B"), ("The answer is B", "B"), ("the correct answer is: **C. gold**", "C"), ("I would choose D", "D"),
-    ("Option B: gold", "B"), ("It is \\( \\boxed{\\text{C}} \\)", "C"), ("The answer is:\n\n**B) gold**", "B"), ("答案是D", "D"), ("<1> C.", "C"), ("B\n", None),
-    (TRACE + "<RESPONSE>C</RESPONSE>", "C"), (TRACE + "<RESPONSE>The answer is A</RESPONSE>", "A"),          # "(B)" of the trace does not count
-    ("The answer is due to friction.", "D"), ("The answer is beyond me", "B"),                            # blind as it is
-    ("It is not A. or B, so the answer is C", "C"),                         # an earlier template wins
-    (" B", None), (" B.", "B"), (" is the **B** ", "B"), (" is the **B**", None), ("it is option **B ", "B"), ("it is:\n**B ", "B"),      # spaces count
-    ("it is \\( \\boxed{B ", "B"), ("答案是‘B", "B"), ("答案是'B", None),
-    ("is it a. or b.", "A"), ("d. or c.", "C"),                             # within a template the earlier letter, wherever it stands
-    ("gold", None), ("", None), ("Answer: B", None), ("I say B", None), ("E", None), ("(E)", None), (TRACE, None)])
+
+@pytest.mark.parametrize(
+    "output, letter",
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("(C)", "C"),
+        ("B) gold", "B"),
+        ("The answer is B", "B"),
+        ("the correct answer is: **C. gold**", "C"),
+        ("I would choose D", "D"),
+        ("Option B: gold", "B"),
+        ("It is \\( \\boxed{\\text{C}} \\)", "C"),
+        ("The answer is:\n\n**B) gold**", "B"),
+        ("答案是D", "D"),
+        ("<1> C.", "C"),
+        ("B\n", None),
+        (TRACE + "<RESPONSE>C</RESPONSE>", "C"),
+        (TRACE + "<RESPONSE>The answer is A</RESPONSE>", "A"),  # "(B)" of the trace does not count
+        ("The answer is due to friction.", "D"),
+        ("The answer is beyond me", "B"),  # blind as it is
+        ("It is not A. or B, so the answer is C", "C"),  # an earlier template wins
+        (" B", None),
+        (" B.", "B"),
+        (" is the **B** ", "B"),
+        (" is the **B**", None),
+        ("it is option **B ", "B"),
+        ("it is:\n**B ", "B"),  # spaces count
+        ("it is \\( \\boxed{B ", "B"),
+        ("答案是‘B", "B"),
+        ("答案是'B", None),
+        ("is it a. or b.", "A"),
+        ("d. or c.", "C"),  # within a template the earlier letter, wherever it stands
+        ("gold", None),
+        ("", None),
+        ("Answer: B", None),
+        ("I say B", None),
+        ("E", None),
+        ("(E)", None),
+        (TRACE, None),
+    ],
+)
 def test_voicebench_letter(output, letter):
     assert voicebench_letter(output) == letter
 
@@ -182,28 +387,68 @@ def test_voicebench_letter(output, letter):
 PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answer? Select one of the following:\nA. gold\nB. silver\nC. white gold\nD. a ring"
 
 
-@pytest.mark.parametrize("prompt, choices", [
-    (PROMPT, METALS), (PROMPT.replace("\n", " "), METALS), ("Which? A) gold B) silver C) white gold D) a ring", METALS), ("What is A. and B.?", []), ("", []), (None, [])])
+@pytest.mark.parametrize(
+    "prompt, choices",
+    [
+        (PROMPT, METALS),
+        (PROMPT.replace("\n", " "), METALS),
+        ("Which? A) gold B) silver C) white gold D) a ring", METALS),
+        ("What is A. and B.?", []),
+        ("", []),
+        (None, []),
+    ],
+)
 def test_spoken_choices(prompt, choices):
     assert data.spoken_choices(prompt) == choices
 
 
 def test_voicebenchs_own_file(tmp_path, monkeypatch, capsys):
-    said = ["B", "The answer is silver", "It is due to rust. (C)", "no idea", None, "I say B", *["no idea"] * 200]
+    said = [
+        "B",
+        "The answer is silver",
+        "It is due to rust. (C)",
+        "no idea",
+        None,
+        "I say B",
+        *["no idea"] * 200,
+    ]
     lines = [{"prompt": PROMPT, "reference": "B", **({"response": s} if s else {})} for s in said]
     (tmp_path / "obqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     def score(*flags):
-        run_main(monkeypatch, "--task", "mcq", "--predictions", tmp_path / "obqa.jsonl", "--out", tmp_path / "results.json", *flags)
+        run_main(
+            monkeypatch,
+            "--task",
+            "mcq",
+            "--predictions",
+            tmp_path / "obqa.jsonl",
+            "--out",
+            tmp_path / "results.json",
+            *flags,
+        )
         return json.loads((tmp_path / "results.json").read_text())["aqa"]
+
     found = score()
-    assert list(found["correct"]["mcq"].values())[:5] == [True, True, False, False, True] and found["average"] == pytest.approx(300 / 205)
+    assert list(found["correct"]["mcq"].values())[:5] == [True, True, False, False, True] and found[
+        "average"
+    ] == pytest.approx(300 / 205)
     assert found["official"]["average"] == pytest.approx(100 / 205)
-    assert found["counts"] == {"records": 206, "skipped": 1, "no_answer": 201, "indistinct": 0, "no_gold": 0, "no_letter": 203}
+    assert found["counts"] == {
+        "records": 206,
+        "skipped": 1,
+        "no_answer": 201,
+        "indistinct": 0,
+        "no_gold": 0,
+        "no_letter": 203,
+    }
     assert "in 203 of them VoiceBench's templates find no letter" in capsys.readouterr().out
     guessed = score("--voicebench-guess")
     assert guessed == score("--voicebench-guess") != score("--voicebench-guess", "--seed", 1)
-    assert guessed["average"] == found["average"] and 15 < guessed["official"]["average"] < 35 and guessed["counts"] == found["counts"]
+    assert (
+        guessed["average"] == found["average"]
+        and 15 < guessed["official"]["average"] < 35
+        and guessed["counts"] == found["counts"]
+    )
     (tmp_path / "obqa.jsonl").write_text('{"response": "B"}\n{"response": "B"}')
     with pytest.raises(SystemExit, match="record 1 has no text under 'reference'"):
         score()
@@ -211,10 +456,27 @@ def test_voicebenchs_own_file(tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------- unweighted accuracy -------------------------------------------------------
 
-@pytest.mark.parametrize("output, emotion", [
-    ("The speaker sounds angry.", "angry"), ("happy/excited", "happy"), ("(D)", "sad"), ("neutral", "neutral"), ("He is excited.", "happy"), ("Anger", "angry"),
-    ("Sadness.", "sad"), ("a tone of happiness and excitement", "happy"), ("not happy", None), ("happy or sad", None), ("furious", None), ("joyful", None),
-    ("unhappy", None), ("", None), (TRACE + "<RESPONSE>sad</RESPONSE>", "sad")])
+
+@pytest.mark.parametrize(
+    "output, emotion",
+    [
+        ("The speaker sounds angry.", "angry"),
+        ("happy/excited", "happy"),
+        ("(D)", "sad"),
+        ("neutral", "neutral"),
+        ("He is excited.", "happy"),
+        ("Anger", "angry"),
+        ("Sadness.", "sad"),
+        ("a tone of happiness and excitement", "happy"),
+        ("not happy", None),
+        ("happy or sad", None),
+        ("furious", None),
+        ("joyful", None),
+        ("unhappy", None),
+        ("", None),
+        (TRACE + "<RESPONSE>sad</RESPONSE>", "sad"),
+    ],
+)
 def test_what_counts_as_one_of_iemocaps_classes(output, emotion):
     assert evaluate.ser_class(output, ["angry", "happy", "neutral", "sad"]) == emotion
 
@@ -238,10 +500,27 @@ def test_ua_is_sklearns_balanced_accuracy():
 
 
 def test_confusion_keeps_what_had_no_answer():
-    score = score_ser(["angry", "angry", "sad", "sad"], ["angry", None, "angry", "furious"], CLASSES)
-    assert score["ua"] == 25 and score["recall"] == {"angry": 50, "sad": 0}                 # classes without an utterance do not count
-    assert score["confusion"]["angry"] == {"angry": 1, "happy": 0, "neutral": 0, "sad": 0, "no answer": 1}
-    assert score["confusion"]["sad"] == {"angry": 1, "happy": 0, "neutral": 0, "sad": 0, "no answer": 1}
+    score = score_ser(
+        ["angry", "angry", "sad", "sad"], ["angry", None, "angry", "furious"], CLASSES
+    )
+    assert score["ua"] == 25 and score["recall"] == {
+        "angry": 50,
+        "sad": 0,
+    }  # classes without an utterance do not count
+    assert score["confusion"]["angry"] == {
+        "angry": 1,
+        "happy": 0,
+        "neutral": 0,
+        "sad": 0,
+        "no answer": 1,
+    }
+    assert score["confusion"]["sad"] == {
+        "angry": 1,
+        "happy": 0,
+        "neutral": 0,
+        "sad": 0,
+        "no answer": 1,
+    }
     assert score_ser([], [], CLASSES)["ua"] is None
     with pytest.raises(ValueError, match="'bored' is not among the classes"):
         score_ser(["bored"], ["sad"], CLASSES)
@@ -249,8 +528,9 @@ def test_confusion_keeps_what_had_no_answer():
 
 # ------------------------------------------------------- intervals -------------------------------------------------------
 
+
 def test_wilson_against_known_values():
-    assert wilson(81, 263) == pytest.approx([25.53, 36.62], abs=0.01)           # Newcombe 1998, Table I
+    assert wilson(81, 263) == pytest.approx([25.53, 36.62], abs=0.01)  # Newcombe 1998, Table I
     assert wilson(15, 148) == pytest.approx([6.24, 16.05], abs=0.01)
     assert wilson(0, 20) == pytest.approx([0, 16.11], abs=0.01)
     assert wilson(20, 20) == pytest.approx([83.89, 100], abs=0.01)
@@ -267,13 +547,19 @@ def test_paired_bootstrap_against_the_closed_form():
     a, b = runs(np.random.default_rng(1), 20_000)
     difference, (low, high) = paired_bootstrap(a, b, samples=20_000)
     d = a.astype(float) - b
-    error = 100 * d.std() / len(d) ** 0.5                                   # of the mean of the paired differences
+    error = 100 * d.std() / len(d) ** 0.5  # of the mean of the paired differences
     assert difference == pytest.approx(100 * d.mean())
-    assert [low, high] == pytest.approx([difference - 1.96 * error, difference + 1.96 * error], abs=0.05 * error)
+    assert [low, high] == pytest.approx(
+        [difference - 1.96 * error, difference + 1.96 * error], abs=0.05 * error
+    )
     unpaired = 100 * ((a.var() + b.var()) / len(d)) ** 0.5
-    assert high - low < 0.7 * 2 * 1.96 * unpaired                           # pairing pays
+    assert high - low < 0.7 * 2 * 1.96 * unpaired  # pairing pays
     assert paired_bootstrap(b, a, samples=20_000)[0] == -difference
-    assert paired_bootstrap(a, b, seed=3) == paired_bootstrap(a, b, seed=3) != paired_bootstrap(a, b, seed=4)
+    assert (
+        paired_bootstrap(a, b, seed=3)
+        == paired_bootstrap(a, b, seed=3)
+        != paired_bootstrap(a, b, seed=4)
+    )
     assert paired_bootstrap(a, a) == (0, [0, 0])
     assert paired_bootstrap([True] * 5, [False] * 5) == (100, [100, 100])
 
@@ -294,21 +580,34 @@ def test_paired_bootstrap_of_unweighted_accuracy():
     difference, (low, high) = paired_bootstrap(a, b, labels=labels, samples=20_000)
     d = a.astype(float) - b
     parts = [d[labels == c] for c in ("angry", "sad")]
-    assert difference == pytest.approx(50 * sum(p.mean() for p in parts))          # the rare class weighs as much as the common one
+    assert difference == pytest.approx(
+        50 * sum(p.mean() for p in parts)
+    )  # the rare class weighs as much as the common one
     other = np.where(labels == "sad", "angry", "sad")
-    assert difference == pytest.approx(100 * (balanced_accuracy_score(labels, np.where(a, labels, other)) -
-                                              balanced_accuracy_score(labels, np.where(b, labels, other))))
+    assert difference == pytest.approx(
+        100
+        * (
+            balanced_accuracy_score(labels, np.where(a, labels, other))
+            - balanced_accuracy_score(labels, np.where(b, labels, other))
+        )
+    )
     error = 50 * sum(p.var() / len(p) for p in parts) ** 0.5
-    assert [low, high] == pytest.approx([difference - 1.96 * error, difference + 1.96 * error], abs=0.06 * error)
+    assert [low, high] == pytest.approx(
+        [difference - 1.96 * error, difference + 1.96 * error], abs=0.06 * error
+    )
 
 
 def test_ua_interval_against_the_closed_form():
     labels = ["angry"] * 3000 + ["sad"] * 12_000
-    predictions = ["angry"] * 2400 + ["sad"] * 600 + ["angry"] * 3000 + ["sad"] * 9000             # recalls 0.8 and 0.75
+    predictions = (
+        ["angry"] * 2400 + ["sad"] * 600 + ["angry"] * 3000 + ["sad"] * 9000
+    )  # recalls 0.8 and 0.75
     score = score_ser(labels, predictions, ["angry", "sad"], samples=20_000)
     error = 50 * (0.8 * 0.2 / 3000 + 0.75 * 0.25 / 12_000) ** 0.5
     assert score["ua"] == pytest.approx(77.5)
-    assert score["interval"] == pytest.approx([77.5 - 1.96 * error, 77.5 + 1.96 * error], abs=0.06 * error)
+    assert score["interval"] == pytest.approx(
+        [77.5 - 1.96 * error, 77.5 + 1.96 * error], abs=0.06 * error
+    )
 
 
 @pytest.mark.parametrize("a, b", [([], []), ([True], [True, False])])
@@ -319,15 +618,20 @@ def test_paired_bootstrap_refuses(a, b):
 
 # ------------------------------------------------------- decoding -------------------------------------------------------
 
+
 def test_chooser_samples_what_transformers_would():
     torch.manual_seed(0)
     logits, rows, prompt = 2 * torch.randn(1, 30), 20_000, torch.zeros(1, 7, dtype=torch.long)
     for temperature, top_k, top_p in (0.6, 5, 0.5), (1.3, 8, 0.9), (1.0, 0, 1.0), (1.0, 0, 0.3):
         warped = TemperatureLogitsWarper(temperature)(prompt, logits)
-        warped = TopPLogitsWarper(top_p)(prompt, TopKLogitsWarper(top_k)(prompt, warped) if top_k else warped)
-        choose = rollout.chooser(range(rows), 7, [], max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
+        warped = TopPLogitsWarper(top_p)(
+            prompt, TopKLogitsWarper(top_k)(prompt, warped) if top_k else warped
+        )
+        choose = rollout.chooser(
+            range(rows), 7, [], max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         scores = choose(prompt.expand(rows, -1), logits.expand(rows, -1))
-        assert (scores > -torch.inf).sum(1).eq(1).all()                     # one token is left: argmax takes it
+        assert (scores > -torch.inf).sum(1).eq(1).all()  # one token is left: argmax takes it
         share = torch.bincount(scores.argmax(1), minlength=30) / rows
         expected = warped.softmax(-1)[0]
         assert set(share.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
@@ -336,10 +640,28 @@ def test_chooser_samples_what_transformers_would():
 
 def test_chooser_is_keyed_by_seed_name_and_position():
     def pick(names, seed=0, position=0):
-        choose = rollout.chooser([f"{seed} {name}" for name in names], 4, [], max_new_tokens=50, temperature=1.0)
-        return choose(torch.zeros(len(names), 4 + position), torch.zeros(len(names), 1000)).argmax(1).tolist()
+        choose = rollout.chooser(
+            [f"{seed} {name}" for name in names], 4, [], max_new_tokens=50, temperature=1.0
+        )
+        return (
+            choose(torch.zeros(len(names), 4 + position), torch.zeros(len(names), 1000))
+            .argmax(1)
+            .tolist()
+        )
+
     assert pick(["a", "b", "c"]) == pick(["a"]) + pick(["b"]) + pick(["c"])
-    assert len({pick(["a"])[0], pick(["b"])[0], pick(["a"], seed=1)[0], pick(["a"], position=1)[0], pick(["a"], position=2)[0]}) == 5
+    assert (
+        len(
+            {
+                pick(["a"])[0],
+                pick(["b"])[0],
+                pick(["a"], seed=1)[0],
+                pick(["a"], position=1)[0],
+                pick(["a"], position=2)[0],
+            }
+        )
+        == 5
+    )
 
 
 def test_every_row_of_the_full_softmax_has_its_own_temperature():
@@ -352,18 +674,24 @@ def test_every_row_of_the_full_softmax_has_its_own_temperature():
         drawn = choose(torch.zeros(2 * rows, 1 + position), logits.expand(2 * rows, -1)).argmax(1)
         for n, temperature in enumerate((0.7, 1.5)):
             counts = torch.bincount(drawn[n::2], minlength=40)
-            expected = rows * (logits.double().index_fill(0, torch.tensor([3, 39]), -torch.inf) / temperature).softmax(-1)
+            expected = rows * (
+                logits.double().index_fill(0, torch.tensor([3, 39]), -torch.inf) / temperature
+            ).softmax(-1)
             assert counts[3] == counts[39] == 0
             kept = expected > 0
-            assert scipy.stats.chisquare(counts[kept].numpy(), expected[kept].numpy()).pvalue > 0.001
+            assert (
+                scipy.stats.chisquare(counts[kept].numpy(), expected[kept].numpy()).pvalue > 0.001
+            )
 
 
 def test_chooser_bans():
     scores = torch.tensor([[9.0, 1.0, 0.0]])
     for temperature in 0, 1.0:
-        choose = rollout.chooser(["a"], 1, [0], max_new_tokens=1, temperature=temperature, top_k=1, top_p=0.5)
+        choose = rollout.chooser(
+            ["a"], 1, [0], max_new_tokens=1, temperature=temperature, top_k=1, top_p=0.5
+        )
         assert choose(torch.zeros(1, 1), scores).argmax(1).item() == 1
-    assert scores[0, 0] == 9                                                # the model's own tensor is left alone
+    assert scores[0, 0] == 9  # the model's own tensor is left alone
 
 
 @pytest.fixture(scope="module")
@@ -374,59 +702,113 @@ def examples(tmp_path_factory, make_wav):
         task = ["sound", "music", "speech", "emotion"][n % 4]
         make_wav(folder / f"{n}.wav", seconds=0.3 + 0.25 * (n * 3 % 7), frequency=200 + 150 * n)
         choices = CLASSES if task == "emotion" else ["seven", "two", "four"]
-        lines.append({"id": f"e{n}", "audio": f"{n}.wav", "question": "What is " + "seven plus " * (n * 5 % 4) + "two?", "choices": choices,
-                      "answer": choices[n % 3], "task": task, "transcript": "seven plus " * (n % 3) + "two", "split": "test"})
+        lines.append(
+            {
+                "id": f"e{n}",
+                "audio": f"{n}.wav",
+                "question": "What is " + "seven plus " * (n * 5 % 4) + "two?",
+                "choices": choices,
+                "answer": choices[n % 3],
+                "task": task,
+                "transcript": "seven plus " * (n % 3) + "two",
+                "split": "test",
+            }
+        )
     (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return data.read_manifest(folder / "manifest.jsonl")
 
 
 @pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=1.0, top_k=0, top_p=1.0)])
-def test_batched_equals_single_and_keeps_the_order(tiny_student_model, tiny_processor, examples, how):
+def test_batched_equals_single_and_keeps_the_order(
+    tiny_student_model, tiny_processor, examples, how
+):
     def answers(rows, **more):
-        return rollout.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=12, progress=False, **{**how, **more})
+        return rollout.generate(
+            tiny_student_model,
+            tiny_processor,
+            rows,
+            max_new_tokens=12,
+            progress=False,
+            **{**how, **more},
+        )
+
     alone = [answers([e])[0] for e in examples]
-    assert len(set(alone)) > 3                                              # else order could not show
+    assert len(set(alone)) > 3  # else order could not show
     before = torch.get_rng_state()
     assert answers(examples, batch_size=3) == alone
     assert answers(examples[::-1], batch_size=7) == alone[::-1]
-    assert torch.equal(before, torch.get_rng_state())                       # a training run's random numbers are not touched
+    assert torch.equal(
+        before, torch.get_rng_state()
+    )  # a training run's random numbers are not touched
     if how["temperature"]:
         assert answers(examples, seed=1) != alone
 
 
-def test_generate_is_transformers_greedy_search_without_the_checkpoints_settings(tiny_student_model, tiny_processor, examples):
+def test_generate_is_transformers_greedy_search_without_the_checkpoints_settings(
+    tiny_student_model, tiny_processor, examples
+):
     model, tokenizer = tiny_student_model, tiny_processor.tokenizer
     inputs = data.prompt_batch(examples[:1], tiny_processor)
-    plain = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-                           pad_token_id=tokenizer.pad_token_id, bad_words_ids=[[tiny_processor.audio_token_id]])
-    expected = tokenizer.decode(plain[0, inputs["input_ids"].shape[1]:]).split("<|im_end|>")[0]
-    settings = GenerationConfig(repetition_penalty=50.0, do_sample=True, temperature=5.0, no_repeat_ngram_size=1, num_beams=3, max_length=9,
-                                suppress_tokens=[40, 41, 42], forced_eos_token_id=44, bad_words_ids=[[n] for n in range(50, 150)])
+    plain = model.generate(
+        **inputs,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bad_words_ids=[[tiny_processor.audio_token_id]],
+    )
+    expected = tokenizer.decode(plain[0, inputs["input_ids"].shape[1] :]).split("<|im_end|>")[0]
+    settings = GenerationConfig(
+        repetition_penalty=50.0,
+        do_sample=True,
+        temperature=5.0,
+        no_repeat_ngram_size=1,
+        num_beams=3,
+        max_length=9,
+        suppress_tokens=[40, 41, 42],
+        forced_eos_token_id=44,
+        bad_words_ids=[[n] for n in range(50, 150)],
+    )
     original, model.generation_config = model.generation_config, settings
     model.train()
     model.model.audio_tower.eval()
     modes = set()
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: modes.add(module.training))
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: modes.add(module.training)
+    )
     try:
-        assert rollout.generate(model, tiny_processor, examples[:1], max_new_tokens=12, temperature=0, progress=False) == [expected]
-        assert modes == {False}                                             # no dropout while answering
-        assert model.generation_config is settings and model.training and not model.model.audio_tower.training         # all put back
+        assert rollout.generate(
+            model, tiny_processor, examples[:1], max_new_tokens=12, temperature=0, progress=False
+        ) == [expected]
+        assert modes == {False}  # no dropout while answering
+        assert (
+            model.generation_config is settings
+            and model.training
+            and not model.model.audio_tower.training
+        )  # all put back
     finally:
         hook.remove()
         model.generation_config = original
         model.eval()
 
 
-def test_generate_stops_at_the_turn_end_and_never_says_the_audio_placeholder(tiny_student_model, tiny_processor, examples):
+def test_generate_stops_at_the_turn_end_and_never_says_the_audio_placeholder(
+    tiny_student_model, tiny_processor, examples
+):
     tokenizer = tiny_processor.tokenizer
     letter = tokenizer("x", add_special_tokens=False)["input_ids"][0]
     bias = torch.zeros(len(tokenizer))
     bias[tiny_processor.audio_token_id], bias[letter] = 2000, 1000
-    hook = tiny_student_model.lm_head.register_forward_hook(lambda module, inputs, output: output + bias)
+    hook = tiny_student_model.lm_head.register_forward_hook(
+        lambda module, inputs, output: output + bias
+    )
     try:
         for temperature in 0, 0.6:
             how = dict(max_new_tokens=5, temperature=temperature, progress=False)
-            assert rollout.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["xxxxx"] * 2
+            assert (
+                rollout.generate(tiny_student_model, tiny_processor, examples[:2], **how)
+                == ["xxxxx"] * 2
+            )
         bias[data.turn_end_id(tokenizer)] = 1500
         assert rollout.generate(tiny_student_model, tiny_processor, examples[:2], **how) == ["", ""]
     finally:
@@ -435,7 +817,16 @@ def test_generate_stops_at_the_turn_end_and_never_says_the_audio_placeholder(tin
 
 def test_text_view(tiny_student_model, tiny_processor, examples):
     def read(rows, **how):
-        return rollout.generate(tiny_student_model, tiny_processor, rows, max_new_tokens=8, temperature=0, progress=False, **how)
+        return rollout.generate(
+            tiny_student_model,
+            tiny_processor,
+            rows,
+            max_new_tokens=8,
+            temperature=0,
+            progress=False,
+            **how,
+        )
+
     alone = [read([e], view="text", words="transcript")[0] for e in examples]
     assert read(examples, view="text", words="transcript") == alone != read(examples)
 
@@ -443,39 +834,83 @@ def test_text_view(tiny_student_model, tiny_processor, examples):
 @pytest.fixture(scope="module")
 def tiny_reader(tiny_teacher_tokenizer):
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tiny_teacher_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                                        num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tiny_teacher_tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
 
 
 def test_text_model(tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples):
     how = dict(view="text", words="transcript", max_new_tokens=8, temperature=0, progress=False)
-    said = rollout.generate(tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
-    inputs = data.prompt_batch(examples[:1], tiny_processor, view="text", tokenizer=tiny_teacher_tokenizer, words="transcript")
-    expected = tiny_reader.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    assert said[0] == tiny_teacher_tokenizer.decode(expected).split("<|im_end|>")[0] and len(set(said)) > 1
+    said = rollout.generate(
+        tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how
+    )
+    inputs = data.prompt_batch(
+        examples[:1],
+        tiny_processor,
+        view="text",
+        tokenizer=tiny_teacher_tokenizer,
+        words="transcript",
+    )
+    expected = tiny_reader.generate(**inputs, max_new_tokens=8, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    assert (
+        said[0] == tiny_teacher_tokenizer.decode(expected).split("<|im_end|>")[0]
+        and len(set(said)) > 1
+    )
 
 
-def test_text_model_with_its_tokenizer_alone(tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples):
+def test_text_model_with_its_tokenizer_alone(
+    tiny_reader, tiny_processor, tiny_teacher_tokenizer, examples
+):
     how = dict(view="text", words="transcript", max_new_tokens=8, temperature=0, progress=False)
-    assert rollout.generate(tiny_reader, tiny_teacher_tokenizer, examples, **how) == rollout.generate(
-        tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how)
+    assert rollout.generate(
+        tiny_reader, tiny_teacher_tokenizer, examples, **how
+    ) == rollout.generate(
+        tiny_reader, tiny_processor, examples, tokenizer=tiny_teacher_tokenizer, **how
+    )
 
 
-def test_bad_audio_is_named_before_the_model_runs(tiny_student_model, tiny_processor, examples, monkeypatch):
+def test_bad_audio_is_named_before_the_model_runs(
+    tiny_student_model, tiny_processor, examples, monkeypatch
+):
     monkeypatch.setattr(tiny_student_model, "generate", None)
-    missing = data.Example("m", examples[0].audio.parent / "gone.wav", "?", ["a", "b"], "a", "sound", where="manifest.jsonl:8")
+    missing = data.Example(
+        "m",
+        examples[0].audio.parent / "gone.wav",
+        "?",
+        ["a", "b"],
+        "a",
+        "sound",
+        where="manifest.jsonl:8",
+    )
     with pytest.raises(data.DataError, match="manifest.jsonl:8.*gone.wav"):
-        rollout.generate(tiny_student_model, tiny_processor, [*examples, missing], batch_size=2, progress=False)
+        rollout.generate(
+            tiny_student_model, tiny_processor, [*examples, missing], batch_size=2, progress=False
+        )
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_work_and_say_what_one_says(tiny_student_model, tiny_processor, examples, monkeypatch):
+def test_two_ranks_share_the_work_and_say_what_one_says(
+    tiny_student_model, tiny_processor, examples, monkeypatch
+):
     """Two ranks played one after the other; tests/test_train_source_layer.py runs real ones."""
     how = dict(max_new_tokens=8, temperature=1.0, top_k=0, top_p=1.0, batch_size=2, progress=False)
     alone = rollout.generate(tiny_student_model, tiny_processor, examples, **how)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    for rows, sizes in (examples, [4, 3]), (examples[:1], [1, 0]):          # the second: a rank without work
+    for rows, sizes in (examples, [4, 3]), (
+        examples[:1],
+        [1, 0],
+    ):  # the second: a rank without work
         said = {}
 
         def gather(shares, mine):
@@ -483,35 +918,57 @@ def test_two_ranks_share_the_work_and_say_what_one_says(tiny_student_model, tiny
             shares[:] = [said.get(0, {}), said.get(1, {})]
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        for rank in 0, 1, 0:                                                # rank 0 once more: by then both have given their share
+        for rank in 0, 1, 0:  # rank 0 once more: by then both have given their share
             monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
             try:
                 answers = rollout.generate(tiny_student_model, tiny_processor, rows, **how)
             except KeyError:
                 assert len(said) == 1 < len(rows)
-        assert answers == alone[:len(rows)]
+        assert answers == alone[: len(rows)]
         assert [len(said[0]), len(said[1])] == sizes
 
 
 # ------------------------------------------------------- all of it -------------------------------------------------------
 
+
 def test_evaluate_model(monkeypatch, examples):
     """What the model says is planted: e1 no answer, e3 "angry", the rest right."""
+
     def said(model, processor, rows, **how):
         assert how == {"seed": 5}
-        return [{"e1": "hm", "e3": "angry"}.get(e.id, f"{TRACE}<RESPONSE>{e.answer}</RESPONSE>") for e in rows]
+        return [
+            {"e1": "hm", "e3": "angry"}.get(e.id, f"{TRACE}<RESPONSE>{e.answer}</RESPONSE>")
+            for e in rows
+        ]
+
     monkeypatch.setattr(evaluate, "generate", said)
-    aqa, ser = [e for e in examples if e.task != "emotion"], [e for e in examples if e.task == "emotion"]
+    aqa, ser = [e for e in examples if e.task != "emotion"], [
+        e for e in examples if e.task == "emotion"
+    ]
     splits = [("noise", [examples[1], examples[3]]), ("rates", [examples[0]])]
     results = evaluate.evaluate_model(None, None, aqa + ser, splits=splits, seed=5)
-    assert {k: results["aqa"][k] for k in ("sound", "music", "speech")} == {"sound": 100, "music": 50, "speech": 100}
+    assert {k: results["aqa"][k] for k in ("sound", "music", "speech")} == {
+        "sound": 100,
+        "music": 50,
+        "speech": 100,
+    }
     assert results["aqa"]["average"] == pytest.approx(500 / 6)
     assert results["ser"]["ua"] == 100 and results["ser"]["confusion"]["angry"]["angry"] == 1
     assert results["ser"]["correct"]["angry"] == {"e3": True}
-    assert results["splits"]["noise"]["aqa"]["music"] == 0 and results["splits"]["noise"]["ser"]["ua"] == 100
-    assert results["splits"]["rates"]["aqa"]["average"] == 100 and "ser" not in results["splits"]["rates"]
+    assert (
+        results["splits"]["noise"]["aqa"]["music"] == 0
+        and results["splits"]["noise"]["ser"]["ua"] == 100
+    )
+    assert (
+        results["splits"]["rates"]["aqa"]["average"] == 100
+        and "ser" not in results["splits"]["rates"]
+    )
     assert [(s["set"], s["id"]) for s in results["samples"]] == [
-        *(("main", e.id) for e in aqa + ser), ("noise", "e1"), ("noise", "e3"), ("rates", "e0")]
+        *(("main", e.id) for e in aqa + ser),
+        ("noise", "e1"),
+        ("noise", "e3"),
+        ("rates", "e0"),
+    ]
     assert results["samples"][1]["chosen"] is None and results["samples"][1]["correct"] is False
     text = evaluate.report(results)
     assert "83.33" in text and "1 without a clear answer" in text and "-- noise" in text
@@ -520,31 +977,56 @@ def test_evaluate_model(monkeypatch, examples):
 
 def test_evaluate_model_refuses_what_it_cannot_score(examples):
     for task, choices in ("math", []), ("sound", []), ("emotion", []), ("counts", ["a", "b"]):
-        odd = data.Example("o", examples[0].audio, "?", choices, "a", task, where="manifest.jsonl:9")
+        odd = data.Example(
+            "o", examples[0].audio, "?", choices, "a", task, where="manifest.jsonl:9"
+        )
         with pytest.raises(data.DataError, match="manifest.jsonl:9"):
-            evaluate.evaluate_model(None, None, [odd])                      # before any model is touched
+            evaluate.evaluate_model(None, None, [odd])  # before any model is touched
 
 
 def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_path):
     """From the manifest to the tables, the paired comparison, the table of a training run and its figure."""
+
     def results(right):
-        rows = [data.Example(f"m{n}", examples[0].audio, "?", ["gold", "silver"], "gold", task, kind="Counting")
-                for n, task in enumerate(["mix", "mix", "sound", "another"])]
-        monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, **how: ["gold" if n in right else "silver" for n in range(4)])
+        rows = [
+            data.Example(
+                f"m{n}", examples[0].audio, "?", ["gold", "silver"], "gold", task, kind="Counting"
+            )
+            for n, task in enumerate(["mix", "mix", "sound", "another"])
+        ]
+        monkeypatch.setattr(
+            evaluate,
+            "generate",
+            lambda model, processor, asked, **how: [
+                "gold" if n in right else "silver" for n in range(4)
+            ],
+        )
         return evaluate.evaluate_model(None, None, rows)
+
     before, after = results([0]), results([0, 1, 3])
     assert list(after["aqa"]["correct"]) == ["sound", "music", "speech", "another", "mix"]
-    assert (before["aqa"]["mix"], after["aqa"]["mix"], after["aqa"]["another"], after["aqa"]["average"]) == (50, 100, 100, 75)
-    assert after["aqa"]["groups"]["sub-category"] == {"Counting": [3, 4]} and after["samples"][0]["correct"]
-    assert re.search(r"^mix +100.00", evaluate.report(after), re.M) and "aqa another +100.00 points" in "\n".join(evaluate.compare(after, before))
+    assert (
+        before["aqa"]["mix"],
+        after["aqa"]["mix"],
+        after["aqa"]["another"],
+        after["aqa"]["average"],
+    ) == (50, 100, 100, 75)
+    assert (
+        after["aqa"]["groups"]["sub-category"] == {"Counting": [3, 4]}
+        and after["samples"][0]["correct"]
+    )
+    assert re.search(
+        r"^mix +100.00", evaluate.report(after), re.M
+    ) and "aqa another +100.00 points" in "\n".join(evaluate.compare(after, before))
     assert re.search(r"^mix +50.00 +100.00 +[+]50.00", evaluate.report_change(before, after), re.M)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "sft": 1.0}\n')
     (tmp_path / "results.json").write_text(json.dumps({"before": before, "after": after}))
-    report.plot_run(tmp_path)
+    plots.plot_run(tmp_path)
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
 # ------------------------------------------------------- the command line -------------------------------------------------------
+
 
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
@@ -552,35 +1034,81 @@ def run_main(monkeypatch, *arguments):
 
 
 def test_command_line_scores_a_file(tmp_path):
-    records = [record(n, task, "gold" if n % 3 else "silver") for n, task in enumerate(["sound", "music", "speech"] * 4)]
+    records = [
+        record(n, task, "gold" if n % 3 else "silver")
+        for n, task in enumerate(["sound", "music", "speech"] * 4)
+    ]
     (tmp_path / "predictions.json").write_text(json.dumps([*records, record(99, "sound", None)]))
-    command = [sys.executable, ROOT / "evaluate.py", "--task", "mmau", "--predictions", "predictions.json", "--out", "new/results.json"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        ROOT / "evaluate.py",
+        "--task",
+        "mmau",
+        "--predictions",
+        "predictions.json",
+        "--out",
+        "new/results.json",
+    ]
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr
     assert "13 questions, 1 skipped" in run.stdout
     results = json.loads((tmp_path / "new/results.json").read_text())
-    assert results["aqa"]["sound"] == 0 and results["aqa"]["music"] == 100 and results["aqa"]["average"] == pytest.approx(200 / 3)
+    assert (
+        results["aqa"]["sound"] == 0
+        and results["aqa"]["music"] == 100
+        and results["aqa"]["average"] == pytest.approx(200 / 3)
+    )
     assert results["settings"]["predictions"] == "predictions.json"
 
 
 def test_command_line_compares(tmp_path, monkeypatch, capsys):
-    worse, better = ([record(n, "sound", output, choices=["gold", "silver"]) for n in range(20)] for output in ("silver", "gold"))
+    worse, better = (
+        [record(n, "sound", output, choices=["gold", "silver"]) for n in range(20)]
+        for output in ("silver", "gold")
+    )
     worse[0]["model_output"] = "gold"
     (tmp_path / "worse.json").write_text(json.dumps(worse))
-    (tmp_path / "better.json").write_text(json.dumps(better[::-1]))           # pairs are found by id, not by place
-    run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "worse.json", "--out", tmp_path / "worse_results.json")
+    (tmp_path / "better.json").write_text(
+        json.dumps(better[::-1])
+    )  # pairs are found by id, not by place
+    run_main(
+        monkeypatch,
+        "--task",
+        "mmau",
+        "--predictions",
+        tmp_path / "worse.json",
+        "--out",
+        tmp_path / "worse_results.json",
+    )
     results = json.loads((tmp_path / "worse_results.json").read_text())
     (tmp_path / "training.json").write_text(json.dumps({"before": {}, "after": results}))
     for name in "worse_results.json", "training.json":
         capsys.readouterr()
-        run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "better.json", "--compare", tmp_path / name)
+        run_main(
+            monkeypatch,
+            "--task",
+            "mmau",
+            "--predictions",
+            tmp_path / "better.json",
+            "--compare",
+            tmp_path / name,
+        )
         assert "aqa average  +95.00 points  [+85.00, +100.00]  20 pairs" in capsys.readouterr().out
-    assert evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, results) == ["the two have no example in common"]
+    assert evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, results) == [
+        "the two have no example in common"
+    ]
 
 
 def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples):
     """Several files against another run's, in another order, or against a training run, which asked
     them all at once; a file is never paired with another one that uses the same ids."""
+
     def write(name, right):
         folder = tmp_path / name
         folder.mkdir()
@@ -616,31 +1144,70 @@ def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples)
 
 
 def test_compare_weighs_emotions_alike():
-    mine, theirs = ({"ser": {"correct": {"angry": {"a": right}, "sad": {f"s{n}": False for n in range(9)}}}} for right in (True, False))
+    mine, theirs = (
+        {"ser": {"correct": {"angry": {"a": right}, "sad": {f"s{n}": False for n in range(9)}}}}
+        for right in (True, False)
+    )
     assert "+50.00 points" in evaluate.compare(mine, theirs)[0]
 
 
-def test_command_line_runs_a_model(tmp_path, monkeypatch, capsys, tiny_student_model, tiny_processor, examples):
+def test_command_line_runs_a_model(
+    tmp_path, monkeypatch, capsys, tiny_student_model, tiny_processor, examples
+):
     tiny_student_model.save_pretrained(tmp_path / "tiny")
     tiny_processor.save_pretrained(tmp_path / "tiny")
     manifest, out = examples[0].audio.parent / "manifest.jsonl", tmp_path / "run"
     tiny = ["--model", tmp_path / "tiny", "--data", manifest, "--max-new-tokens", 4]
     run_main(monkeypatch, "--task", "both", *tiny, "--split", "test", "--greedy", "--out", out)
     results = json.loads((out / "results.json").read_text())
-    assert results["aqa"].keys() >= {"sound", "music", "speech", "average", "official", "intervals", "correct"}
-    assert results["ser"].keys() >= {"ua", "confusion", "interval"} and results["settings"]["temperature"] == 0
+    assert results["aqa"].keys() >= {
+        "sound",
+        "music",
+        "speech",
+        "average",
+        "official",
+        "intervals",
+        "correct",
+    }
+    assert (
+        results["ser"].keys() >= {"ua", "confusion", "interval"}
+        and results["settings"]["temperature"] == 0
+    )
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    expected = rollout.generate(tiny_student_model, tiny_processor, examples, temperature=0, max_new_tokens=4, progress=False)
-    assert {s["id"]: s["model_output"] for s in samples} == {e.id: text for e, text in zip(examples, expected)}
-    again = score_mmau(evaluate.read_predictions(out / "predictions.json"))                 # what is written can be scored again
+    expected = rollout.generate(
+        tiny_student_model,
+        tiny_processor,
+        examples,
+        temperature=0,
+        max_new_tokens=4,
+        progress=False,
+    )
+    assert {s["id"]: s["model_output"] for s in samples} == {
+        e.id: text for e, text in zip(examples, expected)
+    }
+    again = score_mmau(
+        evaluate.read_predictions(out / "predictions.json")
+    )  # what is written can be scored again
     assert again == results["aqa"]
     capsys.readouterr()
     run_main(monkeypatch, "--task", "aqa", *tiny, "--limit", 2, "--out", out)
     assert "2 questions" in capsys.readouterr().out
     assert "ser" not in json.loads((out / "results.json").read_text())
     shutil.copy(manifest, manifest.parent / "again.jsonl")
-    run_main(monkeypatch, "--task", "aqa", *tiny, "--limit", 2, "--out", out, "--data", manifest, manifest.parent / "again.jsonl")
-    assert "-- again" in capsys.readouterr().out                                            # each further file apart
+    run_main(
+        monkeypatch,
+        "--task",
+        "aqa",
+        *tiny,
+        "--limit",
+        2,
+        "--out",
+        out,
+        "--data",
+        manifest,
+        manifest.parent / "again.jsonl",
+    )
+    assert "-- again" in capsys.readouterr().out  # each further file apart
     results = json.loads((out / "results.json").read_text())
     assert results["splits"]["again"]["aqa"] == results["aqa"]
     with pytest.raises(SystemExit, match="splits test"):
@@ -650,9 +1217,26 @@ def test_command_line_runs_a_model(tmp_path, monkeypatch, capsys, tiny_student_m
 def by_ranks(ranks, folder, *arguments):
     """evaluate.py in a folder of its own, by one process or several."""
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, str(ROOT / "evaluate.py"), *map(str, arguments), "--out", "out"], cwd=folder, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    return subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            str(ROOT / "evaluate.py"),
+            *map(str, arguments),
+            "--out",
+            "out",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -664,10 +1248,27 @@ def tiny_folder(tmp_path_factory, tiny_student_model, tiny_processor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task, files", [("both", {"results.json", "samples.jsonl", "predictions.json"}), ("gap", {"results.json", "samples.jsonl"})])
+@pytest.mark.parametrize(
+    "task, files",
+    [
+        ("both", {"results.json", "samples.jsonl", "predictions.json"}),
+        ("gap", {"results.json", "samples.jsonl"}),
+    ],
+)
 def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path, task, files):
     """An odd number of questions, so that the shares differ."""
-    arguments = ["--task", task, "--model", tiny_folder, "--data", examples[0].audio.parent / "manifest.jsonl", "--max-new-tokens", 6, "--batch-size", 2]
+    arguments = [
+        "--task",
+        task,
+        "--model",
+        tiny_folder,
+        "--data",
+        examples[0].audio.parent / "manifest.jsonl",
+        "--max-new-tokens",
+        6,
+        "--batch-size",
+        2,
+    ]
     one, two = (by_ranks(ranks, tmp_path / str(ranks), *arguments) for ranks in (1, 2))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert one.stdout == two.stdout and len(one.stdout.splitlines()) > 3
@@ -680,43 +1281,91 @@ def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path
 @pytest.mark.slow
 def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
     """A clip that only rank 1 would ask about; a task for one process."""
-    rows = [json.loads(line) for line in (examples[0].audio.parent / "manifest.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (examples[0].audio.parent / "manifest.jsonl").read_text().splitlines()
+    ]
     rows[1]["audio"] = "broken.wav"
     bad = examples[0].audio.parent / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, rows)))
     (bad.parent / "broken.wav").write_bytes(b"RIFF")
-    for task, words in ("both", "broken.wav"), ("kl", "--task kl runs in one process, and torchrun started 2; start it with python"):
-        done = by_ranks(2, tmp_path / task, "--task", task, "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2)
+    for task, words in ("both", "broken.wav"), (
+        "mmau",
+        "--task mmau runs in one process, and torchrun started 2; start it with python",
+    ):
+        done = by_ranks(
+            2,
+            tmp_path / task,
+            "--task",
+            task,
+            "--model",
+            tiny_folder,
+            "--data",
+            bad,
+            "--max-new-tokens",
+            2,
+            "--predictions",
+            "none.json",
+        )
         sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
         assert done.returncode and len(sentences) == 1 and words in sentences[0], done.stderr
-        assert done.stdout == "" and not (tmp_path / task / "out").exists() and 'evaluate.py", line' not in done.stderr
+        assert (
+            done.stdout == ""
+            and not (tmp_path / task / "out").exists()
+            and 'evaluate.py", line' not in done.stderr
+        )
 
 
-GOOD = {"id": "q", "question": "?", "choices": ["gold", "silver"], "answer": "gold", "task": "sound", "model_output": "gold"}
+GOOD = {
+    "id": "q",
+    "question": "?",
+    "choices": ["gold", "silver"],
+    "answer": "gold",
+    "task": "sound",
+    "model_output": "gold",
+}
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "predictions.json: cannot be read as JSON (.*No such file"), ("", "cannot be read as JSON"), ("{", "cannot be read as JSON"),
-    (b"\xff\xfe", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"),
-    ({"aqa": 1}, "holds no list of records"), ([], "holds no list of records"), ([GOOD, 3], "record 2 is not an object"),
-    ([{**GOOD, "id": 7}], "record 1 has no text under 'id'"), ([{**GOOD, "answer": None}], "no text under 'answer'"),
-    ([{}], "no text under 'id'"),
-    ([{**GOOD, "choices": "gold"}], "no list of texts under 'choices'"), ([{**GOOD, "choices": [1, 2]}], "no list of texts"),
-    ([{**GOOD, "model_output": ["gold"]}], "not text under 'model_output'"),
-    ([{**GOOD, "task": "average"}], "the task 'average', the name of one of the results"),
-    ([GOOD, GOOD], "record 2 repeats the id 'q'"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "predictions.json: cannot be read as JSON (.*No such file"),
+        ("", "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ({"aqa": 1}, "holds no list of records"),
+        ([], "holds no list of records"),
+        ([GOOD, 3], "record 2 is not an object"),
+        ([{**GOOD, "id": 7}], "record 1 has no text under 'id'"),
+        ([{**GOOD, "answer": None}], "no text under 'answer'"),
+        ([{}], "no text under 'id'"),
+        ([{**GOOD, "choices": "gold"}], "no list of texts under 'choices'"),
+        ([{**GOOD, "choices": [1, 2]}], "no list of texts"),
+        ([{**GOOD, "model_output": ["gold"]}], "not text under 'model_output'"),
+        ([{**GOOD, "task": "average"}], "the task 'average', the name of one of the results"),
+        ([GOOD, GOOD], "record 2 repeats the id 'q'"),
+    ],
+)
 def test_bad_predictions_get_one_sentence(tmp_path, monkeypatch, content, message):
     path = tmp_path / "predictions.json"
     if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+        path.write_bytes(
+            content
+            if isinstance(content, bytes)
+            else (content if isinstance(content, str) else json.dumps(content)).encode()
+        )
     with pytest.raises(SystemExit, match=message.replace("(", r"\(")) as stop:
         run_main(monkeypatch, "--task", "mmau", "--predictions", path)
     assert str(path) in str(stop.value) and "\n" not in str(stop.value) and "; " in str(stop.value)
 
 
 def test_bad_flags_and_comparisons(tmp_path, monkeypatch, capsys):
-    for arguments, flag in ("mmau", "--predictions"), ("aqa --data x", "--model"), ("ser --model x", "--data"):
+    for arguments, flag in (
+        ("mmau", "--predictions"),
+        ("aqa --data x", "--model"),
+        ("ser --model x", "--data"),
+    ):
         with pytest.raises(SystemExit):
             run_main(monkeypatch, "--task", *arguments.split())
         assert f"needs {flag}" in capsys.readouterr().err
@@ -724,14 +1373,31 @@ def test_bad_flags_and_comparisons(tmp_path, monkeypatch, capsys):
     for content in [], {"aqa": 5}, {"aqa": {"sound": 3}}:
         (tmp_path / "other.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit, match="other.json: holds no results"):
-            run_main(monkeypatch, "--task", "mmau", "--predictions", tmp_path / "good.json", "--compare", tmp_path / "other.json")
+            run_main(
+                monkeypatch,
+                "--task",
+                "mmau",
+                "--predictions",
+                tmp_path / "good.json",
+                "--compare",
+                tmp_path / "other.json",
+            )
 
 
 def test_a_reference_letter_is_a_place_not_a_choice():
     """Blood groups: the reference A means the first choice, O."""
     choices, answer = evaluate.lettered("A", ["O", "A", "AB", "B"])
-    assert [judge.agree(said, answer, choices) for said in ("A. O", "The answer is O.", "B. A", "The answer is (A).")] == [True, True, False, True]
-    record = {"id": "1", "task": "mcq", "choices": choices, "answer": answer, "model_output": "A. O"}
+    assert [
+        judge.agree(said, answer, choices)
+        for said in ("A. O", "The answer is O.", "B. A", "The answer is (A).")
+    ] == [True, True, False, True]
+    record = {
+        "id": "1",
+        "task": "mcq",
+        "choices": choices,
+        "answer": answer,
+        "model_output": "A. O",
+    }
     found = evaluate.score_mmau([record], voicebench=True)
     assert found["mcq"] == found["official"]["mcq"] == 100
     assert evaluate.lettered("E", choices) == ([], "E")

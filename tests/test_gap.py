@@ -1,4 +1,5 @@
 """Paper B's evaluation: the audio-text gap by hand-computed cases, the real command on real views, and the KL analysis on planted divergences."""
+
 import json
 import re
 import sys
@@ -18,30 +19,53 @@ from test_train_cord import write_spoken
 
 def views(text, audio, kind="sum"):
     """Bits -> what evaluate_views returns, for questions q0, q1, ..."""
-    correct = {view: {kind: {f"q{i}": bool(int(bit)) for i, bit in enumerate(bits)}} for view, bits in (("text", text), ("audio", audio))}
+    correct = {
+        view: {kind: {f"q{i}": bool(int(bit)) for i, bit in enumerate(bits)}}
+        for view, bits in (("text", text), ("audio", audio))
+    }
     gap = evaluate.gap_of(*map(evaluate.flat, correct.values()))
     return {**gap, "correct": correct, "kinds": {kind: gap}}
 
 
 def test_gap_by_hand():
     found = views("1111111100", "1100000010")
-    assert (found["text_accuracy"], found["audio_accuracy"], found["gap"], found["questions"]) == (80, 30, 50, 10)
+    assert (found["text_accuracy"], found["audio_accuracy"], found["gap"], found["questions"]) == (
+        80,
+        30,
+        50,
+        10,
+    )
     low, high = found["intervals"]["gap"]
     assert low < 50 < high and found["intervals"]["audio"] == evaluate.wilson(3, 10)
     # paired: of ten questions six are lost by hearing and one is won, so the difference has variance (7 - 25/10) / 100 of a point squared
-    assert high - low == pytest.approx(2 * 1.96 * 100 * (0.7 - 0.25) ** 0.5 / 10 ** 0.5, rel=0.1)
+    assert high - low == pytest.approx(2 * 1.96 * 100 * (0.7 - 0.25) ** 0.5 / 10**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("before, after, gone", [
-    (("11111111", "11110000"), ("11111111", "11111100"), 50), (("11111111", "11110000"), ("11000000", "11111100"), 50),   # a text view that rots earns nothing
-    (("11111111", "11110000"), ("11111111", "11000000"), -50), (("1100", "1111"), ("1100", "1111"), None), (("1100", "1100"), ("1111", "1111"), None)])
+@pytest.mark.parametrize(
+    "before, after, gone",
+    [
+        (("11111111", "11110000"), ("11111111", "11111100"), 50),
+        (
+            ("11111111", "11110000"),
+            ("11000000", "11111100"),
+            50,
+        ),  # a text view that rots earns nothing
+        (("11111111", "11110000"), ("11111111", "11000000"), -50),
+        (("1100", "1111"), ("1100", "1111"), None),
+        (("1100", "1100"), ("1111", "1111"), None),
+    ],
+)
 def test_gap_reduction_by_hand(before, after, gone):
     assert evaluate.gap_reduction(views(*before), views(*after)) == gone
 
 
 def test_the_report_tells_before_from_after():
     text = evaluate.report_gap(views("1111111100", "1111110000"), views("1111111100", "1100000000"))
-    assert "audio    20.0 -> 60.0   +40.0 points" in text and "66.7 %" in text and "text     80.0 -> 80.0   +0.0 points" in text
+    assert (
+        "audio    20.0 -> 60.0   +40.0 points" in text
+        and "66.7 %" in text
+        and "text     80.0 -> 80.0   +0.0 points" in text
+    )
 
 
 def test_only_spoken_questions_are_asked_twice(tmp_path):
@@ -56,24 +80,62 @@ def test_only_spoken_questions_are_asked_twice(tmp_path):
 def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch, capsys):
     manifest, further = write_spoken(tmp_path), tmp_path / "telephone.jsonl"
     further.write_text("\n".join(manifest.read_text().splitlines()[:3]) + "\n")
-    run = lambda *more: monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", str(mini.world.MINI / "student"), "--data", str(manifest),
-                                                          str(further), "--max-new-tokens", "70", *more]) or evaluate.main()
+    run = (
+        lambda *more: monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "evaluate.py",
+                "--task",
+                "gap",
+                "--model",
+                str(mini.world.MINI / "student"),
+                "--data",
+                str(manifest),
+                str(further),
+                "--max-new-tokens",
+                "70",
+                *more,
+            ],
+        )
+        or evaluate.main()
+    )
     run("--out", str(tmp_path / "a"))
     found = json.loads((tmp_path / "a" / "results.json").read_text())
-    said = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    said = [
+        json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()
+    ]
     model, processor = models.load_audio_model(mini.world.MINI / "student")
     examples = data.read_manifest(manifest)
-    read = rollout.generate(model, processor, examples, view="text", words="transcript", temperature=0, max_new_tokens=70, progress=False)
+    read = rollout.generate(
+        model,
+        processor,
+        examples,
+        view="text",
+        words="transcript",
+        temperature=0,
+        max_new_tokens=70,
+        progress=False,
+    )
     assert [s["model_output"] for s in said if s["view"] == "text" and s["set"] == "spoken"] == read
-    assert found["text_accuracy"] == 100 * sum(f"<RESPONSE>{e.answer}</RESPONSE>" in text for e, text in zip(examples, read)) / 6 > 50
+    assert (
+        found["text_accuracy"]
+        == 100
+        * sum(f"<RESPONSE>{e.answer}</RESPONSE>" in text for e, text in zip(examples, read))
+        / 6
+        > 50
+    )
     assert found["questions"] == 6 and found["splits"]["telephone"]["questions"] == 3
-    assert sum(kind["questions"] for kind in found["kinds"].values()) == 6 and found["gap"] == found["text_accuracy"] - found["audio_accuracy"]
+    assert (
+        sum(kind["questions"] for kind in found["kinds"].values()) == 6
+        and found["gap"] == found["text_accuracy"] - found["audio_accuracy"]
+    )
     assert found["decoding"] == {"max_new_tokens": 70, "temperature": 0.0, "words": "transcript"}
     assert found["together"]["questions"] == 9
     assert list(found["together"]["kinds"]) == ["spoken", "telephone"]
     capsys.readouterr()
     before = str(tmp_path / "a" / "results.json")
-    run("--out", str(tmp_path / "b"), "--baseline", before)                 # the same student again
+    run("--out", str(tmp_path / "b"), "--baseline", before)  # the same student again
     again = json.loads((tmp_path / "b" / "results.json").read_text())
     parts = again, again["splits"]["telephone"], again["together"]
     assert [part["gap_reduction_percent"] for part in parts] == [0, 0, 0]
@@ -81,10 +143,18 @@ def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="with max_new_tokens 70, not 60; give both"):
         run("--baseline", before, "--max-new-tokens", "60")
     with pytest.raises(SystemExit, match="holds no gap"):
-        run("--baseline", str(tmp_path / "a" / "samples.jsonl".replace("samples.jsonl", "nothing.json")) if (tmp_path / "a" / "nothing.json").write_text("{}") else "")
+        run(
+            "--baseline",
+            (
+                str(tmp_path / "a" / "samples.jsonl".replace("samples.jsonl", "nothing.json"))
+                if (tmp_path / "a" / "nothing.json").write_text("{}")
+                else ""
+            ),
+        )
 
 
 # ------------------------------------ --baseline, file by file ------------------------------------
+
 
 class Planted:
     """The gap command with planted answers: said[view] holds the (file, id) of the right ones.
@@ -100,8 +170,14 @@ class Planted:
         (self.folder / name).mkdir(exist_ok=True)
         wave = 0.1 * np.sin(np.arange(16_000) / 9)
         soundfile.write(self.folder / name / "x.wav", wave, 16_000)
-        line = {"audio": f"{name}/x.wav", "question": question, "choices": [], "answer": "7",
-                "task": "math", "transcript": "How much?"}
+        line = {
+            "audio": f"{name}/x.wav",
+            "question": question,
+            "choices": [],
+            "answer": "7",
+            "task": "math",
+            "transcript": "How much?",
+        }
         path = self.folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"id": i, **line}) + "\n" for i in ids))
         return path
@@ -110,6 +186,7 @@ class Planted:
         def generate(model, processor, asked, view="audio", **how):
             right = [(e.audio.parent.name, e.id) in said[view] for e in asked]
             return ["#### 7" if hit else "#### 8" for hit in right]
+
         self.monkeypatch.setattr(evaluate, "generate", generate)
 
     def run(self, said, out, *arguments):
@@ -129,8 +206,10 @@ def planted(tmp_path, monkeypatch, capsys):
 def said_of(**files):
     """said_of(a=("0123", "01")): of file a the questions 0 to 3 are right when they are read, 0
     and 1 when they are heard."""
-    return {view: {(name, i) for name, both in files.items() for i in both[at]}
-            for at, view in enumerate(evaluate.VIEWS)}
+    return {
+        view: {(name, i) for name, both in files.items() for i in both[at]}
+        for at, view in enumerate(evaluate.VIEWS)
+    }
 
 
 BEFORE = said_of(a=("01234567", "0123"), b=("0123", ""), c=("01", "0"))
@@ -155,7 +234,7 @@ def test_an_unchanged_student_has_reduced_nothing(planted, order):
     gone, _ = reductions(BEFORE)
     assert len(gone) in (1, 4) and set(gone.values()) == {0}
     better = {**BEFORE, "audio": BEFORE["audio"] | {("b", "0"), ("b", "1"), ("b", "2")}}
-    gone, printed = reductions(better)                  # of the gaps 4, 4 and 1, 3 questions of b
+    gone, printed = reductions(better)  # of the gaps 4, 4 and 1, 3 questions of b
     expected = {"a": 0, "b": 75, "c": 0, "together": 100 * 3 / 9}
     assert gone == pytest.approx({name: expected[name] for name in gone})
     if order == "abc":
@@ -206,7 +285,7 @@ def test_what_cannot_be_spoken_counts_as_wrong(planted):
     before, _ = planted.run(said, "before", "--data", manifest)
     assert (before["questions"], before["text_accuracy"], before["audio_accuracy"]) == (6, 100, 50)
     skipped = planted.folder / "g.skipped.jsonl"
-    left_out = [{"id": i, "skipped": "too long"} for i in ("6", "7", "0")]      # 0 was said since
+    left_out = [{"id": i, "skipped": "too long"} for i in ("6", "7", "0")]  # 0 was said since
     skipped.write_text("".join(json.dumps(line) + "\n" for line in left_out))
     for baseline in "before", "after":
         base = planted.folder / baseline / "results.json"
@@ -228,26 +307,69 @@ def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
     """OBQA as it is spoken (the choices are in the sound, the answer is a letter), or with its choices as text; GSM8K as an open question."""
     rows = [json.loads(line) for line in write_spoken(tmp_path).read_text().splitlines()[:4]]
     spoken = "Which is yellow? A. gold B. silver C. tin D. iron"
-    for name, fields in {"obqa": {"transcript": spoken, "choices": [], "answer": "A"}, "gsm8k": {"choices": [], "answer": "18"},
-                         "mmsu": {"choices": ["gold", "silver", "tin", "iron"], "answer": "gold"}}.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**row, "question": "", "task": "math", **fields}) for row in rows))
-    said = {"obqa": ["A", "The answer is gold.", "silver", "hm"], "gsm8k": ["#### 18", "It costs $18.00.", "x+18", "19"]}
+    for name, fields in {
+        "obqa": {"transcript": spoken, "choices": [], "answer": "A"},
+        "gsm8k": {"choices": [], "answer": "18"},
+        "mmsu": {"choices": ["gold", "silver", "tin", "iron"], "answer": "gold"},
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({**row, "question": "", "task": "math", **fields}) for row in rows)
+        )
+    said = {
+        "obqa": ["A", "The answer is gold.", "silver", "hm"],
+        "gsm8k": ["#### 18", "It costs $18.00.", "x+18", "19"],
+    }
     said["mmsu"] = said["obqa"]
-    monkeypatch.setattr(evaluate, "generate", lambda model, processor, asked, view, **how: said[asked[0].where.split("/")[-1].split(".")[0]])
+    monkeypatch.setattr(
+        evaluate,
+        "generate",
+        lambda model, processor, asked, view, **how: said[
+            asked[0].where.split("/")[-1].split(".")[0]
+        ],
+    )
     monkeypatch.setattr(models, "check", lambda *_: None)
-    monkeypatch.setattr(models, "load_audio_model", lambda *_, **__: (type("Model", (), {"to": lambda self, device: self})(), None))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gap", "--model", "x", "--out", str(tmp_path / "out"), "--data",
-                                      *(str(tmp_path / f"{name}.jsonl") for name in said)])
+    monkeypatch.setattr(
+        models,
+        "load_audio_model",
+        lambda *_, **__: (type("Model", (), {"to": lambda self, device: self})(), None),
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate.py",
+            "--task",
+            "gap",
+            "--model",
+            "x",
+            "--out",
+            str(tmp_path / "out"),
+            "--data",
+            *(str(tmp_path / f"{name}.jsonl") for name in said),
+        ],
+    )
     evaluate.main()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["audio_accuracy"] == found["splits"]["gsm8k"]["text_accuracy"] == found["splits"]["mmsu"]["audio_accuracy"] == 50
+    assert (
+        found["audio_accuracy"]
+        == found["splits"]["gsm8k"]["text_accuracy"]
+        == found["splits"]["mmsu"]["audio_accuracy"]
+        == 50
+    )
     for part in found, found["splits"]["mmsu"]:
-        assert [part["voicebench"][view]["accuracy"] for view in ("text", "audio")] == [25, 25] and part["voicebench"]["audio"]["counts"]["no_letter"] == 3
-    assert "voicebench" not in found["splits"]["gsm8k"] and capsys.readouterr().out.count("VoiceBench's templates: 25.0; in 3 of 4") == 4
+        assert [part["voicebench"][view]["accuracy"] for view in ("text", "audio")] == [
+            25,
+            25,
+        ] and part["voicebench"]["audio"]["counts"]["no_letter"] == 3
+    assert (
+        "voicebench" not in found["splits"]["gsm8k"]
+        and capsys.readouterr().out.count("VoiceBench's templates: 25.0; in 3 of 4") == 4
+    )
     assert found["settings"]["temperature"] == 0 and found["settings"]["max_new_tokens"] == 2048
 
 
 # ------------------------------------------------------------ the KL analysis -----------------------------------------------------------
+
 
 def test_kl_report_finds_what_was_planted():
     """100 rollouts of 20 tokens: D_t is 5 on token 7, which stands early, 0.01 elsewhere."""
@@ -260,23 +382,58 @@ def test_kl_report_finds_what_was_planted():
         pairs.append((ids, [5.0 if token == 7 else 0.01 for token in ids]))
     report = inside.kl_report(pairs, tokenizer)
     assert (report["rollouts"], report["tokens"]) == (100, 2000)
-    assert report["mean"] == pytest.approx((5 + 19 * 0.01) / 20) and report["percentiles"]["80"] == pytest.approx(0.01)
-    assert report["percentiles"]["99"] == 5 and report["tenth"] == pytest.approx((500 + 100 * 0.01) / (500 + 1900 * 0.01))
-    assert report["by_token"][0]["token"] == tokenizer.decode([7]) and report["by_token"][0]["mean"] == 5 and report["by_token"][0]["count"] == 100
+    assert report["mean"] == pytest.approx((5 + 19 * 0.01) / 20) and report["percentiles"][
+        "80"
+    ] == pytest.approx(0.01)
+    assert report["percentiles"]["99"] == 5 and report["tenth"] == pytest.approx(
+        (500 + 100 * 0.01) / (500 + 1900 * 0.01)
+    )
+    assert (
+        report["by_token"][0]["token"] == tokenizer.decode([7])
+        and report["by_token"][0]["mean"] == 5
+        and report["by_token"][0]["count"] == 100
+    )
     place = [t / 19 for _ in range(100) for t in range(20)]
-    assert report["correlation"] == pytest.approx(np.corrcoef(place, [d for _, row in pairs for d in row])[0, 1]) and report["correlation"] < -0.2
-    assert sum(report["histogram"]["counts"]) == 2000 and report["by_position"][0] > report["by_position"][10] == pytest.approx(0.01)
+    assert (
+        report["correlation"]
+        == pytest.approx(np.corrcoef(place, [d for _, row in pairs for d in row])[0, 1])
+        and report["correlation"] < -0.2
+    )
+    assert sum(report["histogram"]["counts"]) == 2000 and report["by_position"][0] > report[
+        "by_position"
+    ][10] == pytest.approx(0.01)
 
 
-def test_the_kl_command_before_and_after(tmp_path, monkeypatch, capsys):
+def test_the_kl_command_before_and_after(tmp_path, capsys):
     """The student against itself reading: mean D_t as train_cord.py's own step computes it on the same rollouts."""
     manifest = write_spoken(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "kl", "--model", str(mini.world.MINI / "student"), "--data", str(manifest),
-                                      "--max-new-tokens", "20", "--out", str(tmp_path)])
-    evaluate.main()
+    inside.main(
+        [
+            "kl",
+            "--model",
+            str(mini.world.MINI / "student"),
+            "--data",
+            str(manifest),
+            "--max-new-tokens",
+            "20",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     report = json.loads((tmp_path / "kl.json").read_text())
-    assert list(report) == ["before"] and (tmp_path / "kl.png").stat().st_size > 10_000 and "largest on:" in capsys.readouterr().out
+    assert (
+        list(report) == ["before"]
+        and (tmp_path / "kl.png").stat().st_size > 10_000
+        and "largest on:" in capsys.readouterr().out
+    )
     student, processor = models.load_audio_model(mini.world.MINI / "student")
-    pairs = inside.divergences(student, processor, student, data.read_manifest(manifest), batch_size=2, max_new_tokens=20)
-    assert report["before"]["mean"] == pytest.approx(np.mean([d for _, row in pairs for d in row]), rel=1e-4)
-    assert report["before"]["tokens"] == sum(len(ids) for ids, _ in pairs) and report["before"]["mean"] > 0.01
+    pairs = inside.divergences(
+        student, processor, student, data.read_manifest(manifest), batch_size=2, max_new_tokens=20
+    )
+    assert report["before"]["mean"] == pytest.approx(
+        np.mean([d for _, row in pairs for d in row]), rel=1e-4
+    )
+    assert (
+        report["before"]["tokens"] == sum(len(ids) for ids, _ in pairs)
+        and report["before"]["mean"] > 0.01
+    )
