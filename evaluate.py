@@ -588,7 +588,7 @@ def main(argv=None):
     rank, world, device = ranks.start_distributed()
     try:
         if args.model:
-            args.model = ranks.of_rank_zero(models.newest_checkpoint(args.model))
+            args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
         if args.task not in ("mmau", "mcq", "report") and rank == 0:
             make_folder(args.out or "runs/evaluate")         # not after hours of answers
         if args.task in SHARED:

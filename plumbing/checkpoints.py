@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.tensor import DTensor
 
 import models
+from plumbing import whole
 from plumbing import ranks
 from plumbing.files import flush, make_folder, read_json, write_json, writing
 
@@ -131,7 +132,7 @@ def drop_old(folder, keep, best=None):
     found = complete(folder)
     scores = {}
     for path in found:
-        if best and models.fault_of(path) is None:
+        if best and whole.fault_of(path) is None:
             scores[path] = read_json(path / "checkpoint.json").get("scores", {})
     scored = [path for path in scores if scores[path].get(best) is not None]        # nothing may have been asked that gives it
     for old in set(found[:-keep]) - {max(scored, key=lambda path: scores[path][best])} if scored else found[:-keep]:
@@ -257,7 +258,7 @@ def find_checkpoint(args, folder, device):
     same_folder(folder)
     # each node's torchrun counts its own restarts; and it starts again after a refusal too, so that the count alone does not make a checkpoint ours
     again = ranks.over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), dist.ReduceOp.MAX, device) > 0 and same_flags(args, folder)
-    found, passed_over = (None, []) if was_dry(folder) else models.newest_whole(folder)
+    found, passed_over = (None, []) if was_dry(folder) else whole.newest_whole(folder)
     found, passed_over = ranks.of_rank_zero((found, passed_over))
     if args.dry_run and args.resume:
         raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another --out than that of a real run")
@@ -273,7 +274,7 @@ def find_checkpoint(args, folder, device):
         return found
     if not (Path(args.resume) / "checkpoint.json").is_file():
         raise SystemExit(f"{args.resume} is not a checkpoint (it has no checkpoint.json); give a folder such as {folder}/step-0000100, or auto")
-    if fault := models.fault_of(Path(args.resume)):
+    if fault := whole.fault_of(Path(args.resume)):
         raise SystemExit(f"{args.resume} is not whole ({fault}); go on from another, or with auto")
     return Path(args.resume)
 
@@ -316,7 +317,7 @@ def load_model(path, model, *beside):
 def load_optimizer(path, module, optimizer):
     """Fill the optimizer's state, each rank its part, whatever number of ranks wrote it. Rates and decay are those of today's flags. Raises SystemExit where
     other parameters learnt."""
-    # models.fault_of has looked for the files that checkpoint.json lists; an old one lists none
+    # whole.fault_of has looked for the files that checkpoint.json lists; an old one lists none
     listed = "files" in read_json(Path(path) / "checkpoint.json")
     if not listed and not any(Path(path).glob("optimizer/*.safetensors")):
         raise SystemExit(f"{path} is not whole (no optimizer/*.safetensors); go on from another")

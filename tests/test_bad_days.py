@@ -20,6 +20,7 @@ import evaluate
 import layer_map
 import mini.world
 import models
+from plumbing.whole import newest_checkpoint
 import train_cord
 import train_source_layer
 from bad_days import ROOT, end, family, fork, lines, losses, near_run, none_survive, ranks_of, same_run, spawn, steps, until
@@ -615,8 +616,8 @@ def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, cap
     """Wherever a model is named: --model runs/a, --student runs/a. A model needs no optimizer."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed("source", 4), folder)
-    assert models.newest_checkpoint(folder) == str(folder / "step-0000004")
-    assert models.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and models.newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
+    assert newest_checkpoint(folder) == str(folder / "step-0000004")
+    assert newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
     damage(folder / "step-0000004", "optimizer")
     assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004") and not capsys.readouterr().out
     damage(folder / "step-0000004", "truncated")

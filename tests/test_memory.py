@@ -98,14 +98,14 @@ def test_memory_is_printed_for_each_number_of_gpus(capsys):
         memory_table(capsys, "--script", "source_layer", "--shapes", "qwen2-audio-7b")
 
 
-@pytest.mark.parametrize("name", list(models.shapes.STUDENTS))
+@pytest.mark.parametrize("name", list(shapes.STUDENTS))
 def test_what_autograd_keeps_is_what_a_real_run_keeps(name, monkeypatch):
     """The meta device's count against real tensors, by a hook of this test's own; PyTorch's CPU attention keeps the same as a GPU's."""
     shrink(monkeypatch.setitem)
     lengths = {"audio view": 50, "frames": 200}
     with torch.device("meta"):
-        meta = models.shapes.random_student(name, 2, torch.bfloat16)[0]
-    real = models.shapes.random_student(name, 2, torch.bfloat16)[0]
+        meta = shapes.random_student(name, 2, torch.bfloat16)[0]
+    real = shapes.random_student(name, 2, torch.bfloat16)[0]
     for student in (meta, real):
         models.choose_trained(student, "all", memory.of_use(student))
     counted, weights, kept = memory.activations(meta, lengths), {p.data_ptr() for p in real.parameters()}, {}
