@@ -4,11 +4,13 @@ is loaded, what of it learns, how it is saved.
 
 Both papers need five things of a student, and every family of transformers puts them elsewhere:
 
-    decoder     the text LLM inside: its layers are tapped, CORD's teacher reads with it    decoder(model)
-    head        last hidden state -> logits, a matrix alone: losses.py multiplies by it     head_weight(model)
-    tower       the audio encoder, frozen or slow                                           tower(model)
-    projector   whatever else stands between the two                                        projector(model)
-    hear        the whole model without its head: audio is merged into the prompt inside    hear(model, **inputs)
+    decoder     the text LLM inside; its layers are tapped                      decoder(model)
+    head        last hidden state -> logits: a matrix alone, as losses.py       head_weight(model)
+                multiplies by it
+    tower       the audio encoder, frozen or slow                               tower(model)
+    projector   whatever else stands between the two                            projector(model)
+    hear        the whole model without its head; audio is merged into         hear(model, **inputs)
+                the prompt inside
 
 Nothing here is a list of families. What cannot be asked of the model's class is measured at start,
 on two clips of noise (check): does the audio reach the decoder, are there as many placeholders as
@@ -17,8 +19,8 @@ prompt? So a family that nobody thought of works, or is refused with a sentence 
 Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their thinkers, also out of a
 full checkpoint), AudioFlamingo3, Granite Speech.
 
-    python models.py mini/student                          # check a model, folder or hub id; print its parts
-    python models.py mini/student --teacher mini/teacher   # and how its vocabulary goes with a teacher's
+    python models.py mini/student                          # check a model and print its parts
+    python models.py mini/student --teacher mini/teacher   # and compare the vocabularies
     python models.py runs/lora --save runs/lora/merged     # a LoRA adapter added into its base
 """
 import argparse
@@ -33,14 +35,10 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 import data
+from plumbing import hub
 from plumbing.whole import newest_checkpoint
 
-THINKER = "_thinker"                    # the end of an Omni's model type without its talker
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
-READER = (                              # the files of a tokenizer and a processor
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 # ---------------------------------------- 1. its parts ------------------------------------------
@@ -209,13 +207,13 @@ def _check_turn_end(tokenizer):
 
 
 def _load(path, description, auto_classes, reader_class, dtype):
-    # No remote code, and safetensors alone (check_weights): nothing is executed or unpickled
+    # No remote code, and safetensors alone (hub.check_weights): nothing is executed or unpickled
     from safetensors import SafetensorError
     path, adapter = _base_of(newest_checkpoint(path))
     try:
         reader = reader_class.from_pretrained(path, trust_remote_code=False)
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_weights(path, config)
+        hub.check_weights(path, config)
         # An Omni has a thinker, which is our model, and a talker that says aloud what it thinks
         omni = hasattr(config, "thinker_config")
         config = config.thinker_config if omni else config
@@ -223,7 +221,7 @@ def _load(path, description, auto_classes, reader_class, dtype):
         model, loading = auto_classes[0 if multimodal else -1].from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True)
-        model.reader_files = _reader_files(path)
+        model.reader_files = hub.reader_files(path)
         if adapter:
             peft = _peft()
             peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
@@ -273,37 +271,6 @@ def _base_of(path):
         raise SystemExit(f"{file} does not say which model the adapter is for; write its folder "
                          "or hub id as base_model_name_or_path")
     return base, Path(path)
-
-
-def check_weights(path, config=None):
-    """Every weight that from_pretrained would load of this folder or hub id is a safetensors file
-    inside it, links followed. Raises SystemExit if not.
-
-    An index may name any file, which transformers then opens: a pickle, ../another.safetensors."""
-    names = ["model.safetensors", "adapter_model.safetensors"]
-    if getattr(config, "transformers_weights", None):
-        names.append(config.transformers_weights)
-    with contextlib.suppress(OSError):                      # most models have no index
-        file = transformers.utils.cached_file(str(path), "model.safetensors.index.json")
-        names += json.loads(Path(file).read_text())["weight_map"].values()
-    root = Path(path).resolve()
-    if root.parent.name == "snapshots":                     # the hub's cache: links to ../../blobs
-        root = root.parents[1]
-    for name in names:
-        inside = (Path(path) / name).resolve().is_relative_to(root)
-        if not inside or not name.endswith(".safetensors"):
-            raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside this "
-                             "folder; get the checkpoint again, or convert it")
-
-
-def _reader_files(path):
-    # {name: bytes}, read now: by the time of a checkpoint the folder may be gone, or another one
-    folder = Path(transformers.utils.cached_file(str(path), "config.json")).parent
-    files = {}
-    for name in READER:
-        if (folder / name).is_file():
-            files[name] = (folder / name).read_bytes()
-    return files if "tokenizer.json" in files else {}
 
 
 def cast(model, dtype):
@@ -641,28 +608,19 @@ def _save_adapter(model, folder, state):
 
 
 def _save_weights(model, folder, state):
-    from transformers.core_model_loading import revert_weight_conversion
     # On the CPU: the hub's layout of experts is a copy
     state = {name: tensor.cpu() for name, tensor in state.items()}
     tied = head_is_embedding(model)
     if tied:
         state = {name: x for name, x in state.items() if not name.endswith("lm_head.weight")}
 
-    # Back to the hub's names. transformers 5.17 writes one ".model" too many for decoders inside,
-    # which other loaders miss. On the hub an Omni's thinker is a part, thinker.* (5.24 says so by
-    # itself where the model came from a whole one)
-    part = "thinker." if model.config.model_type.endswith(THINKER) else ""
-    renamed = {}
-    for name, tensor in revert_weight_conversion(model, state).items():
-        name = name.removeprefix(part)
-        name = name.replace("language_model.model.model.", "language_model.model.")
-        renamed[part + name] = tensor
+    state = hub.hub_names(model, state)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder, state_dict=renamed, save_original_format=False,
+    model.save_pretrained(folder, state_dict=state, save_original_format=False,
                           max_shard_size="5GB")
     transformers.utils.logging.enable_progress_bar()
     config = folder / "config.json"
-    config.write_text(json.dumps(hub_config(json.loads(config.read_text())), indent=2) + "\n")
+    config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")
 
 
 def head_is_embedding(model):
@@ -672,29 +630,10 @@ def head_is_embedding(model):
     return same and model.config.get_text_config().tie_word_embeddings
 
 
-def hub_config(config):
-    """config.json as a dict -> the same as other loaders expect it, transformers 4 and vLLM:
-    an Omni around its thinker, and the rotary settings under their old names too."""
-    if config["model_type"].endswith(THINKER):
-        config = {
-            "architectures": [name.replace("Thinker", "") for name in config["architectures"]],
-            "dtype": config["dtype"],
-            "enable_audio_output": False,                   # the talker is not ours
-            "model_type": config["model_type"].removesuffix(THINKER),
-            "thinker_config": config}
-    thinker = config.get("thinker_config", {})
-    for part in (config, config.get("text_config"), thinker.get("text_config")):
-        if part and "rope_theta" in (part.get("rope_parameters") or {}):
-            rope = dict(part["rope_parameters"])
-            part["rope_theta"] = rope.pop("rope_theta")
-            part["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
-    return config
-
-
 def fill(model, folder):
     """A saved model's weights, or its adapter's, into this one in place. Raises OSError,
     RuntimeError or ValueError where they do not fit."""
-    check_weights(folder)
+    hub.check_weights(folder)
     if has_lora(model):
         _fill_adapter(model, Path(folder) / "adapter_model.safetensors")
         return

@@ -317,8 +317,10 @@ def shape_of(args, flags, layers):
     meta = torch.device("meta")
     student, processor, teacher, teacher_tokenizer = random_models(args, meta, layers)
     choose_trained(args, flags, student)
-    decoder, head, blocks = models.decoder(student), models.head_weight(student), models.blocks(student)
-    reader, text = models.decoder(teacher or student), student.config.get_text_config()
+    decoder, blocks = models.decoder(student), models.blocks(student)
+    head = models.head_weight(student)
+    reader = models.decoder(teacher or student)
+    text = student.config.get_text_config()
 
     def count(parameters):
         return sum(p.numel() for p in parameters) / 1e9
@@ -331,7 +333,9 @@ def shape_of(args, flags, layers):
         return count(p for p in parameters if id(p) not in within)
 
     s = argparse.Namespace(student=student, teacher=teacher, words=len(head))
-    s.depth, s.width, s.reader_width = len(decoder.layers), text.hidden_size, reader.config.hidden_size
+    s.depth = len(decoder.layers)
+    s.width = text.hidden_size
+    s.reader_width = reader.config.hidden_size
     s.projections = s.depth * s.reader_width * s.width / 1e9 if teacher else 0.0
     s.whole = count(student.parameters())
     s.decoder = count(decoder.parameters())
@@ -433,7 +437,8 @@ def step_moments(args, s, gpus, clips, always, copies):
     forward = gathered | {
         "activations": clips * clip,
         "gathered: the teacher's head": 2 * s.reader_head * (shared and (source or not args.lora)),
-        "the head's gradient, in float32 and as it is kept": s.head_learns * (4 if head == 4 else 6)}
+        "the head's gradient, in float32 and as it is kept":
+            s.head_learns * (4 if head == 4 else 6)}
     # As losses._rows_per_chunk cuts them: a quarter of what is free
     free = int((args.memory - sum(forward.values())) * 1e9 / 4)
     chunk = min(2048, max(128, free // (12 * s.words) // 128 * 128), clips * s.lengths["response"])
