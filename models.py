@@ -9,8 +9,8 @@ Both papers need five things of a student, and every family of transformers puts
                 multiplies by it
     tower       the audio encoder, frozen or slow                               tower(model)
     projector   whatever else stands between the two                            projector(model)
-    hear        the whole model without its head; audio is merged into         hear(model, **inputs)
-                the prompt inside
+    hear        the whole model without its head; audio and text are merged     hear(model, **x)
+                inside
 
 Nothing here is a list of families. What cannot be asked of the model's class is measured at start,
 on two clips of noise (check): does the audio reach the decoder, are there as many placeholders as
