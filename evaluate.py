@@ -41,6 +41,7 @@ import torch
 from plumbing import ranks
 
 from plumbing.files import make_folder, replace_text, write_json, writing
+from plumbing.whole import newest_checkpoint
 import data
 import judge
 import models

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from plumbing import ranks
 
 from plumbing.files import write_json
+from plumbing.whole import newest_checkpoint
 import data
 import evaluate
 import judge
