@@ -314,7 +314,7 @@ def test_the_first_answers_are_counted(monkeypatch):
     )
     shape = memory.shape_of(args, flags, 2)
     moments = [memory.estimate(args, shape, gpus, 1)[1] for gpus in (2, 64)]
-    for name, rows, tokens in (
+    for name, count, tokens in (
         ("the text view's answers", 8, "text view"),
         ("the evaluation before", 2, "prompt"),
     ):
@@ -324,6 +324,6 @@ def test_the_first_answers_are_counted(monkeypatch):
             and few["the student"] == pytest.approx(4 * shape.whole)
             and few["bfloat16 copies of weights, by autocast"] == 2 * shape.linear > 0
         )
-        assert few[f"keys and values of {rows}"] == pytest.approx(
-            rows * (shape.lengths[tokens] + 20 * (tokens == "prompt")) * shape.cached
+        assert few[f"keys and values of {count}"] == pytest.approx(
+            count * (shape.lengths[tokens] + 20 * (tokens == "prompt")) * shape.cached
         )

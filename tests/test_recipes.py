@@ -19,7 +19,7 @@ from mini.world import MINI
 from test_import_datasets import clip, write_parquet
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-SCRIPTS = {module.__name__: module.main for module in (evaluate, import_datasets, models, speak, textualize, train_cord, train_source_layer)}
+SCRIPTS = {module.__name__: module.main for module in (evaluate, import_datasets, shapes, speak, textualize, train_cord, train_source_layer)}
 
 
 def recipe(title):
@@ -120,7 +120,7 @@ def test_the_walk_without_a_download(downloads, monkeypatch):
     for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
         monkeypatch.setitem(shapes.EARS, name, value)
     walk = recipe("One GPU, little memory, none")
-    assert [run(command, small={}) for command in walk[:3]] == ["models"] * 3 and Path("Qwen/Qwen2.5-Omni-7B/model.safetensors").is_file()
+    assert [run(command, small={}) for command in walk[:3]] == ["shapes"] * 3 and Path("Qwen/Qwen2.5-Omni-7B/model.safetensors").is_file()
     papers = [command for title in ("Paper A, from the download to a row of its table", "Paper B") for command in recipe(title)]
     words = [command for command in papers if any("import_datasets" in word for word in command)] + [["python", "textualize.py", "--data", "CoTA/cota.jsonl"]]
     for command in words[:3]:
