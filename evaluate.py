@@ -44,7 +44,7 @@ import data
 import judge
 import models
 from judge import extract_choice, voicebench_letter
-from plumbing import ranks
+from plumbing import ranks, whole
 from plumbing.files import make_folder, replace_text, write_json
 from plumbing.predictions import TAKEN, differences, lettered, read_baseline
 from plumbing.predictions import read_predictions, read_results, unspoken
@@ -817,7 +817,7 @@ def main(argv=None):
     rank, world, device = ranks.start_distributed()
     try:
         if args.model:
-            args.model = ranks.of_rank_zero(models.newest_checkpoint(args.model))
+            args.model = ranks.of_rank_zero(whole.newest_checkpoint(args.model))
         if rank == 0 and not from_file:
             make_folder(args.out or "runs/evaluate")         # not after hours of answers
         if from_file and world > 1:

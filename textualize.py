@@ -39,6 +39,7 @@ from tqdm import tqdm
 from plumbing import ranks
 
 from plumbing.files import write_json
+from plumbing.whole import newest_checkpoint
 import data
 import evaluate
 import judge
@@ -391,7 +392,7 @@ def main(argv=None):
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_mini = Path(args.model).resolve() == (mini.world.MINI / "student").resolve()
     grounding = args.grounding or ("none" if is_mini else "reasoning")
-    args.model = ranks.of_rank_zero(models.newest_checkpoint(args.model))      # of a run's folder
+    args.model = ranks.of_rank_zero(newest_checkpoint(args.model))      # of a run's folder
     name, failed = f"{args.model}, grounding: {grounding}", out.with_suffix(".failed.jsonl")
     if {e.id for e in examples} - written(out, name) - written(failed, name):
         model, processor = models.load_audio_model(args.model, dtype=half)

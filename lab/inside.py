@@ -28,6 +28,7 @@ import layer_map
 import losses
 import models
 import rollout
+from plumbing import whole
 from plumbing.files import make_folder, write_json, writing
 from plumbing.plots import pyplot
 from plumbing.predictions import read_json
@@ -358,7 +359,7 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
     for start in range(0, len(examples), batch_size):
         chunk = examples[start:start + batch_size]
         prompts = data.encode_prompts(chunk, processor, tokenizer, words="transcript")
-        rollouts = rollout.roll_out(student, processor, prompts, [(1.0, True, False)],
+        rollouts = rollout.roll_out(student, processor, prompts, [rollout.Kind(1.0, kl=True)],
                                     key=f"{seed} kl", max_new_tokens=max_new_tokens)
         answers = [r.ids for r in rollouts]
         rows = range(len(answers))
@@ -591,7 +592,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = make_folder(args.out)
     try:
-        args.model = models.newest_checkpoint(args.model)
+        args.model = whole.newest_checkpoint(args.model)
         run = run_kl if args.task == "kl" else run_layers
         run(args, out)
     except data.DataError as error:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorag
                                           HuggingFaceStorageWriter)
 
 import models
-from plumbing import ranks
+from plumbing import ranks, whole
 from plumbing.files import flush, make_folder, read_json, writing
 
 try:
@@ -220,7 +220,7 @@ def newest_of(path, name, out):
             raise SystemExit(f"{out} began with {before}, which is gone; put it back, or give "
                              "another --out")
         path = before
-    return ranks.of_rank_zero(models.newest_checkpoint(path))
+    return ranks.of_rank_zero(whole.newest_checkpoint(path))
 
 
 def find(folder, resume, dry_run):
@@ -238,7 +238,7 @@ def find(folder, resume, dry_run):
     if resume == "auto":
         newest, passed_over = None, []
         if not _was_dry(folder):
-            newest, passed_over = models.newest_whole(folder)
+            newest, passed_over = whole.newest_whole(folder)
         newest, passed_over = ranks.of_rank_zero((newest, passed_over))
         if passed_over and newest is None:
             raise SystemExit(f"{folder} has no checkpoint that is whole: {'; '.join(passed_over)}; "
@@ -252,7 +252,7 @@ def find(folder, resume, dry_run):
     if not (checkpoint / "checkpoint.json").is_file():
         raise SystemExit(f"{checkpoint} is not a checkpoint (it has no checkpoint.json); give a "
                          f"folder such as {folder}/step-0000100, or auto")
-    fault = models.fault_of(checkpoint)
+    fault = whole.fault_of(checkpoint)
     if fault:
         raise SystemExit(f"{checkpoint} is not whole ({fault}); go on from another, or with auto")
     later = [path.name for path in complete(folder) if path.name > checkpoint.name]

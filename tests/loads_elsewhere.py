@@ -21,7 +21,8 @@ model, found = getattr(transformers, name).from_pretrained(
     folder, config=config, dtype=torch.float32, output_loading_info=True)
 model.eval()
 
-wave = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)     # a second of noise
+noise = np.random.default_rng(0).standard_normal(16_000)               # a second
+wave = 0.1 * noise.astype(np.float32)
 content = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": "What is that?"}]
 turns = [{"role": "user", "content": content}]
 prompt = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bad_days
-from plumbing import checkpoints
+from plumbing import checkpoints, whole
 from plumbing.files import append_jsonl, open_log, read_json, write_json
 import evaluate
 import layer_map
@@ -506,7 +506,7 @@ def test_auto_goes_on_from_the_newest_that_is_whole(flags, undisturbed, tmp_path
     goes_on("source", flags, out, undisturbed("source", 4), 4)
     assert f"{out / 'step-0000004'} is passed over (model.safetensors is truncated" in (said := said_by(out))
     assert f"going on from step 3, {out / 'step-0000003'}" in said
-    assert models.fault_of(out / "step-0000004") is None
+    assert whole.fault_of(out / "step-0000004") is None
 
 
 def said_by(out):
@@ -557,8 +557,8 @@ def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, cap
     """Wherever a model is named: --model runs/a, --student runs/a. A model needs no optimizer."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed("source", 4), folder)
-    assert models.newest_checkpoint(folder) == str(folder / "step-0000004")
-    assert models.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and models.newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
+    assert whole.newest_checkpoint(folder) == str(folder / "step-0000004")
+    assert whole.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and whole.newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
     damage(folder / "step-0000004", "optimizer")
     assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004") and not capsys.readouterr().out
     damage(folder / "step-0000004", "truncated")

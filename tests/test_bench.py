@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from lab import bench
-import models
+from lab import bench, shapes
 
 
 
@@ -18,13 +17,13 @@ def rows(text):
 
 def shrink(set_item):
     """Shapes of a few thousand parameters. set_item(dict, key, value): monkeypatch.setitem, or what does so for good."""
-    for shape in (*models.shapes.STUDENTS.values(), *models.shapes.TEACHERS.values()):
+    for shape in (*shapes.STUDENTS.values(), *shapes.TEACHERS.values()):
         for name, value in dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1).items():
             set_item(shape, name, value)
     for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
-        set_item(models.shapes.EARS, name, value)
+        set_item(shapes.EARS, name, value)
     for name, value in dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2).items():
-        set_item(models.shapes.EYES, name, value)
+        set_item(shapes.EYES, name, value)
 
 
 def test_ratios_are_taken_within_a_round():

@@ -1,9 +1,10 @@
 """
-Private names of other packages that our scripts use, each in one place, because there is no public one.
+Private names of other packages that our scripts use, each in one place, because there is no
+public one.
 
-A new version may change them without a word. When a test here fails, look at the place that it names,
-and at the test that sees what the name does there. (The pretended GPU, kernels_for_h100.py and
-test_fused.py reach deeper into torch, on purpose: they fail by themselves.)
+A new version may change them without a word. When a test here fails, look at the place that it
+names, and at the test that sees what the name does there. (The pretended GPU,
+kernels_for_h100.py and test_fused.py reach deeper into torch, on purpose: they fail by themselves.)
 """
 import ast
 import importlib
@@ -14,7 +15,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", "runs")]
+FILES = []
+for path in ROOT.rglob("*.py"):
+    if path.relative_to(ROOT).parts[0] not in ("tests", "runs"):
+        FILES.append(path)
 OURS = {path.stem for path in FILES}
 # (our file, name) -> the module that has it, where we use it, the test that sees what it does
 FSDP = "torch.distributed.fsdp._fully_shard"
@@ -48,10 +52,16 @@ def test_the_name_is_still_there(file, name):
 def test_no_other_private_name_is_used():
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        # Our own modules, also under another name: from plumbing import optimizer as adamw
+        ours = OURS | {"self", "cls"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.alias) and node.name.rpartition(".")[2] in OURS:
+                ours.add(node.asname or node.name)
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
                 continue
-            of_ours = isinstance(node.value, ast.Name) and node.value.id in OURS | {"self", "cls"}
+            of_ours = isinstance(node.value, ast.Name) and node.value.id in ours
             if not of_ours and not node.attr.startswith("__"):
                 found.add((str(path.relative_to(ROOT)), node.attr))
     assert found == PRIVATE.keys()
@@ -59,4 +69,5 @@ def test_no_other_private_name_is_used():
 
 def test_the_compilers_marks_are_still_there():
     for mark in ("maybe_mark_dynamic", "mark_static"):
-        assert hasattr(torch._dynamo, mark), f"torch._dynamo has no {mark} any more: look at losses._any_rows"
+        assert hasattr(torch._dynamo, mark), (
+            f"torch._dynamo has no {mark} any more: look at losses._any_rows")

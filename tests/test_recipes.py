@@ -10,7 +10,7 @@ import pytest
 
 import evaluate
 from prepare import import_datasets
-import models
+from lab import shapes
 from prepare import speak
 import textualize
 import train_cord
@@ -19,7 +19,7 @@ from mini.world import MINI
 from test_import_datasets import clip, write_parquet
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-SCRIPTS = {module.__name__: module.main for module in (evaluate, import_datasets, models, speak, textualize, train_cord, train_source_layer)}
+SCRIPTS = {module.__name__: module.main for module in (evaluate, import_datasets, shapes, speak, textualize, train_cord, train_source_layer)}
 
 
 def recipe(title):
@@ -112,15 +112,15 @@ def test_what_a_recipe_downloads_is_what_it_uses():
 def test_the_walk_without_a_download(downloads, monkeypatch):
     """Folders of the models' names from their shapes (here narrow ones, too), then both papers' training and evaluation by those names, letter by letter."""
     narrow = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
-    for shape in (*models.shapes.STUDENTS.values(), *models.shapes.TEACHERS.values()):
+    for shape in (*shapes.STUDENTS.values(), *shapes.TEACHERS.values()):
         for name, value in narrow.items():
             monkeypatch.setitem(shape, name, value)
-    monkeypatch.setattr(models.shapes, "word_tokenizer", functools.partial(models.shapes.word_tokenizer, words=300))
-    monkeypatch.setattr(models.shapes, "EYES", dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2))
+    monkeypatch.setattr(shapes, "word_tokenizer", functools.partial(shapes.word_tokenizer, words=300))
+    monkeypatch.setattr(shapes, "EYES", dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2))
     for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
-        monkeypatch.setitem(models.shapes.EARS, name, value)
+        monkeypatch.setitem(shapes.EARS, name, value)
     walk = recipe("One GPU, little memory, none")
-    assert [run(command, small={}) for command in walk[:3]] == ["models"] * 3 and Path("Qwen/Qwen2.5-Omni-7B/model.safetensors").is_file()
+    assert [run(command, small={}) for command in walk[:3]] == ["shapes"] * 3 and Path("Qwen/Qwen2.5-Omni-7B/model.safetensors").is_file()
     papers = [command for title in ("Paper A, from the download to a row of its table", "Paper B") for command in recipe(title)]
     words = [command for command in papers if any("import_datasets" in word for word in command)] + [["python", "textualize.py", "--data", "CoTA/cota.jsonl"]]
     for command in words[:3]:
@@ -131,5 +131,5 @@ def test_the_walk_without_a_download(downloads, monkeypatch):
         run(command, small={}, max_new_tokens=6, lora=4, batch_size=4)
     assert json.loads(Path("runs/a/step-0000002/adapter_config.json").read_text())["base_model_name_or_path"] == "Qwen/Qwen2.5-Omni-7B"
     for command in walk[3:]:
-        monkeypatch.setattr(models.shapes, "STUDENTS", {})                # they are loaded, not made
+        monkeypatch.setattr(shapes, "STUDENTS", {})                # they are loaded, not made
         run(command, small={}, max_new_tokens=6)
