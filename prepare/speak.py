@@ -31,7 +31,6 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import espeakng_loader
 import numpy as np
 import soundfile
 import torch
@@ -39,7 +38,6 @@ import torchaudio
 from tqdm import tqdm
 
 from plumbing import ranks
-
 from plumbing.files import append_jsonl, write_json
 import data
 from data import SAMPLE_RATE        # what every audio tower in the project hears
@@ -56,6 +54,8 @@ SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), 
 @cache
 def espeak_data():
     """The folder of espeak-ng's voices and dictionaries."""
+    import espeakng_loader
+
     data_path = espeakng_loader.get_data_path()
     if len(data_path) > 140:    # espeak-ng keeps this path in 160 bytes and falls silent when it does not fit
         link = os.path.join(tempfile.mkdtemp(), "data")
@@ -67,6 +67,8 @@ def espeak_data():
 @cache
 def espeak():
     """The library, initialised once per process -> (ctypes library, its sampling rate in Hz, the list its callback fills)."""
+    import espeakng_loader
+
     data_path = espeak_data()
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     rate = library.espeak_Initialize(RETRIEVAL, 0, data_path.encode(), 0)
@@ -105,7 +107,7 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
     Returns float32 [samples] at 16 kHz, without leading and trailing silence. Raises ValueError for an unknown voice or silent text.
     """
     library, sample_rate, chunks = espeak()
-    known = (Path(espeakng_loader.get_data_path()) / "voices" / "!v" / voice).is_file()      # of a variant that it lacks espeak-ng says nothing
+    known = (Path(espeak_data()) / "voices" / "!v" / voice).is_file()      # of a variant that it lacks espeak-ng says nothing
     if not known or library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()) != 0:
         raise ValueError(f"espeak-ng has no voice {accent}+{voice}; use a variant such as m1..m8 or f1..f5 with an accent such as en-us")
     for parameter, value in ((ESPEAK_RATE, rate), (ESPEAK_PITCH, pitch), (ESPEAK_RANGE, pitch_range), (ESPEAK_VOLUME, volume)):

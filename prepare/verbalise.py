@@ -15,10 +15,6 @@ import re
 import unicodedata
 from functools import cache
 
-from num2words import num2words
-from pylatexenc import latex2text, latexwalker
-from pylatexenc.macrospec import MacroSpec
-
 # Inside this file $, % and # that are no LaTeX are written full-width, so that the parser leaves them alone; LETTER marks the name of a variable,
 # OPEN and CLOSE what a formula became: all are gone from the result.
 DOLLAR, PERCENT, HASH, LETTER, OPEN, CLOSE = "\uff04\uff05\uff03\ue000\ue001\ue002"
@@ -76,20 +72,27 @@ NTH = {"n": "enth", "k": "kayth", "m": "emth", "i": "eyeth", "j": "jayth"}      
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1. Numbers
 
+def in_words(value, **how):
+    """A whole number in words; num2words is imported where the first one is said."""
+    from num2words import num2words
+
+    return num2words(value, **how)
+
+
 def number(text):
     """"1,234.50" -> "one thousand two hundred and thirty-four point five zero"."""
     whole, _, part = text.replace(",", "").partition(".")
     if len(whole) > 15:
         raise ValueError(f"the number {text[:20]}..., which is too long to follow")
-    digits = lambda s: " ".join(num2words(int(d)) for d in s)
+    digits = lambda s: " ".join(in_words(int(d)) for d in s)
     if len(whole) > 1 and whole[0] == "0":              # a code or a clock
         raise ValueError(f"the number {text}, which begins with a zero")
-    words = num2words(int(whole or 0)).replace(",", "")
+    words = in_words(int(whole or 0)).replace(",", "")
     return f"{words} point {digits(part)}".rstrip() if "." in text else words
 
 
 def ordinal(text):
-    return num2words(int(text.replace(",", "")), to="ordinal").replace(",", "")
+    return in_words(int(text.replace(",", "")), to="ordinal").replace(",", "")
 
 
 def fraction(above, below):
@@ -113,7 +116,7 @@ def money(sign, amount, scale=None, *, adjective=False):
     small = {"£": ("penny", "pence")}.get(sign, ("cent", "cents"))
     parts = [f"{number(whole)} {unit}" + "s" * (int(whole) != 1 and not adjective)] if int(whole or 0) or not int(part or 0) else []
     if int(part or 0):
-        parts.append(f"{num2words(int(part))} {small[int(part) != 1]}")
+        parts.append(f"{in_words(int(part))} {small[int(part) != 1]}")
     return " and ".join(parts)
 
 
@@ -135,6 +138,9 @@ def measure(amount, unit, power=None, per=None):
 @cache
 def latex():
     """pylatexenc's knowledge of commands, with those it lacks -> (for parsing, command -> character)."""
+    from pylatexenc import latex2text, latexwalker
+    from pylatexenc.macrospec import MacroSpec
+
     two, one = ["dfrac", "tfrac", "cfrac", "dbinom", "tbinom", "binom"], [*TEXTS, *ACCENTS, "mathbb", "bmod", "pmod", "mod"]
     ours = [MacroSpec(name, "{{") for name in two] + [MacroSpec(name, "{") for name in one if name not in ("rm", "bmod")]
     parsing = latexwalker.get_default_latex_context_db()
@@ -149,6 +155,8 @@ def latex():
 
 
 def parse(text):
+    from pylatexenc import latexwalker
+
     try:
         return latexwalker.LatexWalker(text, latex_context=latex()[0], tolerant_parsing=False).get_latex_nodes()[0]
     except latexwalker.LatexWalkerError as error:
@@ -820,7 +828,7 @@ def clock(match):
         before += r"|\b[Ii]t(?:'s| is| was) (?:now |already |only |about |almost |exactly )?$"
     if not half and not re.search(before, match.string[:match.start()]) or hour > 23 or minute > 59:
         raise ValueError(f"{match[0].strip()}, which may be a time or a ratio")
-    words = num2words(hour) + (f" {'oh ' * (minute < 10)}{num2words(minute)}" if minute else "" if half else " o'clock")
+    words = in_words(hour) + (f" {'oh ' * (minute < 10)}{in_words(minute)}" if minute else "" if half else " o'clock")
     return words + (f" {half[0].upper().replace('A', 'eh')} M" if half else "")
 
 
@@ -867,13 +875,13 @@ RULES = [           # from the special to the general; each sees what those befo
     (MONEY, amount),
     (r"(?<=[AaPp]\.[Mm])\.(?=\s+[A-Z]|\s*$)", ".."),                # the period of "p.m." ends the sentence as well
     (r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])(?:\s?([aApP](?:\.[mM]\.|[mM]\b)))?", clock),
-    (r"\b(\d{1,2}) ?([aApP])(?:\.[mM]\.|[mM]\b)", lambda m: f"{num2words(int(m[1]))} {m[2].upper().replace('A', 'eh')} M"),
+    (r"\b(\d{1,2}) ?([aApP])(?:\.[mM]\.|[mM]\b)", lambda m: f"{in_words(int(m[1]))} {m[2].upper().replace('A', 'eh')} M"),
     (r"(\d+):(?=\d)", lambda m: f"{m[1]} to " if re.search(RATIO, m.string) else refuse(f"{m[0]}, which may be a time or a ratio")),
     (rf"\b({'|'.join(MONTHS)}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?:(,?) (\d{{4}})\b)?",
-     lambda m: f"{m[1]} {ordinal(m[2])}" + (f", {num2words(int(m[4]), to='year')}" if m[4] else "")),
-    (rf"\b({'|'.join(MONTHS)}),? (1[1-9]\d\d|20\d\d)\b", lambda m: f"{m[1]} {num2words(int(m[2]), to='year')}"),
+     lambda m: f"{m[1]} {ordinal(m[2])}" + (f", {in_words(int(m[4]), to='year')}" if m[4] else "")),
+    (rf"\b({'|'.join(MONTHS)}),? (1[1-9]\d\d|20\d\d)\b", lambda m: f"{m[1]} {in_words(int(m[2]), to='year')}"),
     (r"\b([Yy]ears?|[Ii]n|[Ss]ince|[Bb]y|[Uu]ntil) (1[5-9]\d\d|20\d\d)(?=[,.;?!)]|$| (?:and|was|were|is|the|to|he|she|they|but|than)\b)",
-     lambda m: f"{m[1]} {num2words(int(m[2]), to='year')}"),
+     lambda m: f"{m[1]} {in_words(int(m[2]), to='year')}"),
     (rf"{OPEN}{LETTER}([{''.join(NTH)}]){CLOSE}\s?-?th\b", lambda m: OPEN + NTH[m[1]] + CLOSE),
     (rf"(?:{CLOSE}|[)²³])\s?-?(?:th|st|nd|rd)\b|(?:[+^*]|\b[A-Za-z]\s?-)\s?\d+(?:th|st|nd|rd)\b", lambda m: refuse("an ordinal of several parts")),
     (r"\b(\d{1,3}(?:,\d{3})*|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),

@@ -1,5 +1,6 @@
 """The experiments: every command runs, the statistics are evaluate.py's, and README's numbers follow from the committed verdicts."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from test_train_cord import write_spoken
 from test_train_source_layer import write_world
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = "\n".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 
 
 def committed(name):
-    return json.loads((ROOT / "figures" / f"{name}.json").read_text())
+    return json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text())
 
 
 # -------------------------------------------------------------- every command runs ------------------------------------------------------
@@ -75,8 +76,8 @@ def test_every_row_trains(world, flags, tmp_path):
 @pytest.mark.slow
 def test_the_command_itself(tmp_path):
     """The rows that need something prepared (another acoustic teacher, textualize.py's descriptions) or looked at, as a user runs them."""
-    subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "experiments.py"), "divergence", "acoustic-teacher", "descriptions", "--seeds", "0",
-                    "--dry-run"], check=True, capture_output=True, timeout=600, cwd=tmp_path)
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "lab.experiments", "divergence", "acoustic-teacher", "descriptions", "--seeds", "0",
+                    "--dry-run"], check=True, capture_output=True, timeout=600, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     runs = tmp_path / "runs" / "experiments-dry"
     folders = {path.name for path in runs.iterdir() if path.is_dir()}
     assert {"default-seed0", "divergence-kl-seed0", "stronger", "acoustic-teacher-stronger-seed0", "data-described-eval-data-test-seed0"} <= folders

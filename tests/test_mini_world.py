@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 
 import data
 import evaluate
+import mini.pretrain
 import mini.world
 from mini.world import MINI, NUMBERS, SAMPLE_RATE, make_record, synthesise
 
@@ -167,7 +168,7 @@ def test_mini_models_are_the_papers_pair_in_small():
     _, _, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
     assert summary["same_id_other_meaning"] > 0 and summary["only_student"] > 0 and summary["only_teacher"] > 0
     assert data.text_prompt(tokenizer, "words", "question").endswith("<think>\n\n</think>\n\n")       # Qwen3 with thinking off
-    response = data.response_text(mini.world.as_example(make_record("speech", 0, "train", 0)))
+    response = data.response_text(mini.pretrain.as_example(make_record("speech", 0, "train", 0)))
     assert data.encode_response(processor.tokenizer, response) == data.encode_response(tokenizer, response)
 
 
@@ -181,10 +182,10 @@ def test_pretraining_goes_on_after_a_kill(tmp_path):
 
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     with pytest.raises(KeyboardInterrupt):
-        mini.world.stage(tmp_path, "ear", first, killed)
+        mini.pretrain.stage(tmp_path, "ear", first, killed)
     assert not list(tmp_path.iterdir())
-    mini.world.stage(tmp_path, "ear", first, lambda: learn(first))
-    mini.world.stage(tmp_path, "ear", second, killed)                                 # not called: the part is there
+    mini.pretrain.stage(tmp_path, "ear", first, lambda: learn(first))
+    mini.pretrain.stage(tmp_path, "ear", second, killed)                                 # not called: the part is there
     assert torch.equal(first.weight, second.weight) and [p.name for p in tmp_path.iterdir()] == ["ear.safetensors"]
 
 
@@ -209,7 +210,7 @@ def test_the_tower_hears_alone_what_it_hears_inside_the_model():
         student(**inputs)
         handle.remove()
         frames = (inputs["feature_attention_mask"].sum(-1) - 1) // 2 + 1
-        alone = mini.world.hear(student.model.audio_tower, inputs["input_features"], frames, "cpu")
+        alone = mini.pretrain.hear(student.model.audio_tower, inputs["input_features"], frames, "cpu")
     tokens = (inputs["input_ids"] == processor.audio_token_id).sum(-1)
     assert torch.equal(tokens, frames // 2)
     for row, n in enumerate(tokens.tolist()):

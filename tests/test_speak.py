@@ -42,8 +42,8 @@ def spoken(tmp_path_factory):
     """The lines spoken in one go, by the real command in a process of its own. -> (input, folder of the output, what was printed)"""
     folder = tmp_path_factory.mktemp("speak")
     source = write_lines(folder / "in.jsonl")
-    done = subprocess.run([sys.executable, str(ROOT / "speak.py"), str(source), str(folder / "out" / "spoken.jsonl")],
-                          check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "prepare.speak", str(source), str(folder / "out" / "spoken.jsonl")],
+                          cwd=ROOT, check=True, capture_output=True, text=True, timeout=120)
     return source, folder / "out", done.stdout
 
 
@@ -81,8 +81,8 @@ def test_the_voice_follows_from_the_id_alone():
 def test_killed_half_way_and_resumed_gives_the_same_files(spoken, tmp_path):
     source, whole, _ = spoken
     out, journal = tmp_path / "spoken.jsonl", tmp_path / "spoken_audio" / "journal-0.jsonl"
-    command = [sys.executable, str(ROOT / "speak.py"), str(source), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "prepare.speak", str(source), str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (journal.exists() and journal.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(0.001)
@@ -96,7 +96,7 @@ def test_killed_half_way_and_resumed_gives_the_same_files(spoken, tmp_path):
     half = tmp_path / "spoken_audio" / f"{speak.key_of(json.loads(source.read_text().splitlines()[11]))}.part"
     half.parent.mkdir(exist_ok=True)
     half.write_bytes(b"fLaC")                                                           # as a kill inside a clip leaves it
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     assert everything(tmp_path) == everything(whole)
     lines = len(journal.read_bytes().splitlines())
     speak.main([str(source), str(out)])                                                 # nothing is spoken twice
@@ -106,8 +106,8 @@ def test_killed_half_way_and_resumed_gives_the_same_files(spoken, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(spoken, tmp_path):
     source, whole, _ = spoken
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643", str(ROOT / "speak.py"),
-                           str(source), str(tmp_path / "spoken.jsonl")], check=True, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643", "-m", "prepare.speak",
+                           str(source), str(tmp_path / "spoken.jsonl")], cwd=ROOT, check=True, capture_output=True, text=True, timeout=200)
     assert everything(tmp_path) == everything(whole)
     assert [len((tmp_path / "spoken_audio" / f"journal-{r}.jsonl").read_bytes().splitlines()) for r in (0, 1)] == [6, 6]
     assert "8 lines spoken" in done.stdout and done.stdout.count("lines spoken") == 1
@@ -121,7 +121,7 @@ def test_a_forgotten_espeak_speaks_as_a_fresh_process_does():
     assert torch.equal(first, reader(words, "en-us+f2", 0))
     speak.speak(other, voice="f2")
     assert not torch.equal(first, speak.speak(words, voice="f2"))           # without forgetting: what makes the line above able to fail
-    code = f"import speak, hashlib; print(hashlib.sha256(speak.speak({words!r}, voice='f2').numpy().tobytes()).hexdigest())"
+    code = f"import hashlib; from prepare import speak; print(hashlib.sha256(speak.speak({words!r}, voice='f2').numpy().tobytes()).hexdigest())"
     fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     assert fresh == hashlib.sha256(first.numpy().tobytes()).hexdigest()
 

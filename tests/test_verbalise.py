@@ -201,8 +201,8 @@ def test_long_texts_take_no_time_to_speak_of():
 
 
 def test_one_line_from_the_command_line():
-    script = Path(__file__).parent.parent / "verbalise.py"
-    done = subprocess.run([sys.executable, str(script), r"$\frac{1}{2}$ of \$80,000"], capture_output=True, text=True, timeout=60)
+    command, root = [sys.executable, "-m", "prepare.verbalise"], Path(__file__).parent.parent
+    done = subprocess.run([*command, r"$\frac{1}{2}$ of \$80,000"], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout == "one half of eighty thousand dollars\n"
-    failed = subprocess.run([sys.executable, str(script), r"$\foo$"], capture_output=True, text=True, timeout=60)
+    failed = subprocess.run([*command, r"$\foo$"], cwd=root, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 1 and failed.stderr == "error: cannot say the command \\foo; leave it out, or write it in words\n"
