@@ -1,4 +1,6 @@
-"""Light to start: nothing heavy for --help, and no speech, formulas or figures where --data is given."""
+"""Light to start: nothing heavy for --help, and no speech, formulas or figures where --data is
+given."""
+
 import json
 import os
 import subprocess
