@@ -1,12 +1,13 @@
 """
 Speed and memory, side by side with the peers, in one run: what is quoted in README is printed here.
 
-    python -m lab.bench losses                      # the fused losses against the formulas and Liger-Kernel: under 3 minutes on two cores
-    python -m lab.bench step --script cord --shapes qwen2-audio-7b --layers 1 --prompts 1 --seconds 5 --response-tokens 50       # two cores
-    python -m lab.bench step --script cord --shapes qwen2-audio-7b                                                             # a 141 GB GPU
-    python -m lab.bench rollouts                    # the batched rollouts of a CORD step against generate(), prompt by prompt and one by one
-    python -m lab.bench data                        # how long training waits for its data; clips that a worker prepares in a second
-    python -m lab.bench long                        # 2,000 steps of both scripts: does memory stay what it is?
+    python -m lab.bench losses        # fused losses, formulas and Liger-Kernel: 3 minutes, two cores
+    python -m lab.bench step --script cord --shapes qwen2-audio-7b --layers 1 \\
+        --prompts 1 --seconds 5 --response-tokens 50                        # two cores
+    python -m lab.bench step --script cord --shapes qwen2-audio-7b       # a 141 GB GPU
+    python -m lab.bench rollouts      # CORD's batched rollouts against generate()
+    python -m lab.bench data          # how long training waits for its data; clips a second
+    python -m lab.bench long          # 2,000 steps of both scripts: does memory stay what it is?
 
 How it measures. Times: all contenders live in one process and take turns, round by round, so that
 a machine whose speed drifts is unfair to none; quoted is the median of the ratios within a round,

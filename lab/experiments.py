@@ -2,11 +2,11 @@
 Every number in README's tables, each by one command: both papers' tables in miniature, and the
 questions that the papers leave open.
 
-    python -m lab.experiments table                     # the six rows of paper A's Table 1, three seeds each: 35 minutes on two cores
-    python -m lab.experiments cord                      # the rows of paper B's Tables 1 to 3, three seeds each: 80 minutes
-    python -m lab.experiments alpha-ac skip             # some of the others, by name
-    python -m lab.experiments all --seeds 0             # everything, one seed
-    python -m lab.experiments table --dry-run           # two steps of every run, and a small evaluation
+    python -m lab.experiments table             # paper A's Table 1, three seeds: 35 minutes, two cores
+    python -m lab.experiments cord              # paper B's Tables 1 to 3, three seeds: 80 minutes
+    python -m lab.experiments alpha-ac skip     # some of the others, by name
+    python -m lab.experiments all --seeds 0     # everything, one seed
+    python -m lab.experiments table --dry-run   # two steps of every run, and a small evaluation
 
 A row is a set of flags of train_source_layer.py, or of train_cord.py where the table's name begins
 with cord, and nothing else. A seed is another world (other clips, questions, speakers' sentences)
@@ -75,189 +75,187 @@ PAPER_ELSEWHERE = {
 # In GSM8K's place; in MMSU's and OpenBookQA's
 SPOKEN_KINDS = {"numbers": ("sum", "story"), "choices": ("comparison", "ordering")}
 
+
+def experiment(asks, *, against, columns, rows):
+    """rows: a line each, LABEL | FLAGS of the training script."""
+    cells = [line.partition("|") for line in rows.strip().splitlines()]
+    flags = {label.strip(): flags.strip() for label, _, flags in cells}
+    return {"asks": asks, "rows": flags, "against": against, "columns": columns}
+
+
 # name -> what it asks; its rows, label -> flags; the row that the others are compared with;
 # columns beside the accuracies
 PAPER_A = {
-    "table": {
-        "asks": "Table 1: what does each part bring?",
-        "rows": {
-            "SFT only": "--text-kd none --no-acoustic-kd",
-            "top-layer text KD + SFT": "--text-kd top --no-acoustic-kd",
-            "skip-layer text KD (1 in 7) + SFT": "--text-kd skip:7 --no-acoustic-kd",
-            NO_ACOUSTIC: "--text-kd layer --no-acoustic-kd",
-            FULL: "",
-        },
-        "against": BASELINE,
-        "columns": ["minutes"],
-    },
-    "alpha-ac": {
-        "asks": (
-            "How much acoustic distillation? Drift: the divergence of hidden states at audio"
-            " tokens, mean of the last 20 steps"
-        ),
-        "rows": {
-            "0": "--alpha-ac 0",
-            "0.01": "--alpha-ac 0.01",
-            "0.05": "--alpha-ac 0.05",
-            "0.1": "--alpha-ac 0.1",
-            "0.5": "--alpha-ac 0.5",
-            "4 (default)": "",
-            "16": "--alpha-ac 16",
-        },
-        "against": "4 (default)",
-        "columns": ["drift"],
-    },
-    "alpha-layer": {
-        "asks": "How much layer-wise distillation?",
-        "rows": {
-            "0 (top-layer)": "--text-kd top",
-            "0.05": "--alpha-layer 0.05",
-            "0.4 (default)": "",
-            "4": "--alpha-layer 4",
-            "16": "--alpha-layer 16",
-        },
-        "against": "0.4 (default)",
-        "columns": [],
-    },
-    "skip": {
-        "asks": "How many layers?",
-        "rows": {
-            "every layer": "",
-            "1 in 2": "--text-kd skip:2",
-            "1 in 3": "--text-kd skip:3",
-            "1 in 7": "--text-kd skip:7",
-        },
-        "against": "every layer",
-        "columns": ["seconds", "memory"],
-    },
-    "divergence": {
-        "asks": "JSD or forward KL at the top?",
-        "rows": {"JSD": "", "forward KL": "--divergence kl"},
-        "against": "JSD",
-        "columns": ["stray"],
-    },
-    "hidden": {
-        "asks": (
-            "Which divergence between hidden states? (A small difference of mean square e costs e"
-            " in mse, e/2 in cosine, e/8 in JSD)"
-        ),
-        "rows": {
-            "JSD": "",
-            "JSD, raw": "--hidden-divergence raw-jsd",
-            "mse": "--hidden-divergence mse",
-            "cosine": "--hidden-divergence cosine",
-            "mse, as strong": "--hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05",
-            "cosine, as strong": "--hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1",
-        },
-        "against": "JSD",
-        "columns": [],
-    },
-    "hidden-seeds": {
-        "asks": "JSD or mse between hidden states, at equal strength and with three seeds?",
-        "rows": {
-            "JSD": "",
-            "mse, as strong": "--hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05",
-        },
-        "against": "JSD",
-        "columns": ["drift"],
-    },
-    "acoustic-teacher": {
-        "asks": (
-            "Is a stronger acoustic teacher better than the snapshot? (This one also learnt from"
-            " 4,000 more clips, emotion among them)"
-        ),
-        "rows": {"snapshot": "", "stronger": "--acoustic-teacher {stronger}"},
-        "against": "snapshot",
-        "columns": [],
-    },
-    "which-layers": {
-        "asks": "Which layers carry the gain?",
-        "rows": {
-            "all 7": "",
-            "1, 2": "--layers 1 2",
-            "3, 4, 5": "--layers 3 4 5",
-            "6, 7": "--layers 6 7",
-            "none (top-layer)": "--text-kd top",
-        },
-        "against": "all 7",
-        "columns": [],
-    },
-    "descriptions": {
-        "asks": "How good must the descriptions be?",
-        "rows": {
-            "true": "",
-            "textualize.py's": "--data {described} --eval-data {test}",
-            "a quarter of the words corrupted": "--corrupt-descriptions 0.25",
-            "half": "--corrupt-descriptions 0.5",
-            "all": "--corrupt-descriptions 1",
-        },
-        "against": "true",
-        "columns": [],
-    },
-    "keep": {
-        "asks": "Can SER be kept without an acoustic teacher?",
-        "rows": {
-            "with it (default)": "",
-            "without": "--text-kd layer --no-acoustic-kd",
-            "without, audio tower frozen": "--no-acoustic-kd --train decoder",
-            "tower and lower half frozen": "--no-acoustic-kd --train decoder --lower-lr 0",
-            "tower frozen, lower half at a tenth of the rate": (
-                "--no-acoustic-kd --train decoder --lower-lr 0.1"
-            ),
-        },
-        "against": "with it (default)",
-        "columns": [],
-    },
+    "table": experiment(
+        "Table 1: what does each part bring?",
+        against=BASELINE,
+        columns=["minutes"],
+        rows="""
+            SFT only                          | --text-kd none --no-acoustic-kd
+            top-layer text KD + SFT           | --text-kd top --no-acoustic-kd
+            skip-layer text KD (1 in 7) + SFT | --text-kd skip:7 --no-acoustic-kd
+            layer-wise text KD + SFT          | --text-kd layer --no-acoustic-kd
+            layer-wise + acoustic KD + SFT    |
+        """,
+    ),
+    "alpha-ac": experiment(
+        "How much acoustic distillation? Drift: the divergence of hidden states at audio tokens,"
+        " mean of the last 20 steps",
+        against="4 (default)",
+        columns=["drift"],
+        rows="""
+            0           | --alpha-ac 0
+            0.01        | --alpha-ac 0.01
+            0.05        | --alpha-ac 0.05
+            0.1         | --alpha-ac 0.1
+            0.5         | --alpha-ac 0.5
+            4 (default) |
+            16          | --alpha-ac 16
+        """,
+    ),
+    "alpha-layer": experiment(
+        "How much layer-wise distillation?",
+        against="0.4 (default)",
+        columns=[],
+        rows="""
+            0 (top-layer) | --text-kd top
+            0.05          | --alpha-layer 0.05
+            0.4 (default) |
+            4             | --alpha-layer 4
+            16            | --alpha-layer 16
+        """,
+    ),
+    "skip": experiment(
+        "How many layers?",
+        against="every layer",
+        columns=["seconds", "memory"],
+        rows="""
+            every layer |
+            1 in 2      | --text-kd skip:2
+            1 in 3      | --text-kd skip:3
+            1 in 7      | --text-kd skip:7
+        """,
+    ),
+    "divergence": experiment(
+        "JSD or forward KL at the top?",
+        against="JSD",
+        columns=["stray"],
+        rows="""
+            JSD        |
+            forward KL | --divergence kl
+        """,
+    ),
+    "hidden": experiment(
+        "Which divergence between hidden states? (A small difference of mean square e costs e in"
+        " mse, e/2 in cosine, e/8 in JSD)",
+        against="JSD",
+        columns=[],
+        rows="""
+            JSD               |
+            JSD, raw          | --hidden-divergence raw-jsd
+            mse               | --hidden-divergence mse
+            cosine            | --hidden-divergence cosine
+            mse, as strong    | --hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05
+            cosine, as strong | --hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1
+        """,
+    ),
+    "hidden-seeds": experiment(
+        "JSD or mse between hidden states, at equal strength and with three seeds?",
+        against="JSD",
+        columns=["drift"],
+        rows="""
+            JSD            |
+            mse, as strong | --hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05
+        """,
+    ),
+    "acoustic-teacher": experiment(
+        "Is a stronger acoustic teacher better than the snapshot? (This one also learnt from 4,000"
+        " more clips, emotion among them)",
+        against="snapshot",
+        columns=[],
+        rows="""
+            snapshot |
+            stronger | --acoustic-teacher {stronger}
+        """,
+    ),
+    "which-layers": experiment(
+        "Which layers carry the gain?",
+        against="all 7",
+        columns=[],
+        rows="""
+            all 7            |
+            1, 2             | --layers 1 2
+            3, 4, 5          | --layers 3 4 5
+            6, 7             | --layers 6 7
+            none (top-layer) | --text-kd top
+        """,
+    ),
+    "descriptions": experiment(
+        "How good must the descriptions be?",
+        against="true",
+        columns=[],
+        rows="""
+            true                             |
+            textualize.py's                  | --data {described} --eval-data {test}
+            a quarter of the words corrupted | --corrupt-descriptions 0.25
+            half                             | --corrupt-descriptions 0.5
+            all                              | --corrupt-descriptions 1
+        """,
+    ),
+    "keep": experiment(
+        "Can SER be kept without an acoustic teacher?",
+        against="with it (default)",
+        columns=[],
+        rows="""
+            with it (default)                   |
+            without                             | --text-kd layer --no-acoustic-kd
+            without, audio tower frozen         | --no-acoustic-kd --train decoder
+            tower and lower half frozen         | --no-acoustic-kd --train decoder --lower-lr 0
+            tower frozen, lower half at a tenth of the rate | --no-acoustic-kd --train decoder --lower-lr 0.1
+        """,
+    ),
 }
 CORD = {
-    "cord": {
-        "asks": "Tables 1 to 3: what does each part bring?",
-        "rows": {
-            "SFT on the text view's answers": "--token-loss sft --group-size 0 --epochs 2",
-            "off-policy forward KL": "--token-loss forward-kl --group-size 0 --epochs 2",
-            "uniform reverse KL": "--alpha 1 --beta 1 --group-size 0 --epochs 2",
-            "weighted reverse KL": "--group-size 0 --epochs 2",
-            "GRPO only": "--token-loss none --epochs 2 --eval-every 25",
-            "GRPO + uniform KL": "--alpha 1 --beta 1 --epochs 2 --eval-every 25",
-            "CORD": "--epochs 2 --eval-every 25",
-            "CORD, lower rate": "--lr 2e-4 --epochs 2 --eval-every 25",
-        },
-        "against": BASELINE,
-        "columns": ["minutes"],
-    },
-    "cord-teacher": {
-        "asks": "Who should read: a frozen copy, or the weights of this step?",
-        "rows": {
-            "initial, 2e-4": (
-                "--teacher initial --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50"
-            ),
-            "initial, 3e-4": "--group-size 0 --epochs 2",
-            "initial, 4e-4": (
-                "--teacher initial --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50"
-            ),
-            "current, 2e-4": (
-                "--teacher current --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50"
-            ),
-            "current, 4e-4": (
-                "--teacher current --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50"
-            ),
-        },
-        "against": "initial, 2e-4",
-        "columns": [],
-    },
-    "cord-weights": {
-        "asks": "How heavy should the weighted tokens be, and how many? (the paper's Figure 4)",
-        "rows": {
-            "alpha = beta = 1": "--alpha 1 --beta 1 --group-size 0 --epochs 2",
-            "1.5": "--alpha 1.5 --beta 1.5 --group-size 0 --epochs 2",
-            "2 (default)": "--group-size 0 --epochs 2",
-            "2.5": "--alpha 2.5 --beta 2.5 --group-size 0 --epochs 2",
-            "2, a twentieth of the tokens": "--top-share 0.05 --group-size 0 --epochs 2",
-            "2, half of the tokens": "--top-share 0.5 --group-size 0 --epochs 2",
-        },
-        "against": "2 (default)",
-        "columns": [],
-    },
+    "cord": experiment(
+        "Tables 1 to 3: what does each part bring?",
+        against=BASELINE,
+        columns=["minutes"],
+        rows="""
+            SFT on the text view's answers | --token-loss sft --group-size 0 --epochs 2
+            off-policy forward KL          | --token-loss forward-kl --group-size 0 --epochs 2
+            uniform reverse KL             | --alpha 1 --beta 1 --group-size 0 --epochs 2
+            weighted reverse KL            | --group-size 0 --epochs 2
+            GRPO only                      | --token-loss none --epochs 2 --eval-every 25
+            GRPO + uniform KL              | --alpha 1 --beta 1 --epochs 2 --eval-every 25
+            CORD                           | --epochs 2 --eval-every 25
+            CORD, lower rate               | --lr 2e-4 --epochs 2 --eval-every 25
+        """,
+    ),
+    "cord-teacher": experiment(
+        "Who should read: a frozen copy, or the weights of this step?",
+        against="initial, 2e-4",
+        columns=[],
+        rows="""
+            initial, 2e-4 | --teacher initial --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
+            initial, 3e-4 | --group-size 0 --epochs 2
+            initial, 4e-4 | --teacher initial --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50
+            current, 2e-4 | --teacher current --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
+            current, 4e-4 | --teacher current --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50
+        """,
+    ),
+    "cord-weights": experiment(
+        "How heavy should the weighted tokens be, and how many? (the paper's Figure 4)",
+        against="2 (default)",
+        columns=[],
+        rows="""
+            alpha = beta = 1             | --alpha 1 --beta 1 --group-size 0 --epochs 2
+            1.5                          | --alpha 1.5 --beta 1.5 --group-size 0 --epochs 2
+            2 (default)                  | --group-size 0 --epochs 2
+            2.5                          | --alpha 2.5 --beta 2.5 --group-size 0 --epochs 2
+            2, a twentieth of the tokens | --top-share 0.05 --group-size 0 --epochs 2
+            2, half of the tokens        | --top-share 0.5 --group-size 0 --epochs 2
+        """,
+    ),
 }
 EXPERIMENTS = {**PAPER_A, **CORD}
 

@@ -2,16 +2,18 @@
 Datasets as they are downloaded -> our manifests (data.py). Everything after the import reads
 manifests only.
 
-    python -m prepare.import_datasets cota CoTA CoTA/cota.jsonl                # folders of parquet shards
-    python -m prepare.import_datasets cota CoTA/meld CoTA/meld.jsonl --max-seconds 30    # one configuration
-    python -m prepare.import_datasets cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip   # columns of its own
-    python -m prepare.import_datasets avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
-    python -m prepare.import_datasets mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
-    python -m prepare.import_datasets mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
-    python -m prepare.import_datasets iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
-    python -m prepare.import_datasets voicebench voicebench/mmsu voicebench/mmsu.jsonl
-    python -m prepare.import_datasets gsm8k gsm8k/main gsm8k.jsonl --split test                    # text only: then python -m prepare.speak gsm8k.jsonl ...
-    python -m prepare.import_datasets numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
+    python -m prepare.import_datasets DATASET SOURCE OUT.jsonl [flags]
+
+    cota CoTA CoTA/cota.jsonl                                      # folders of parquet shards
+    cota CoTA/meld CoTA/meld.jsonl --max-seconds 30                # one configuration
+    cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip
+    avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
+    mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
+    mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
+    iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
+    voicebench voicebench/mmsu voicebench/mmsu.jsonl
+    gsm8k gsm8k/main gsm8k.jsonl --split test                      # text only: then prepare.speak
+    numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
 
 Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its
 own folder, links resolved. Clips that lie inside a parquet file are written out, to OUT_audio/.

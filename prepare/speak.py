@@ -7,7 +7,7 @@ builds its emotions from: rate, pitch, range and loudness; and how to have a who
 aloud, as paper B (CORD, arXiv 2601.16547) has 80,000 NuminaMath problems read by Kokoro.
 
     python -m prepare.speak "seven plus two minus four" sum.wav --voice f2 --rate 200
-    python -m prepare.speak gsm8k.jsonl gsm8k-spoken.jsonl                             # laptop: espeak-ng, six voices
+    python -m prepare.speak gsm8k.jsonl gsm8k-spoken.jsonl      # laptop: espeak-ng, six voices
     torchrun --nproc_per_node 8 -m prepare.speak numina.jsonl numina-spoken.jsonl --tts kokoro
 
 The input is a manifest (data.py) without audio, as import_datasets.py writes it; the output is its

@@ -8,7 +8,7 @@ hears this is asked another question than the one that reads it. So every number
 formula becomes words first, and what has no certain reading is refused: a skipped problem costs
 nothing, a wrong one teaches.
 
-    python -m prepare.verbalise 'If $\\frac{3x+1}{2} \\le 5$, what is $x^2$ when it costs \\$80,000?'
+    python -m prepare.verbalise 'What is $x^2$ if $\\frac{3x+1}{2} \\le 5$?'
 
 A formula is parsed by pylatexenc, never by regular expressions, and read so that a listener can
 tell where its parts end: "the square root of x plus one, end root". Plain text is rewritten from
@@ -25,7 +25,8 @@ from functools import cache
 # gone from the result.
 DOLLAR, PERCENT, HASH, LETTER, OPEN, CLOSE = "\uff04\uff05\uff03\ue000\ue001\ue002"
 NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
-MONEY = rf"([{DOLLAR}€£])\s?({NUMBER})(?!\d|,\d|\.\d)(?:\s?(hundred|thousand|million|billion|trillion)\b)?(?![A-Za-z])"
+SCALE = r"(hundred|thousand|million|billion|trillion)"
+MONEY = rf"([{DOLLAR}€£])\s?({NUMBER})(?!\d|,\d|\.\d)(?:\s?{SCALE}\b)?(?![A-Za-z])"
 
 
 def table(text):
@@ -116,7 +117,8 @@ UNITS = LENGTHS | table("""
     kW kilowatt  MB megabyte  GB gigabyte
 """)
 PER = (
-    "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|piece|item|yard|ounce|bag|box|ticket|"
+    "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|piece|"
+    "item|yard|ounce|bag|box|ticket|"
     "cm|m|km|mi|ft|yd|oz|gal|g|mL|ml"
 )
 MONTHS = (
@@ -1018,7 +1020,8 @@ def protect(text):
     text = re.sub(r"(\$?)(?:\\_\s?){2,}\1", " __ ", text)
     # cm$^2$: with a number or a formula before it a unit like cm^2, else words
     text = re.sub(
-        rf"(\d\$?|\$|[)}}])?(\s?)(?<![A-Za-z])({'|'.join(LENGTHS)}|in)\s?\$\s?\^\s?\{{?([23])\}}?\s?\$",
+        rf"(\d\$?|\$|[)}}])?(\s?)(?<![A-Za-z])({'|'.join(LENGTHS)}|in)"
+        r"\s?\$\s?\^\s?\{?([23])\}?\s?\$",
         lambda m: (
             f"{m[1]}{m[2]}{m[3]}^{m[4]}"
             if m[1] and m[3] != "in"
@@ -1196,11 +1199,14 @@ def clock(match):
 
 
 THING = (
-    r" (?:bills?|notes?|coins?|gift|tickets?|coupons?|stamps?|discount|fee|tip|bonus|deposit|loan)\b|-"
+    r" (?:bills?|notes?|coins?|gift|tickets?|coupons?|stamps?|"
+    r"discount|fee|tip|bonus|deposit|loan)\b|-"
 )
 FLAT = (
-    r"\b(?:feet|foot|ft|inch(?:es)?|cm|mm|km|yd|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|rugs?|grids?|boards?|rooms?|rectang\w+|"
-    r"fields?|gardens?|photos?|pictures?|frames?|squares?|checkerboards?|chessboards?|tiles?|posters?|canvas|quilts?|patios?|lots?|plots?)\b"
+    r"\b(?:feet|foot|ft|inch(?:es)?|cm|mm|km|yd|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|"
+    r"rugs?|grids?|boards?|rooms?|rectang\w+|"
+    r"fields?|gardens?|photos?|pictures?|frames?|squares?|checkerboards?|"
+    r"chessboards?|tiles?|posters?|canvas|quilts?|patios?|lots?|plots?)\b"
 )
 RATIO = "ratio|scale|proportion"
 TERM = rf"(?:(?<![\d,.])\d[\d,]*(?:\.\d+)?|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[()π²³{PERCENT}])+"
@@ -1232,7 +1238,8 @@ RULES = [  # from the special to the general; each sees what those before it lef
     (rf"{N}\s?[xX]\s?[{DOLLAR}€£]", lambda m: refuse(f"{m[0]}, which may be a product")),
     (rf"({N})(?:(?:\s[xX]\s|[xX])(?:{N}))+", dimensions),
     (
-        rf"({N}\s?(?:{UNIT}\.?|feet|foot|inch|inches|yards?|meters?|centimeters?))\s?[xX]\s?(?={N})",
+        rf"({N}\s?(?:{UNIT}\.?|feet|foot|inch|inches|yards?|meters?|centimeters?))"
+            rf"\s?[xX]\s?(?={N})",
         r"\1 by ",
     ),
     (
@@ -1272,7 +1279,8 @@ RULES = [  # from the special to the general; each sees what those before it lef
     (rf"({N})(\s?){UNIT}{POWER}", lambda m: measured(m)),
     (
         (
-            rf"(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})(?:\^\{{?([23])\}}?|([²³]))(?!\w)"
+            rf"(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})"
+            r"(?:\^\{?([23])\}?|([²³]))(?!\w)"
         ),
         lambda m: measure(
             "one" if m.string.endswith("per ", 0, m.start()) else "",
@@ -1286,7 +1294,8 @@ RULES = [  # from the special to the general; each sees what those before it lef
         + measure("", m[1], m[2] and m[2].translate(str.maketrans("²³", "23")), m[3]),
     ),
     (
-        rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*{TERM}(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*{TERM})+(?!\w)",
+        rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*{TERM}"
+            rf"(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*{TERM})+(?!\w)",
         plain_formula,
     ),
     (
