@@ -1,7 +1,7 @@
 """
 Speed and memory, side by side with the peers, in one run: what is quoted in README is printed here.
 
-    python -m lab.bench losses        # fused losses, formulas and Liger-Kernel: 3 minutes, two cores
+    python -m lab.bench losses        # fused losses beside the formulas and Liger-Kernel: 3 minutes
     python -m lab.bench step --script cord --shapes qwen2-audio-7b --layers 1 \\
         --prompts 1 --seconds 5 --response-tokens 50                        # two cores
     python -m lab.bench step --script cord --shapes qwen2-audio-7b       # a 141 GB GPU

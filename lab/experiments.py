@@ -2,7 +2,7 @@
 Every number in README's tables, each by one command: both papers' tables in miniature, and the
 questions that the papers leave open.
 
-    python -m lab.experiments table             # paper A's Table 1, three seeds: 35 minutes, two cores
+    python -m lab.experiments table             # paper A's Table 1, 35 minutes on two cores
     python -m lab.experiments cord              # paper B's Tables 1 to 3, three seeds: 80 minutes
     python -m lab.experiments alpha-ac skip     # some of the others, by name
     python -m lab.experiments all --seeds 0     # everything, one seed
@@ -21,6 +21,7 @@ three seeds might; so the seeds' own values stand beside them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -91,11 +92,11 @@ PAPER_A = {
         against=BASELINE,
         columns=["minutes"],
         rows="""
-            SFT only                          | --text-kd none --no-acoustic-kd
-            top-layer text KD + SFT           | --text-kd top --no-acoustic-kd
-            skip-layer text KD (1 in 7) + SFT | --text-kd skip:7 --no-acoustic-kd
-            layer-wise text KD + SFT          | --text-kd layer --no-acoustic-kd
-            layer-wise + acoustic KD + SFT    |
+        SFT only                          | --text-kd none --no-acoustic-kd
+        top-layer text KD + SFT           | --text-kd top --no-acoustic-kd
+        skip-layer text KD (1 in 7) + SFT | --text-kd skip:7 --no-acoustic-kd
+        layer-wise text KD + SFT          | --text-kd layer --no-acoustic-kd
+        layer-wise + acoustic KD + SFT    |
         """,
     ),
     "alpha-ac": experiment(
@@ -104,13 +105,13 @@ PAPER_A = {
         against="4 (default)",
         columns=["drift"],
         rows="""
-            0           | --alpha-ac 0
-            0.01        | --alpha-ac 0.01
-            0.05        | --alpha-ac 0.05
-            0.1         | --alpha-ac 0.1
-            0.5         | --alpha-ac 0.5
-            4 (default) |
-            16          | --alpha-ac 16
+        0           | --alpha-ac 0
+        0.01        | --alpha-ac 0.01
+        0.05        | --alpha-ac 0.05
+        0.1         | --alpha-ac 0.1
+        0.5         | --alpha-ac 0.5
+        4 (default) |
+        16          | --alpha-ac 16
         """,
     ),
     "alpha-layer": experiment(
@@ -118,11 +119,11 @@ PAPER_A = {
         against="0.4 (default)",
         columns=[],
         rows="""
-            0 (top-layer) | --text-kd top
-            0.05          | --alpha-layer 0.05
-            0.4 (default) |
-            4             | --alpha-layer 4
-            16            | --alpha-layer 16
+        0 (top-layer) | --text-kd top
+        0.05          | --alpha-layer 0.05
+        0.4 (default) |
+        4             | --alpha-layer 4
+        16            | --alpha-layer 16
         """,
     ),
     "skip": experiment(
@@ -130,10 +131,10 @@ PAPER_A = {
         against="every layer",
         columns=["seconds", "memory"],
         rows="""
-            every layer |
-            1 in 2      | --text-kd skip:2
-            1 in 3      | --text-kd skip:3
-            1 in 7      | --text-kd skip:7
+        every layer |
+        1 in 2      | --text-kd skip:2
+        1 in 3      | --text-kd skip:3
+        1 in 7      | --text-kd skip:7
         """,
     ),
     "divergence": experiment(
@@ -141,8 +142,8 @@ PAPER_A = {
         against="JSD",
         columns=["stray"],
         rows="""
-            JSD        |
-            forward KL | --divergence kl
+        JSD        |
+        forward KL | --divergence kl
         """,
     ),
     "hidden": experiment(
@@ -151,12 +152,12 @@ PAPER_A = {
         against="JSD",
         columns=[],
         rows="""
-            JSD               |
-            JSD, raw          | --hidden-divergence raw-jsd
-            mse               | --hidden-divergence mse
-            cosine            | --hidden-divergence cosine
-            mse, as strong    | --hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05
-            cosine, as strong | --hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1
+        JSD               |
+        JSD, raw          | --hidden-divergence raw-jsd
+        mse               | --hidden-divergence mse
+        cosine            | --hidden-divergence cosine
+        mse, as strong    | --hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05
+        cosine, as strong | --hidden-divergence cosine --alpha-ac 1 --alpha-layer 0.1
         """,
     ),
     "hidden-seeds": experiment(
@@ -164,8 +165,8 @@ PAPER_A = {
         against="JSD",
         columns=["drift"],
         rows="""
-            JSD            |
-            mse, as strong | --hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05
+        JSD            |
+        mse, as strong | --hidden-divergence mse --alpha-ac 0.5 --alpha-layer 0.05
         """,
     ),
     "acoustic-teacher": experiment(
@@ -174,8 +175,8 @@ PAPER_A = {
         against="snapshot",
         columns=[],
         rows="""
-            snapshot |
-            stronger | --acoustic-teacher {stronger}
+        snapshot |
+        stronger | --acoustic-teacher {stronger}
         """,
     ),
     "which-layers": experiment(
@@ -183,11 +184,11 @@ PAPER_A = {
         against="all 7",
         columns=[],
         rows="""
-            all 7            |
-            1, 2             | --layers 1 2
-            3, 4, 5          | --layers 3 4 5
-            6, 7             | --layers 6 7
-            none (top-layer) | --text-kd top
+        all 7            |
+        1, 2             | --layers 1 2
+        3, 4, 5          | --layers 3 4 5
+        6, 7             | --layers 6 7
+        none (top-layer) | --text-kd top
         """,
     ),
     "descriptions": experiment(
@@ -195,11 +196,11 @@ PAPER_A = {
         against="true",
         columns=[],
         rows="""
-            true                             |
-            textualize.py's                  | --data {described} --eval-data {test}
-            a quarter of the words corrupted | --corrupt-descriptions 0.25
-            half                             | --corrupt-descriptions 0.5
-            all                              | --corrupt-descriptions 1
+        true                             |
+        textualize.py's                  | --data {described} --eval-data {test}
+        a quarter of the words corrupted | --corrupt-descriptions 0.25
+        half                             | --corrupt-descriptions 0.5
+        all                              | --corrupt-descriptions 1
         """,
     ),
     "keep": experiment(
@@ -207,11 +208,11 @@ PAPER_A = {
         against="with it (default)",
         columns=[],
         rows="""
-            with it (default)                   |
-            without                             | --text-kd layer --no-acoustic-kd
-            without, audio tower frozen         | --no-acoustic-kd --train decoder
-            tower and lower half frozen         | --no-acoustic-kd --train decoder --lower-lr 0
-            tower frozen, lower half at a tenth of the rate | --no-acoustic-kd --train decoder --lower-lr 0.1
+        with it (default)                   |
+        without                             | --text-kd layer --no-acoustic-kd
+        without, audio tower frozen         | --no-acoustic-kd --train decoder
+        tower and lower half frozen         | --no-acoustic-kd --train decoder --lower-lr 0
+        tower frozen, lower half at a tenth of the rate| --no-acoustic-kd --train decoder --lower-lr 0.1
         """,
     ),
 }
@@ -221,14 +222,14 @@ CORD = {
         against=BASELINE,
         columns=["minutes"],
         rows="""
-            SFT on the text view's answers | --token-loss sft --group-size 0 --epochs 2
-            off-policy forward KL          | --token-loss forward-kl --group-size 0 --epochs 2
-            uniform reverse KL             | --alpha 1 --beta 1 --group-size 0 --epochs 2
-            weighted reverse KL            | --group-size 0 --epochs 2
-            GRPO only                      | --token-loss none --epochs 2 --eval-every 25
-            GRPO + uniform KL              | --alpha 1 --beta 1 --epochs 2 --eval-every 25
-            CORD                           | --epochs 2 --eval-every 25
-            CORD, lower rate               | --lr 2e-4 --epochs 2 --eval-every 25
+        SFT on the text view's answers | --token-loss sft --group-size 0 --epochs 2
+        off-policy forward KL          | --token-loss forward-kl --group-size 0 --epochs 2
+        uniform reverse KL             | --alpha 1 --beta 1 --group-size 0 --epochs 2
+        weighted reverse KL            | --group-size 0 --epochs 2
+        GRPO only                      | --token-loss none --epochs 2 --eval-every 25
+        GRPO + uniform KL              | --alpha 1 --beta 1 --epochs 2 --eval-every 25
+        CORD                           | --epochs 2 --eval-every 25
+        CORD, lower rate               | --lr 2e-4 --epochs 2 --eval-every 25
         """,
     ),
     "cord-teacher": experiment(
@@ -236,11 +237,11 @@ CORD = {
         against="initial, 2e-4",
         columns=[],
         rows="""
-            initial, 2e-4 | --teacher initial --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
-            initial, 3e-4 | --group-size 0 --epochs 2
-            initial, 4e-4 | --teacher initial --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50
-            current, 2e-4 | --teacher current --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
-            current, 4e-4 | --teacher current --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50
+        initial, 2e-4 | --teacher initial --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
+        initial, 3e-4 | --group-size 0 --epochs 2
+        initial, 4e-4 | --teacher initial --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50
+        current, 2e-4 | --teacher current --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
+        current, 4e-4 | --teacher current --lr 4e-4 --group-size 0 --epochs 2 --eval-every 50
         """,
     ),
     "cord-weights": experiment(
@@ -248,12 +249,12 @@ CORD = {
         against="2 (default)",
         columns=[],
         rows="""
-            alpha = beta = 1             | --alpha 1 --beta 1 --group-size 0 --epochs 2
-            1.5                          | --alpha 1.5 --beta 1.5 --group-size 0 --epochs 2
-            2 (default)                  | --group-size 0 --epochs 2
-            2.5                          | --alpha 2.5 --beta 2.5 --group-size 0 --epochs 2
-            2, a twentieth of the tokens | --top-share 0.05 --group-size 0 --epochs 2
-            2, half of the tokens        | --top-share 0.5 --group-size 0 --epochs 2
+        alpha = beta = 1             | --alpha 1 --beta 1 --group-size 0 --epochs 2
+        1.5                          | --alpha 1.5 --beta 1.5 --group-size 0 --epochs 2
+        2 (default)                  | --group-size 0 --epochs 2
+        2.5                          | --alpha 2.5 --beta 2.5 --group-size 0 --epochs 2
+        2, a twentieth of the tokens | --top-share 0.05 --group-size 0 --epochs 2
+        2, half of the tokens        | --top-share 0.5 --group-size 0 --epochs 2
         """,
     ),
 }
@@ -673,124 +674,87 @@ def markdown_elsewhere(found):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def plot_table(found, path):
-    """AQA against SER, the paper's six rows beside ours, small dots for the seeds; the arrow is
-    what acoustic KD does."""
+@contextlib.contextmanager
+def two_axes(path, **how):
+    """Two plots side by side, saved to a PNG when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = list(PAPER)
-    ours = {row: (mean(found["rows"][row], "aqa"), mean(found["rows"][row], "ser")) for row in rows}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
-    colours = ["#555555", "#d98c3f", "#c9b037", "#5fa55a", "#b04a5a", "#2f5d9b"]
-    for axis, points, title in (
-        (axes[0], PAPER, "paper: Qwen2.5-Omni-7B, MMAU and IEMOCAP"),
-        (axes[1], ours, "here: the mini world"),
-    ):
-        for row, colour in zip(rows, colours):
-            axis.scatter(
-                *points[row],
-                s=110,
-                color=colour,
-                label=row,
-                zorder=3,
-                marker="s" if row == BASELINE else "o",
-            )
-            if points is ours:
-                each = [
-                    (accuracy(run, "aqa"), accuracy(run, "ser"))
-                    for run in found["rows"][row]["runs"].values()
-                ]
-                axis.scatter(*zip(*each), s=22, color=colour, alpha=0.6, zorder=2)
-        axis.annotate(
-            "",
-            points[FULL],
-            points[NO_ACOUSTIC],
-            arrowprops=dict(arrowstyle="->", color="#2f5d9b", lw=1.5, shrinkA=8, shrinkB=8),
-        )
-        axis.set(xlabel="AQA: accuracy (%)", ylabel="SER: unweighted accuracy (%)", title=title)
-        axis.grid(alpha=0.25)
+    figure, axes = plt.subplots(1, 2, constrained_layout=True, **how)
+    yield figure, axes
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+AXES = {"xlabel": "AQA: accuracy (%)", "ylabel": "SER: unweighted accuracy (%)"}
+ARROW = {"arrowstyle": "->", "color": "#2f5d9b", "lw": 1.5, "shrinkA": 8, "shrinkB": 8}
+
+
+def plot_table(found, path):
+    """AQA against SER, the paper's six rows beside ours, small dots for the seeds; the arrow is
+    what acoustic KD does."""
+    ours, seeds = {}, {}
+    for row in PAPER:
+        runs = found["rows"][row]["runs"].values()
+        ours[row] = mean(found["rows"][row], "aqa"), mean(found["rows"][row], "ser")
+        seeds[row] = [(accuracy(run, "aqa"), accuracy(run, "ser")) for run in runs]
+    colours = ["#555555", "#d98c3f", "#c9b037", "#5fa55a", "#b04a5a", "#2f5d9b"]
+    with two_axes(path, figsize=(11, 4.6)) as (figure, (left, right)):
+        for row, colour in zip(PAPER, colours):
+            how = {"s": 110, "color": colour, "label": row, "zorder": 3}
+            how["marker"] = "s" if row == BASELINE else "o"
+            left.scatter(*PAPER[row], **how)
+            right.scatter(*ours[row], **how)
+            right.scatter(*zip(*seeds[row]), s=22, color=colour, alpha=0.6, zorder=2)
+        left.set(title="paper: Qwen2.5-Omni-7B, MMAU and IEMOCAP", **AXES)
+        right.set(title="here: the mini world", **AXES)
+        for axis, points in ((left, PAPER), (right, ours)):
+            axis.annotate("", points[FULL], points[NO_ACOUSTIC], arrowprops=ARROW)
+            axis.grid(alpha=0.25)
+        legend = left.get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=3, frameon=False)
 
 
 def plot_alpha(found, path):
     """Left: what each alpha_ac gives, SER against AQA. Right: how far the hidden states at audio
     tokens have moved."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     labels = [label.split()[0] for label in found["rows"]]
     rows = list(found["rows"].values())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     points = [(mean(row, "aqa"), mean(row, "ser")) for row in rows]
-    left.plot(*zip(*points), "-o", color="#2f5d9b")
-    for label, point in zip(labels, points):
-        left.annotate(label, point, textcoords="offset points", xytext=(7, 4))
-    left.set(
-        xlabel="AQA: accuracy (%)",
-        ylabel="SER: unweighted accuracy (%)",
-        title="alpha_ac along the line",
-    )
-    right.bar(
-        labels,
-        [statistics.mean(run["drift"] for run in row["runs"].values()) for row in rows],
-        color="#b8c4d6",
-    )
-    right.set(
-        xlabel="alpha_ac",
-        ylabel="divergence from the snapshot",
-        title="drift of hidden states at audio tokens",
-    )
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    drifts = [statistics.mean(run["drift"] for run in row["runs"].values()) for row in rows]
+    with two_axes(path, figsize=(10, 3.8)) as (_, (left, right)):
+        left.plot(*zip(*points), "-o", color="#2f5d9b")
+        for label, point in zip(labels, points):
+            left.annotate(label, point, textcoords="offset points", xytext=(7, 4))
+        left.set(title="alpha_ac along the line", **AXES)
+        right.bar(labels, drifts, color="#b8c4d6")
+        right.set(xlabel="alpha_ac", ylabel="divergence from the snapshot")
+        right.set(title="drift of hidden states at audio tokens")
 
 
 def plot_curves(found, path):
     """Both views' accuracy over the steps, for the rows that were also evaluated on the way: mean
     of the seeds, and each of them thin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = {
-        label: [run["curve"] for run in row["runs"].values()]
-        for label, row in found["rows"].items()
-        if label != BASELINE
-    }
-    rows = {label: curves for label, curves in rows.items() if len(curves[0]) > 2}
+    rows = {}
+    for label, row in found["rows"].items():
+        curves = [run.get("curve", []) for run in row["runs"].values()]
+        if label != BASELINE and len(curves[0]) > 2:
+            rows[label] = np.array(curves)  # [seeds, evaluations, (step, text, audio)]
     colours = ["#2f5d9b", "#7fa8dc", "#b04a5a", "#d98c3f"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
-    for axis, view, title in ((axes[0], 1, "read"), (axes[1], 2, "heard")):
-        for (label, curves), colour in zip(rows.items(), colours):
-            # [seeds, evaluations, (step, text, audio)]
-            values = np.array(curves)
-            axis.plot(values[0, :, 0], values[:, :, view].T, color=colour, linewidth=0.8, alpha=0.4)
-            axis.plot(
-                values[0, :, 0],
-                values[:, :, view].mean(0),
-                "-o",
-                color=colour,
-                markersize=4,
-                label=label,
-            )
-        axis.set(xlabel="step", title=f"the same questions, {title}")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="accuracy (%)", ylim=(0, 100))
-    axes[0].legend(frameon=False, loc="lower left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with two_axes(path, figsize=(11, 4.2), sharey=True) as (_, axes):
+        for axis, view, title in zip(axes, (1, 2), ("read", "heard")):
+            for (label, values), colour in zip(rows.items(), colours):
+                steps = values[0, :, 0]
+                each = values[:, :, view]
+                axis.plot(steps, each.T, color=colour, linewidth=0.8, alpha=0.4)
+                axis.plot(steps, each.mean(0), "-o", color=colour, markersize=4, label=label)
+            axis.set(xlabel="step", title=f"the same questions, {title}")
+        axes[0].set(ylabel="accuracy (%)", ylim=(0, 100))
+        axes[0].legend(frameon=False, loc="lower left")
 
 
 PLOTS = {

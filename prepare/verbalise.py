@@ -117,8 +117,8 @@ UNITS = LENGTHS | table("""
     kW kilowatt  MB megabyte  GB gigabyte
 """)
 PER = (
-    "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|piece|"
-    "item|yard|ounce|bag|box|ticket|"
+    "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|"
+    "piece|item|yard|ounce|bag|box|ticket|"
     "cm|m|km|mi|ft|yd|oz|gal|g|mL|ml"
 )
 MONTHS = (
