@@ -485,7 +485,7 @@ def bench_step(args):
                 peak[running[-1]] = max(peak.get(running[-1], 0.0), run.peak_memory_gb(device))
             run.forget_peak_memory(device)
 
-        def run(*a, **k):
+        def timed_work(*a, **k):
             wait()
             note_peak()
             running.append(name)
@@ -497,7 +497,7 @@ def bench_step(args):
             running.pop()
             return out
 
-        return run
+        return timed_work
 
     flags = {"source_layer": train_source_layer, "cord": train_cord}[args.script].parse_flags(
         ["--weights", args.weights, "--lora", str(args.lora)]

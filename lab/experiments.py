@@ -208,11 +208,11 @@ PAPER_A = {
         against="with it (default)",
         columns=[],
         rows="""
-        with it (default)                   |
-        without                             | --text-kd layer --no-acoustic-kd
-        without, audio tower frozen         | --no-acoustic-kd --train decoder
-        tower and lower half frozen         | --no-acoustic-kd --train decoder --lower-lr 0
-        tower frozen, lower half at a tenth of the rate| --no-acoustic-kd --train decoder --lower-lr 0.1
+    with it (default)                   |
+    without                             | --text-kd layer --no-acoustic-kd
+    without, audio tower frozen         | --no-acoustic-kd --train decoder
+    tower and lower half frozen         | --no-acoustic-kd --train decoder --lower-lr 0
+    tower frozen, lower half at a tenth of the rate | --no-acoustic-kd --train decoder --lower-lr 0.1
         """,
     ),
 }

@@ -2,7 +2,7 @@
 Text to speech, for questions and facts that exist only as text.
 
 What this file teaches: how to get a hundred different voices out of one 21 MB wheel (espeak-ng,
-through ctypes, about 20 ms for a sentence), with the four knobs of prosody that mini_world.py
+through ctypes, about 20 ms for a sentence), with the four knobs of prosody that mini/world.py
 builds its emotions from: rate, pitch, range and loudness; and how to have a whole dataset read
 aloud, as paper B (CORD, arXiv 2601.16547) has 80,000 NuminaMath problems read by Kokoro.
 
