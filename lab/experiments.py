@@ -212,7 +212,7 @@ PAPER_A = {
     without                             | --text-kd layer --no-acoustic-kd
     without, audio tower frozen         | --no-acoustic-kd --train decoder
     tower and lower half frozen         | --no-acoustic-kd --train decoder --lower-lr 0
-    tower frozen, lower half at a tenth of the rate | --no-acoustic-kd --train decoder --lower-lr 0.1
+    tower frozen, lower half at a tenth of the rate |--no-acoustic-kd --train decoder --lower-lr 0.1
         """,
     ),
 }
