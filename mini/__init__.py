@@ -1,1 +1,1 @@
-"""The embedded default: a small world of real audio, and two small models that were pretrained on it."""
+"""The embedded default: a small world of real audio, and two small models pretrained on it."""

@@ -254,7 +254,7 @@ class Run:
         self.feed = self._feed(examples, prepare)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._note_signal)
-        _forget_peak_memory(self.device)
+        forget_peak_memory(self.device)
         for step in range(self.done, last):
             self.clock = time.time()
             self.seconds = {}
@@ -379,7 +379,7 @@ class Run:
                          if name not in ("step", "lr"))
         line["seconds"] = self.step_seconds()
         line.update({f"seconds_{name}": value for name, value in self.seconds.items()})
-        line.update(memory_gb=_peak_memory_gb(self.device), host_gb=_host_memory_gb())
+        line.update(memory_gb=peak_memory_gb(self.device), host_gb=_host_memory_gb())
 
         if self.bad_steps:
             # Those of the ranks whose own loss shows it; the gradient alone shows no rank
@@ -497,7 +497,7 @@ def _facts():
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def _forget_peak_memory(device):
+def forget_peak_memory(device):
     # What was needed before the loop, by an evaluation say, shall not count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -505,7 +505,7 @@ def _forget_peak_memory(device):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory_gb(device):
+def peak_memory_gb(device):
     """The peak so far: of the GPU's allocator, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

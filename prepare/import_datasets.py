@@ -1,42 +1,52 @@
 """
-Datasets as they are downloaded -> our manifests (data.py). Everything after the import reads manifests only.
+Datasets as they are downloaded -> our manifests (data.py). Everything after the import reads
+manifests only.
 
-    python -m prepare.import_datasets cota CoTA CoTA/cota.jsonl                # folders of parquet shards
-    python -m prepare.import_datasets cota CoTA/meld CoTA/meld.jsonl --max-seconds 30    # one configuration
-    python -m prepare.import_datasets cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip   # columns of its own
-    python -m prepare.import_datasets avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
-    python -m prepare.import_datasets mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
-    python -m prepare.import_datasets mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
-    python -m prepare.import_datasets iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
-    python -m prepare.import_datasets voicebench voicebench/mmsu voicebench/mmsu.jsonl
-    python -m prepare.import_datasets gsm8k gsm8k/main gsm8k.jsonl --split test                    # text only: then python -m prepare.speak gsm8k.jsonl ...
-    python -m prepare.import_datasets numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
+    python -m prepare.import_datasets DATASET SOURCE OUT.jsonl [flags]
 
-Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its own folder, links resolved. Clips that lie inside a
-parquet file are written out, to OUT_audio/. Rows stream through, so 1.2 million need no more memory than a thousand (but 100 bytes each, to
-know the ids). A row that cannot be used is dropped, and the report says how many, why, and where the first ones stand; what is left is read
-back by data.py's own parser before it is written. Parquet needs `pip install pyarrow`.
+    cota CoTA CoTA/cota.jsonl                                      # folders of parquet shards
+    cota CoTA/meld CoTA/meld.jsonl --max-seconds 30                # one configuration
+    cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip
+    avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
+    mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
+    mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
+    iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
+    voicebench voicebench/mmsu voicebench/mmsu.jsonl
+    gsm8k gsm8k/main gsm8k.jsonl --split test                      # text only: then prepare.speak
+    numinamath NuminaMath-CoT/data numina.jsonl --split train --numeric --limit 100000
+
+Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its
+own folder, links resolved. Clips that lie inside a parquet file are written out, to OUT_audio/.
+Rows stream through, so 1.2 million need no more memory than a thousand (but 100 bytes each, to
+know the ids). A row that cannot be used is dropped, and the report says how many, why, and where
+the first ones stand; what is left is read back by data.py's own parser before it is written.
+Parquet needs `pip install pyarrow`.
 
 Where a format leaves something open, and what we do:
 1. CoTA's columns are audio, user and assistant, as its public readers have them; we never saw its
    files. Usual exports are recognised, too (messages, conversations, query and response,
    instruction and output); where it is not clear which column is which we stop, list the columns,
-   and ask for --columns. A trace must have each of its parts once, closed. A broken shard is passed
-   over, and named at the end.
-2. CoTA's choices stand in the question's text: "A. gold", "(b) silver", "Choices: [...]". They become choices if letters run from A without a
-   gap and the response names one; otherwise the question stays as it is, open. Its task comes from a column that says sound, music or speech; else
-   from --task; else from the configuration, the folder or file that the shard is called by, as the
-   table CONFIGURATIONS has it; else from the clip's path (words, or corpora that CoTA is made of);
-   else it is the configuration's own name; a row without any is dropped.
-3. An audio path of somebody else's machine ("/data/x/meld/1.wav") is looked for under --audio-root by its longest ending that is there.
+   and ask for --columns. A trace must have each of its parts once, closed. A broken shard is
+   passed over, and named at the end.
+2. CoTA's choices stand in the question's text: "A. gold", "(b) silver", "Choices: [...]". They
+   become choices if letters run from A without a gap and the response names one; otherwise the
+   question stays as it is, open. Its task comes from a column that says sound, music or speech;
+   else from --task; else from the configuration, the folder or file that the shard is called by,
+   as the table CONFIGURATIONS has it; else from the clip's path (words, or corpora that CoTA is
+   made of); else it is the configuration's own name; a row without any is dropped.
+3. An audio path of somebody else's machine ("/data/x/meld/1.wav") is looked for under --audio-root
+   by its longest ending that is there.
 4. AVQA asks about videos; as in R1-AQA's own loader "video" becomes "audio".
-5. VoiceBench speaks question and options, and nothing else is to be read: question and choices are empty, the transcript is the whole prompt, the
-   answer is the letter. evaluate.py finds the choices in the transcript again, so its numbers are VoiceBench's own.
-6. Mathematics keeps what can be checked: no proofs, no answers of several parts, no drawings. --numeric keeps answers that are one number.
-   Beside the spoken problem both views read one line, ANSWER_LINE, so that an answer can be found;
-   --no-answer-line leaves it out. Of GSM8K all 1,319 are kept.
+5. VoiceBench speaks question and options, and nothing else is to be read: question and choices are
+   empty, the transcript is the whole prompt, the answer is the letter. evaluate.py finds the
+   choices in the transcript again, so its numbers are VoiceBench's own.
+6. Mathematics keeps what can be checked: no proofs, no answers of several parts, no drawings.
+   --numeric keeps answers that are one number. Beside the spoken problem both views read one line,
+   ANSWER_LINE, so that an answer can be found; --no-answer-line leaves it out. Of GSM8K all 1,319
+   are kept.
 7. An id that was used before gets its row's number appended; nothing is lost.
 """
+
 import argparse
 import ast
 import hashlib
@@ -60,15 +70,25 @@ from data import DataError
 # name, then corpora that it is made of. "meld_train" counts as meld. Any other is a task of its
 # own; add what you find.
 CONFIGURATIONS = {
-    "complex_audio": "mix", "meld": "speech", "S2TT": "speech", "audiocap": "sound",
-    "covost": "speech", "mustard": "speech", "multi_speaker": "speech", "librispeech": "speech",
-    "audioset": "sound", "clotho": "sound", "avqa": "sound", "musicbench": "music",
+    "complex_audio": "mix",
+    "meld": "speech",
+    "S2TT": "speech",
+    "audiocap": "sound",
+    "covost": "speech",
+    "mustard": "speech",
+    "multi_speaker": "speech",
+    "librispeech": "speech",
+    "audioset": "sound",
+    "clotho": "sound",
+    "avqa": "sound",
+    "musicbench": "music",
 }
-ANSWER_LINE = "Put the final answer in \\boxed{}."        # a form that judge.py reads
+ANSWER_LINE = "Put the final answer in \\boxed{}."  # a form that judge.py reads
 
-# -------------------------------------------------------- 1. rows, one at a time -------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# 1. rows, one at a time
 
-CHUNK = 1 << 20                         # characters of a JSON list that are read at a time
+CHUNK = 1 << 20  # characters of a JSON list that are read at a time
 SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
@@ -79,14 +99,26 @@ def choose_files(source: Path, splits) -> dict:
     left."""
     if not source.exists():
         raise SystemExit(f"error: {source}: there is no such file or folder; check the path")
-    files = sorted(path for path in source.rglob("*.parquet") if path.name[0] != ".") if source.is_dir() else [source]
+    files = (
+        sorted(path for path in source.rglob("*.parquet") if path.name[0] != ".")
+        if source.is_dir()
+        else [source]
+    )
     if not files:
-        raise SystemExit(f"error: {source}: the folder holds no .parquet file; give the folder of the shards, or one JSON, JSONL or parquet file")
+        raise SystemExit(
+            f"error: {source}: the folder holds no .parquet file; give the folder of the shards, or"
+            " one JSON, JSONL or parquet file"
+        )
     names = {file: re.sub(r"-\d{5}-of-\d{5}$", "", file.stem) for file in files}
-    names = {file: name if name != file.stem or name in SPLITS else None for file, name in names.items()}
+    names = {
+        file: name if name != file.stem or name in SPLITS else None for file, name in names.items()
+    }
     wanted = [file for file in files if not splits or names[file] is None or names[file] in splits]
     if not wanted:
-        raise SystemExit(f"error: {source}: holds the splits {', '.join(sorted(set(names.values())))}, not {', '.join(splits)}; change --split")
+        raise SystemExit(
+            f"error: {source}: holds the splits {', '.join(sorted(set(names.values())))}, not"
+            f" {', '.join(splits)}; change --split"
+        )
     return {file: names[file] for file in wanted}
 
 
@@ -126,11 +158,14 @@ def clip_bytes(files) -> int:
         try:
             footer = pyarrow.parquet.read_metadata(file)
         except (pyarrow.ArrowException, OSError):
-            continue                                        # broken: read_rows says so
+            continue  # broken: read_rows says so
         for group in map(footer.row_group, range(footer.num_row_groups)):
             columns = map(group.column, range(group.num_columns))
-            total += sum(column.total_uncompressed_size for column in columns
-                         if column.path_in_schema.endswith(".bytes"))
+            total += sum(
+                column.total_uncompressed_size
+                for column in columns
+                if column.path_in_schema.endswith(".bytes")
+            )
     return total
 
 
@@ -156,11 +191,14 @@ def configuration(file: Path, source: Path):
 
 def jsonl_rows(path):
     with open(path, "rb") as lines:
-        yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        yield from (
+            (f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()
+        )
 
 
 def list_rows(path):
-    # json.load would hold the whole list: decode one row at a time, and read on whenever the text at hand ends within a row
+    # json.load would hold the whole list: decode one row at a time, and read on whenever the text
+    # at hand ends within a row
     decoder, between, text, at, number = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 0
     with open(path, encoding="utf-8-sig") as file:
         try:
@@ -170,7 +208,8 @@ def list_rows(path):
                 try:
                     row, at = decoder.raw_decode(text, at)
                 except ValueError:
-                    more = file.read(max(CHUNK, len(text) - at))            # as much again: a long row is not decoded over and over
+                    # As much again: a long row is not decoded over and over
+                    more = file.read(max(CHUNK, len(text) - at))
                     if not more:
                         raise
                     text, at = text[at:] + more, 0
@@ -178,41 +217,58 @@ def list_rows(path):
                 number += 1
                 yield f"{path} row {number}", row
         except (ValueError, RecursionError):
-            raise SystemExit(f"error: {path}: breaks off or is not JSON after row {number}; fetch it again") from None
+            raise SystemExit(
+                f"error: {path}: breaks off or is not JSON after row {number}; fetch it again"
+            ) from None
 
 
 def reader_of(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise SystemExit(f"error: {path}: parquet is read by pyarrow, which is not installed; pip install pyarrow") from None
+        raise SystemExit(
+            f"error: {path}: parquet is read by pyarrow, which is not installed; pip install"
+            " pyarrow"
+        ) from None
     return pyarrow
 
 
 def parquet_rows(path):
     pyarrow, number = reader_of(path), 0
     try:
-        # 16 rows at a time, page by page through a buffer of 1 MB: pyarrow's default reads whole row groups ahead, and with clips those are large
-        for batch in pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20).iter_batches(batch_size=16):
+        # 16 rows at a time, page by page through a buffer of 1 MB: pyarrow's default reads whole
+        # row groups ahead, and with clips those are large
+        for batch in pyarrow.parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=1 << 20
+        ).iter_batches(batch_size=16):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).partition("\n")[0].rstrip(".")
-        raise BrokenFile(f"{path}: is not parquet, or broken after row {number} ({what}); fetch it "
-                         "again") from None
+        raise BrokenFile(
+            f"{path}: is not parquet, or broken after row {number} ({what}); fetch it again"
+        ) from None
 
 
 def iemocap_rows(root: Path):
-    """IEMOCAP's folders -> rows {"id", "emotion", "audio"}, as read_rows. Session 5 is the test split. Raises SystemExit."""
+    """IEMOCAP's folders -> rows {"id", "emotion", "audio"}, as read_rows. Session 5 is the test
+    split. Raises SystemExit."""
     files = sorted(root.glob("Session[1-5]/dialog/EmoEvaluation/*.txt"))
     if not files:
-        raise SystemExit(f"error: {root}: holds no Session1/dialog/EmoEvaluation/*.txt; give the folder that Session1 to Session5 lie in")
+        raise SystemExit(
+            f"error: {root}: holds no Session1/dialog/EmoEvaluation/*.txt; give the folder that"
+            " Session1 to Session5 lie in"
+        )
     for file in files:
-        if file.name.startswith("."):                   # "._Ses01F_impro01.txt", a leftover of macOS, is not text
+        # "._Ses01F_impro01.txt", a leftover of macOS, is not text
+        if file.name.startswith("."):
             continue
-        session = file.relative_to(root).parts[0]       # of the path below root: root may lie in another "Session"
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        # Of the path below root: root may lie in another "Session"
+        session = file.relative_to(root).parts[0]
+        for number, line in enumerate(
+            file.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+        ):
             if match := re.match(r"\[[\d.]+ - [\d.]+\]\s+(Ses\w+)\s+(\w+)\s", line):
                 utterance, emotion = match.groups()
                 wav = f"{session}/sentences/wav/{utterance.rpartition('_')[0]}/{utterance}.wav"
@@ -221,14 +277,18 @@ def iemocap_rows(root: Path):
 
 
 def choose_columns(dataset, given, row) -> dict[str, str]:
-    """{our name: the file's name} of the columns that go by another name, judged by the first row. given: --columns. Raises SystemExit."""
+    """{our name: the file's name} of the columns that go by another name, judged by the first row.
+    given: --columns. Raises SystemExit."""
     _, needed, optional = IMPORTERS[dataset]
     columns, there = {}, f"the file has the columns {', '.join(map(str, row))}"
     for pair in given:
         ours, _, theirs = pair.partition("=")
         if ours not in (*needed, *optional):
             known = ", ".join((*needed, *optional)) or "nothing (it has no columns)"
-            raise SystemExit(f"error: --columns {pair}: {dataset} knows no column {ours!r}; before the = write {known}")
+            raise SystemExit(
+                f"error: --columns {pair}: {dataset} knows no column {ours!r}; before the = write"
+                f" {known}"
+            )
         if theirs not in row:
             raise SystemExit(f"error: --columns {pair}: {there}; after the = write one of them")
         columns[ours] = theirs
@@ -238,24 +298,33 @@ def choose_columns(dataset, given, row) -> dict[str, str]:
         found = [name for name in (ours, *others) if name in row]
         if len(found) != 1:
             problem = f"any of {', '.join(found)} may be {ours!r}" if found else f"none is {ours!r}"
-            raise SystemExit(f"error: {dataset}: {there}, and {problem}; say which with --columns {ours}=NAME")
+            raise SystemExit(
+                f"error: {dataset}: {there}, and {problem}; say which with --columns {ours}=NAME"
+            )
         columns[ours] = found[0]
     return columns
 
 
-# ----------------------------------------------------- 2. text: choices and answers ----------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# 2. text: choices and answers
 
-LETTER = re.compile(r"\s*[(\[]?([A-Za-z])(?:[)\].:](?!\w)|\s*$)\s*")                                       # "B", "(b)", "B. "
-MARK = re.compile(r"(?<!\S)(?:\(([A-Za-z])\)|([A-Za-z])([.):]))\s+(?=\S)")                                # the same in the middle of a text
+# "B", "(b)", "B. "
+LETTER = re.compile(r"\s*[(\[]?([A-Za-z])(?:[)\].:](?!\w)|\s*$)\s*")
+# The same in the middle of a text
+MARK = re.compile(r"(?<!\S)(?:\(([A-Za-z])\)|([A-Za-z])([.):]))\s+(?=\S)")
 
 
 def texts(choices, where) -> list[str]:
-    """Choices without the letters A, B, C in front, if all have theirs. Raises DataError for anything but a list of strings."""
+    """Choices without the letters A, B, C in front, if all have theirs. Raises DataError for
+    anything but a list of strings."""
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{where}: the choices are no list of texts")
     marks = [LETTER.match(choice) for choice in choices]
-    if all(mark and mark[0] != choice and mark[1].upper() == chr(65 + i) for i, (mark, choice) in enumerate(zip(marks, choices))):
-        return [choice[mark.end():] for mark, choice in zip(marks, choices)]
+    if all(
+        mark and mark[0] != choice and mark[1].upper() == chr(65 + i)
+        for i, (mark, choice) in enumerate(zip(marks, choices))
+    ):
+        return [choice[mark.end() :] for mark, choice in zip(marks, choices)]
     return choices
 
 
@@ -264,48 +333,77 @@ def words(text) -> str:
 
 
 def named(answer, choices):
-    """The one choice that an answer is: its text, whatever case and punctuation, with or without a letter in front; or its letter; or either of
-    them after the last "answer is". None if it is none, or two. Text counts before letter, since choices get shuffled."""
+    """The one choice that an answer is: its text, whatever case and punctuation, with or without a
+    letter in front; or its letter; or either of them after the last "answer is". None if it is
+    none, or two. Text counts before letter, since choices get shuffled."""
     if not isinstance(answer, str) or answer in choices:
         return answer if answer in choices else None
     answer = answer.replace("**", "").strip()
     letter = LETTER.match(answer)
-    rest = words(answer[letter.end():] if letter else answer)
+    rest = words(answer[letter.end() :] if letter else answer)
     for text in (words(answer), rest):
         if found := [choice for choice in choices if text and text == words(choice)]:
             return found[0] if len(found) == 1 else None
     if letter and (index := ord(letter[1].upper()) - 65) < len(choices):
-        if not rest or f"{rest} ".startswith(f"{words(choices[index])} "):                         # "B"; "B. gold, because ..."
+        # "B"; "B. gold, because ..."
+        if not rest or f"{rest} ".startswith(f"{words(choices[index])} "):
             return choices[index]
     statement = re.split(r"\banswer\b[^.:\n]{0,30}?(?:\bis\b:?|:)\s*", answer, flags=re.I)[1:]
-    return named(re.split(r"(?<=\w\w)[.!?](?:\s|$)|\n", statement[-1])[0], choices) if statement else None
+    return (
+        named(re.split(r"(?<=\w\w)[.!?](?:\s|$)|\n", statement[-1])[0], choices)
+        if statement
+        else None
+    )
 
 
 def split_choices(text):
-    """A question that holds its choices -> (question, choices); choices [] where it is not beyond doubt what they are."""
-    if listed := re.search(r"\s*\b(?:choices|options)\b[^\[\n]{0,20}(\[[^\]\n]*\])[.\s]*", text, re.I):
+    """A question that holds its choices -> (question, choices); choices [] where it is not beyond
+    doubt what they are."""
+    if listed := re.search(
+        r"\s*\b(?:choices|options)\b[^\[\n]{0,20}(\[[^\]\n]*\])[.\s]*", text, re.I
+    ):
         try:
             choices = ast.literal_eval(listed[1])
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return text, []
-        head, tail = text[:listed.start()], text[listed.end():]
+        head, tail = text[: listed.start()], text[listed.end() :]
     else:
         marks = list(MARK.finditer(text))
         letters = "".join(mark[1] or mark[2] for mark in marks)
-        start = max(letters.rfind("A"), letters.rfind("a"), 0)                  # "choose from A. or B." may go before the list itself
+        # "choose from A. or B." may go before the list itself
+        start = max(letters.rfind("A"), letters.rfind("a"), 0)
         marks, letters = marks[start:], letters[start:]
-        head = text[:marks[0].start()] if marks else ""
-        # A list's letters run from A in one style, and it begins after the end of a sentence or on a line of its own
-        if not letters or letters.upper() not in string.ascii_uppercase or letters[0] not in "Aa" or not (letters.isupper() or letters.islower()) \
-                or len({mark[3] for mark in marks}) > 1 or not re.search(r"[?.:!\n]\s*$", head):
+        head = text[: marks[0].start()] if marks else ""
+        # A list's letters run from A in one style, and it begins after the end of a sentence or on
+        # a line of its own
+        if (
+            not letters
+            or letters.upper() not in string.ascii_uppercase
+            or letters[0] not in "Aa"
+            or not (letters.isupper() or letters.islower())
+            or len({mark[3] for mark in marks}) > 1
+            or not re.search(r"[?.:!\n]\s*$", head)
+        ):
             return text, []
         ends = [*(mark.start() for mark in marks[1:]), (text + "\n").index("\n", marks[-1].end())]
-        choices = [re.sub(r"[,;]?(?:\s+(?:or|and))?$", "", text[mark.end():end].strip()) for mark, end in zip(marks, ends)]
-        if re.search(r"[.?!]\s", choices[-1]) and head.rstrip(" \t")[-1:] != "\n":      # "... B. silver. Answer with the letter.": where does B end?
+        choices = [
+            re.sub(r"[,;]?(?:\s+(?:or|and))?$", "", text[mark.end() : end].strip())
+            for mark, end in zip(marks, ends)
+        ]
+        # "... B. silver. Answer with the letter.": where does B end?
+        if re.search(r"[.?!]\s", choices[-1]) and head.rstrip(" \t")[-1:] != "\n":
             return text, []
-        head, tail = re.sub(r"\b(?:choices|options)(?:\s+are)?\s*:?\s*$", "", head, flags=re.I), text[ends[-1]:]
-    if not isinstance(choices, list) or not 2 <= len(choices) <= 26 or not all(isinstance(choice, str) for choice in choices) \
-            or len({choice.strip() for choice in choices} - {""}) < len(choices) or "\n" in "".join(choices):
+        head, tail = (
+            re.sub(r"\b(?:choices|options)(?:\s+are)?\s*:?\s*$", "", head, flags=re.I),
+            text[ends[-1] :],
+        )
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= 26
+        or not all(isinstance(choice, str) for choice in choices)
+        or len({choice.strip() for choice in choices} - {""}) < len(choices)
+        or "\n" in "".join(choices)
+    ):
         return text, []
     return "\n".join(part for part in (head.strip(), tail.strip()) if part), choices
 
@@ -317,35 +415,50 @@ def boxes(text) -> list[str]:
         depth, end = 1, start.end()
         while depth and end < len(text):
             depth, end = depth + {"{": 1, "}": -1}.get(text[end], 0), end + 1
-        found += [text[start.end():end - 1].strip()] * (not depth)
+        found += [text[start.end() : end - 1].strip()] * (not depth)
     return found
 
 
-# ------------------------------------------------- 3. one row -> one line of a manifest ------------------------------------------------
-# Each takes a row under our column names, its place, and the flags; it returns the line, with "audio" as it stands in the row, or raises DataError.
+# ------------------------------------------------------------------------------------------------
+# 3. one row -> one line of a manifest
+# Each takes a row under our column names, its place, and the flags; it returns the line, with
+# "audio" as it stands in the row, or raises DataError.
 
-KINDS = {"sound": r"sound|audiocaps|audioset|clotho|\bavqa", "music": r"music", "speech": r"speech|speaker|covost|\bmeld\b|librispeech"}
+KINDS = {
+    "sound": r"sound|audiocaps|audioset|clotho|\bavqa",
+    "music": r"music",
+    "speech": r"speech|speaker|covost|\bmeld\b|librispeech",
+}
 
 
 def cota(row, where, args):
-    def turn(value, *roles):                                                    # a text, or a chat of one question and one answer
+    # a text, or a chat of one question and one answer
+    def turn(value, *roles):
         if isinstance(value, list):
             turns = [turn for turn in value if isinstance(turn, dict)]
-            said = [turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in roles]
+            said = [
+                turn.get("content", turn.get("value"))
+                for turn in turns
+                if turn.get("role", turn.get("from")) in roles
+            ]
             value = said[0] if len(said) == 1 else None
         if not isinstance(value, str):
             raise DataError(f"{where}: not one question and one answer in text")
         return value
 
     asked, said = turn(row["question"], "user", "human"), turn(row["response"], "assistant", "gpt")
-    if "instruction" in row and isinstance(row.get("input"), str):              # Alpaca's layout: the placeholder, or the rest of the question
+    # Alpaca's layout: the placeholder, or the rest of the question
+    if "instruction" in row and isinstance(row.get("input"), str):
         asked = f"{asked}\n{row['input']}"
     asked = re.sub(r"\s*<audio>\s*", "\n", asked).strip()
     reasoning = {}
-    for part in (*data.STAGES, "response"):                                     # stricter than parse_response, which forgives a model an open tag
+    # Stricter than parse_response, which forgives a model an open tag
+    for part in (*data.STAGES, "response"):
         found = re.findall(f"<{part}>(.*?)</{part}>", said, re.I | re.S)
         if len(found) != 1 or not found[0].strip() or re.search(data.TAG, found[0], re.I):
-            raise DataError(f"{where}: the trace has not exactly one <{part.upper()}> that is closed and filled")
+            raise DataError(
+                f"{where}: the trace has not exactly one <{part.upper()}> that is closed and filled"
+            )
         reasoning[part] = found[0].strip()
     answer = reasoning.pop("response")
     if row.get("choices"):
@@ -359,21 +472,44 @@ def cota(row, where, args):
         question, choices, chosen = asked, [], answer
     clip = row["audio"][0] if isinstance(row["audio"], list) and row["audio"] else row["audio"]
     path = clip.get("path") if isinstance(clip, dict) else clip
-    column, path = ([kind for kind, names in KINDS.items() if re.search(names, str(text or ""), re.I)] for text in (row.get("task"), path))
+    column, path = (
+        [kind for kind, names in KINDS.items() if re.search(names, str(text or ""), re.I)]
+        for text in (row.get("task"), path)
+    )
     known, name = row["configuration"]
     path = path[0] if len(path) == 1 else None
     task = column[0] if len(column) == 1 else args.task or known or path or name
     if task is None:
-        raise DataError(f"{where}: neither a column nor the path says whether it is sound, music or speech (--task)")
-    return {"audio": row["audio"], "question": question, "choices": choices, "answer": chosen, "task": task, "reasoning": reasoning}
+        raise DataError(
+            f"{where}: neither a column nor the path says whether it is sound, music or speech"
+            " (--task)"
+        )
+    return {
+        "audio": row["audio"],
+        "question": question,
+        "choices": choices,
+        "answer": chosen,
+        "task": task,
+        "reasoning": reasoning,
+    }
 
 
 def avqa(row, where, args):
-    choices, answer, question = texts(row["multi_choice"], where), row["answer"], row["question_text"]
+    choices, answer, question = (
+        texts(row["multi_choice"], where),
+        row["answer"],
+        row["question_text"],
+    )
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise DataError(f"{where}: the answer is not the index of a choice")
     question = re.sub(r"\bvideo\b", "audio", question) if isinstance(question, str) else question
-    return {"audio": row["audio_path"], "question": question, "choices": choices, "answer": choices[answer], "task": "sound"}
+    return {
+        "audio": row["audio_path"],
+        "question": question,
+        "choices": choices,
+        "answer": choices[answer],
+        "task": "sound",
+    }
 
 
 def mathematics(problem, gold, where, args):
@@ -384,17 +520,27 @@ def mathematics(problem, gold, where, args):
         raise DataError(f"{where}: the problem has a drawing, which cannot be spoken")
     if not gold:
         raise DataError(f"{where}: no answer after #### or in \\boxed{{}}")
-    bare = re.sub(r"\\[,!;$%]|[$%]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", gold)                   # 1,000 is one number, (1, 2) is two
+    # 1,000 is one number, (1, 2) is two
+    bare = re.sub(r"\\[,!;$%]|[$%]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", gold)
     if re.search(r"[,;&]|\\\\|\\quad|\b(?:and|or)\b", bare):
         raise DataError(f"{where}: the answer has several parts")
-    bare = re.sub(r"(?<=\d)\\ (?=\d{3}(?!\d))", "", bare)                                             # 12\ 345
-    bare = re.sub(r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\ ", " ", bare)      # units; a space stays: "10 h 30 min" is two
+    # 12\ 345
+    bare = re.sub(r"(?<=\d)\\ (?=\d{3}(?!\d))", "", bare)
+    # Units; a space stays: "10 h 30 min" is two
+    bare = re.sub(
+        r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\ ", " ", bare
+    )
     bare = " ".join(re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r" \1/\2", bare).split())
-    if args.numeric and not re.fullmatch(r"-?\s?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?|-?\s?\d+ \d+/\d+", bare):
+    if args.numeric and not re.fullmatch(
+        r"-?\s?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?|-?\s?\d+ \d+/\d+", bare
+    ):
         raise DataError(f"{where}: the answer is not one number (--numeric)")
     return {
-        "question": "" if args.no_answer_line else ANSWER_LINE,    # beside the words, in both views
-        "choices": [], "answer": gold, "task": "math", "transcript": problem.strip(),
+        "question": "" if args.no_answer_line else ANSWER_LINE,  # beside the words, in both views
+        "choices": [],
+        "answer": gold,
+        "task": "math",
+        "transcript": problem.strip(),
     }
 
 
@@ -404,7 +550,9 @@ def numinamath(row, where, args):
         raise DataError(f"{where}: the answer has several parts")
     if re.search(r"\bprove\b|\bshow that\b", str(row["problem"]), re.I):
         raise DataError(f"{where}: a proof is asked for")
-    return mathematics(row["problem"], found[-1] if found else None, where, args) | {"sub-category": row.get("source")}
+    return mathematics(row["problem"], found[-1] if found else None, where, args) | {
+        "sub-category": row.get("source")
+    }
 
 
 def gsm8k(row, where, args):
@@ -416,7 +564,11 @@ def mmau(row, where, args):
     leak = str(row.get("dataset")).upper() == "IEMOCAP"
     if leak and args.drop_leaks:
         raise DataError(f"{where}: a clip of IEMOCAP (--drop-leaks)")
-    line = benchmark(row, where) | {"audio": row["audio_id"], "task": row["task"], "difficulty": row.get("difficulty")}
+    line = benchmark(row, where) | {
+        "audio": row["audio_id"],
+        "task": row["task"],
+        "difficulty": row.get("difficulty"),
+    }
     return line | ({"leak": "IEMOCAP"} if leak else {})
 
 
@@ -424,29 +576,45 @@ def mmar(row, where, args):
     modality = str(row["modality"])
     if modality not in KINDS and not modality.startswith("mix"):
         raise DataError(f"{where}: the modality is neither sound, music, speech nor a mix")
-    if isinstance(row["choices"], list):                   # some lists hold an empty text
+    if isinstance(row["choices"], list):  # some lists hold an empty text
         choices = [choice for choice in row["choices"] if str(choice).strip()]
         row = {**row, "choices": choices}
-    return benchmark(row, where) | {"audio": row["audio_path"], "task": modality if modality in KINDS else "mix"}
+    return benchmark(row, where) | {
+        "audio": row["audio_path"],
+        "task": modality if modality in KINDS else "mix",
+    }
 
 
 def benchmark(row, where):
     choices = texts(row["choices"], where)
     if (answer := named(row["answer"], choices)) is None:
         raise DataError(f"{where}: the answer is none of the choices")
-    return {"question": row["question"], "choices": choices, "answer": answer, "sub-category": row.get("sub-category")}
+    return {
+        "question": row["question"],
+        "choices": choices,
+        "answer": answer,
+        "sub-category": row.get("sub-category"),
+    }
 
 
-EMOTIONS = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}            # the usual four classes: excited is happy
+# The usual four classes: excited is happy
+EMOTIONS = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}
 
 
 def iemocap(row, where, args):
     if row["emotion"] not in EMOTIONS:
         raise DataError(f"{where}: the emotion {row['emotion']} is none of the four classes")
-    # Ses01F_impro01_M000: session 1's man. The F says whose motion was captured, the last part who speaks.
+    # Ses01F_impro01_M000: session 1's man. The F says whose motion was captured, the last part who
+    # speaks.
     speaker = row["id"][:5] + row["id"].rpartition("_")[2][0]
-    return {"audio": row["audio"], "question": "Which emotion does the speaker show?", "choices": ["angry", "happy", "sad", "neutral"],
-            "answer": EMOTIONS[row["emotion"]], "task": "emotion", "speaker": speaker}
+    return {
+        "audio": row["audio"],
+        "question": "Which emotion does the speaker show?",
+        "choices": ["angry", "happy", "sad", "neutral"],
+        "answer": EMOTIONS[row["emotion"]],
+        "task": "emotion",
+        "speaker": speaker,
+    }
 
 
 def voicebench(row, where, args):
@@ -454,30 +622,59 @@ def voicebench(row, where, args):
     if not re.fullmatch("[A-Z]", letter):
         raise DataError(f"{where}: the reference is no letter, as it is in openbookqa and mmsu")
     if not isinstance(prompt, str) or ord(letter) - 65 >= len(data.spoken_choices(prompt)):
-        raise DataError(f"{where}: the prompt lists no choices A., B., ..., or none with the reference's letter")
-    return {"audio": row["audio"], "question": "", "choices": [], "answer": letter, "task": "speech", "transcript": prompt,
-            "sub-category": None if row["split"] == "test" else row["split"]}          # mmsu's domain: the audio-text gap is reported by it
+        raise DataError(
+            f"{where}: the prompt lists no choices A., B., ..., or none with the reference's letter"
+        )
+    return {
+        "audio": row["audio"],
+        "question": "",
+        "choices": [],
+        "answer": letter,
+        "task": "speech",
+        "transcript": prompt,
+        # Mmsu's domain: the audio-text gap is reported by it
+        "sub-category": None if row["split"] == "test" else row["split"],
+    }
 
 
-# name -> (function, {a column it needs: other names that it goes by}, columns it takes if there are any)
+# name -> (function, {a column it needs: other names that it goes by}, columns it takes if there
+# are any)
 CHAT = ("messages", "conversations")
 IMPORTERS = {
-    "cota": (cota, {"question": ("user", "query", "prompt", "instruction", *CHAT),
-                    "response": ("assistant", "answer", "output", "completion", *CHAT),
-                    "audio": ("audios", "audio_path", "wav")}, ("id", "task", "choices", "split")),
-    "avqa": (avqa, {"question_text": (), "multi_choice": (), "answer": (), "audio_path": ()}, ("id", "split")),
+    "cota": (
+        cota,
+        {
+            "question": ("user", "query", "prompt", "instruction", *CHAT),
+            "response": ("assistant", "answer", "output", "completion", *CHAT),
+            "audio": ("audios", "audio_path", "wav"),
+        },
+        ("id", "task", "choices", "split"),
+    ),
+    "avqa": (
+        avqa,
+        {"question_text": (), "multi_choice": (), "answer": (), "audio_path": ()},
+        ("id", "split"),
+    ),
     "numinamath": (numinamath, {"problem": (), "solution": ()}, ("id", "source", "split")),
     "gsm8k": (gsm8k, {"question": (), "answer": ()}, ("id", "split")),
-    "mmau": (mmau, dict.fromkeys(("audio_id", "question", "choices", "answer", "task"), ()),
-             ("id", "dataset", "split", "sub-category", "difficulty")),
-    "mmar": (mmar, dict.fromkeys(("audio_path", "question", "choices", "answer", "modality"), ()), ("id", "split", "sub-category")),
+    "mmau": (
+        mmau,
+        dict.fromkeys(("audio_id", "question", "choices", "answer", "task"), ()),
+        ("id", "dataset", "split", "sub-category", "difficulty"),
+    ),
+    "mmar": (
+        mmar,
+        dict.fromkeys(("audio_path", "question", "choices", "answer", "modality"), ()),
+        ("id", "split", "sub-category"),
+    ),
     "iemocap": (iemocap, {}, ()),
     "voicebench": (voicebench, {"audio": (), "prompt": ()}, ("id", "reference", "split")),
 }
 TEXT_ONLY = ("numinamath", "gsm8k")
 
 
-# --------------------------------------------------------------- 4. audio --------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# 4. audio
 
 SUFFIXES = {"WAV": ".wav", "WAVEX": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}
 
@@ -485,63 +682,92 @@ SUFFIXES = {"WAV": ".wav", "WAVEX": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3
 def locate_audio(value, new: Path, root: Path, folder: Path, where):
     """A row's clip -> (absolute path, bytes still to be written there or None).
 
-    value: a path, {"bytes", "path"}, or a list of one of these. new: where bytes shall go, without suffix. root: what paths are relative to.
-    folder: the manifest's. Raises DataError; SystemExit where the manifest could name no clip of root."""
+    value: a path, {"bytes", "path"}, or a list of one of these. new: where bytes shall go, without
+    suffix. root: what paths are relative to. folder: the manifest's. Raises DataError; SystemExit
+    where the manifest could name no clip of root."""
     if isinstance(value, list):
         if len(value) > 1:
             raise DataError(f"{where}: several clips, and a line of a manifest takes one")
         value = value[0] if value else None
-    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    content, path = (
+        (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    )
     if content:
         try:
-            return new.with_name(new.name + SUFFIXES[soundfile.info(io.BytesIO(content)).format]), content
+            return (
+                new.with_name(new.name + SUFFIXES[soundfile.info(io.BytesIO(content)).format]),
+                content,
+            )
         except (RuntimeError, TypeError, KeyError):
-            raise DataError(f"{where}: the bytes of the clip are no WAV, FLAC, OGG or MP3") from None
+            raise DataError(
+                f"{where}: the bytes of the clip are no WAV, FLAC, OGG or MP3"
+            ) from None
     if not isinstance(path, str) or not path.strip():
         raise DataError(f"{where}: no audio, neither bytes nor a path")
     try:
         parts = Path(path).parts
-        endings = (root.joinpath(*parts[i:]) for i in range(len(parts)))        # the whole path first; an absolute one is itself
+        # The whole path first; an absolute one is itself
+        endings = (root.joinpath(*parts[i:]) for i in range(len(parts)))
         path = next((ending for ending in endings if ending.is_file()), root / path).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{where}: the audio path cannot be used ({error})") from None
     if not path.is_relative_to(folder) and not root.is_relative_to(folder):
-        raise SystemExit(f"error: {folder}: a manifest here may only name audio in this folder, but clips are looked for in {root}; write OUT.jsonl "
-                         "into that folder or one above it, or name the right one with --audio-root")
+        raise SystemExit(
+            f"error: {folder}: a manifest here may only name audio in this folder, but clips are"
+            f" looked for in {root}; write OUT.jsonl into that folder or one above it, or name the"
+            " right one with --audio-root"
+        )
     return path, None
 
 
-# ------------------------------------------------------------- 5. all of it ------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# 5. all of it
+
 
 def note(table, reason, where):
     """table: reason -> [count, first places]. Bounded, whatever the reasons hold."""
-    entry = table.setdefault(reason if reason in table or len(table) < 50 else "other reasons", [0, []])
+    entry = table.setdefault(
+        reason if reason in table or len(table) < 50 else "other reasons", [0, []]
+    )
     entry[0] += 1
     entry[1] += [where] * (len(entry[1]) < 3)
 
 
 def reason_of(error, where):
-    """A DataError's sentence without what differs from row to row: place, remedy, path, details in brackets (but not our flags), seconds."""
+    """A DataError's sentence without what differs from row to row: place, remedy, path, details in
+    brackets (but not our flags), seconds."""
     reason = str(error).removeprefix(f"{where}: ").partition("; ")[0]
-    reason = re.sub(r"^(the (?:audio path|audio file|text)) .+? (?=(?:leaves|contains|cannot|does|is|lasts|claims) )", r"\1 ", reason)
+    reason = re.sub(
+        r"^(the (?:audio path|audio file|text)) .+?"
+        r" (?=(?:leaves|contains|cannot|does|is|lasts|claims) )",
+        r"\1 ",
+        reason,
+    )
     return re.sub(r"lasts [\d.]+ s, ", "is ", re.sub(r" \((?!--).*\)", "", reason))
 
 
 def import_row(row, where, split, number, args, folder, root, ids):
-    """A row as it stands in the file -> (its line of the manifest, path of the clip or None, bytes still to be written there or None). number: of the
-    row; ids: digests of the ids so far. Raises DataError with the reason to drop it."""
+    """A row as it stands in the file -> (its line of the manifest, path of the clip or None, bytes
+    still to be written there or None). number: of the row; ids: digests of the ids so far. Raises
+    DataError with the reason to drop it."""
     row = {**row, "split": row.get("split") or split}
     if args.split and row["split"] not in args.split:
         raise DataError(f"{where}: of another split (--split)")
     line = IMPORTERS[args.dataset][0](row, where, args)
-    name = f"{args.dataset}-{row['split'] or Path(args.source).stem}-{number}" if row.get("id") in (None, "") else str(row["id"])
+    name = (
+        f"{args.dataset}-{row['split'] or Path(args.source).stem}-{number}"
+        if row.get("id") in (None, "")
+        else str(row["id"])
+    )
     name = f"{name}-{number}" if digest(name) in ids else name
     if digest(name) in ids:
         raise DataError(f"{where}: the id was used before")
     line, path, content = {"id": name, **line, "split": row["split"]}, None, None
     if args.dataset not in TEXT_ONLY:
         safe = f"{number:07d}-" + re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
-        path, content = locate_audio(line["audio"], folder / f"{Path(args.out).stem}_audio" / safe, root, folder, where)
+        path, content = locate_audio(
+            line["audio"], folder / f"{Path(args.out).stem}_audio" / safe, root, folder, where
+        )
         line["audio"] = os.path.relpath(path, folder)
     line = {key: value for key, value in line.items() if value is not None}
     try:
@@ -558,11 +784,24 @@ def convert(args):
     broken shards). Raises SystemExit, in one sentence, where nothing can be imported."""
     source, out = Path(args.source), Path(args.out)
     if out.is_dir() or source.exists() and out.resolve() == source.resolve():
-        raise SystemExit(f"error: {out}: is a folder or the source itself; name a new file for the manifest")
-    root, folder = Path(args.audio_root or (source if source.is_dir() else source.parent)).resolve(), out.parent.resolve()
+        raise SystemExit(
+            f"error: {out}: is a folder or the source itself; name a new file for the manifest"
+        )
+    root, folder = (
+        Path(args.audio_root or (source if source.is_dir() else source.parent)).resolve(),
+        out.parent.resolve(),
+    )
     if args.audio_root and not root.is_dir():
         raise SystemExit(f"error: {root}: there is no such folder of clips; check --audio-root")
-    columns, ids, counts, read, dropped, notes, partial = None, set(), Counter(), 0, {}, {}, Path(f"{out}.part")
+    columns, ids, counts, read, dropped, notes, partial = (
+        None,
+        set(),
+        Counter(),
+        0,
+        {},
+        {},
+        Path(f"{out}.part"),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     broken = []
     if args.dataset == "iemocap":
@@ -580,11 +819,17 @@ def convert(args):
                 read, content = read + 1, None
                 try:
                     row = parse_row(row, where)
-                    columns = choose_columns(args.dataset, args.columns, row) if columns is None else columns
+                    columns = (
+                        choose_columns(args.dataset, args.columns, row)
+                        if columns is None
+                        else columns
+                    )
                     row |= {ours: row.get(theirs) for ours, theirs in columns.items()}
                     if args.dataset == "cota":
                         row["configuration"] = configuration(shard, source)
-                    line, path, content = import_row(row, where, split, read, args, folder, root, ids)
+                    line, path, content = import_row(
+                        row, where, split, read, args, folder, root, ids
+                    )
                     if content:
                         path.parent.mkdir(exist_ok=True)
                         path.write_bytes(content)
@@ -601,7 +846,12 @@ def convert(args):
                 if row.get("id") not in (None, "") and str(row["id"]) != line["id"]:
                     note(notes, "ids that were used before: the row's number was appended", where)
                 if "leak" in line:
-                    note(notes, "clips of IEMOCAP: a leak, if you train on IEMOCAP (--drop-leaks leaves them out)", where)
+                    note(
+                        notes,
+                        "clips of IEMOCAP: a leak, if you train on IEMOCAP (--drop-leaks leaves"
+                        " them out)",
+                        where,
+                    )
                 if path and not path.is_file():
                     note(notes, "clips that are not there yet (--check-audio drops them)", where)
                 if sum(counts.values()) == args.limit:
@@ -621,8 +871,11 @@ def say_disk(shards, out):
     """Before anything is written: how much disk the clips inside parquet files will take."""
     size, free = clip_bytes(shards), shutil.disk_usage(out.parent).free
     if size:
-        print(f"{out.stem}_audio/ will take about {size / 1e9:.3g} GB, for all clips inside "
-              f"{len(shards):,} parquet files; {free / 1e9:.3g} GB are free there", flush=True)
+        print(
+            f"{out.stem}_audio/ will take about {size / 1e9:.3g} GB, for all clips inside "
+            f"{len(shards):,} parquet files; {free / 1e9:.3g} GB are free there",
+            flush=True,
+        )
 
 
 def record_source(source, out) -> str:
@@ -645,50 +898,118 @@ def parse_row(row, where) -> dict:
 
 
 def digest(name) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big"
+    )
 
 
 def report(args, counts, read, dropped, notes, broken) -> str:
     """The counts by task and split, and what was dropped and why, as text."""
     kept = sum(counts.values())
-    lines = [f"{args.out}: {kept:,} of {read:,} rows were imported"] + [f"    {'task':12}{'split':16}{'count':>10}"] * bool(counts)
-    lines += [f"    {task:12}{split or '-':16}{count:10,}" for (task, split), count in sorted(counts.items(), key=str)]
+    lines = [f"{args.out}: {kept:,} of {read:,} rows were imported"] + [
+        f"    {'task':12}{'split':16}{'count':>10}"
+    ] * bool(counts)
+    lines += [
+        f"    {task:12}{split or '-':16}{count:10,}"
+        for (task, split), count in sorted(counts.items(), key=str)
+    ]
     for title, table in (("dropped:", dropped), ("to know:", notes)):
         lines += [title] * bool(table)
-        lines += [f"{count:10,}  {reason}   [{', '.join(places)}{', ...' * (count > 3)}]"
-                  for reason, (count, places) in sorted(table.items(), key=lambda item: -item[1][0])]
+        lines += [
+            f"{count:10,}  {reason}   [{', '.join(places)}{', ...' * (count > 3)}]"
+            for reason, (count, places) in sorted(table.items(), key=lambda item: -item[1][0])
+        ]
     lines += [f"broken, the rest of it is lost: {sentence}" for sentence in broken]
     if args.dataset == "iemocap":
-        lines.append(f"the complete corpus has 5,531 utterances of the four classes, 1,241 of them in session 5 (split test); here {kept:,} and "
-                     f"{counts['emotion', 'test']:,}")
+        lines.append(
+            "the complete corpus has 5,531 utterances of the four classes, 1,241 of them in"
+            f" session 5 (split test); here {kept:,} and {counts['emotion', 'test']:,}"
+        )
     if args.dataset in TEXT_ONLY and counts:
-        lines.append(f"nobody has spoken these yet, and until then data.py refuses the file: python -m prepare.speak {args.out} SPOKEN.jsonl adds the audio")
+        lines.append(
+            "nobody has spoken these yet, and until then data.py refuses the file: python -m"
+            f" prepare.speak {args.out} SPOKEN.jsonl adds the audio"
+        )
     return "\n".join(lines)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", choices=IMPORTERS)
-    parser.add_argument("source", metavar="SOURCE", help="a JSON, JSONL or parquet file, or a folder of shards; iemocap: the folder of Session1 to 5")
-    parser.add_argument("out", metavar="OUT.jsonl", help="the manifest; beside the folder of the clips, or above it")
-    parser.add_argument("--audio-root", metavar="DIR", help="the folder that audio paths are relative to; default: SOURCE's own")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="which column is which, where the file has names of its own")
-    parser.add_argument("--split", nargs="+", metavar="NAME", help="only these splits, by the column or the file's name")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help=(
+            "a JSON, JSONL or parquet file, or a folder of shards; iemocap: the folder of Session1"
+            " to 5"
+        ),
+    )
+    parser.add_argument(
+        "out", metavar="OUT.jsonl", help="the manifest; beside the folder of the clips, or above it"
+    )
+    parser.add_argument(
+        "--audio-root",
+        metavar="DIR",
+        help="the folder that audio paths are relative to; default: SOURCE's own",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="which column is which, where the file has names of its own",
+    )
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        metavar="NAME",
+        help="only these splits, by the column or the file's name",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="stop after N lines")
-    parser.add_argument("--check-audio", action="store_true", help="drop clips that are missing or cannot be decoded (slow over a network)")
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="drop longer clips, too, in seconds (Qwen2-Audio's window: 30)")
-    parser.add_argument("--task", choices=KINDS, help="cota: the task of rows whose column does not say it")
-    parser.add_argument("--numeric", action="store_true", help="numinamath, gsm8k: only answers that are one number, for the rule that judges")
-    parser.add_argument("--no-answer-line", action="store_true",
-                        help=f"numinamath, gsm8k: without the written line {ANSWER_LINE!r}")
-    parser.add_argument("--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP")
+    parser.add_argument(
+        "--check-audio",
+        action="store_true",
+        help="drop clips that are missing or cannot be decoded (slow over a network)",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="drop longer clips, too, in seconds (Qwen2-Audio's window: 30)",
+    )
+    parser.add_argument(
+        "--task", choices=KINDS, help="cota: the task of rows whose column does not say it"
+    )
+    parser.add_argument(
+        "--numeric",
+        action="store_true",
+        help="numinamath, gsm8k: only answers that are one number, for the rule that judges",
+    )
+    parser.add_argument(
+        "--no-answer-line",
+        action="store_true",
+        help=f"numinamath, gsm8k: without the written line {ANSWER_LINE!r}",
+    )
+    parser.add_argument(
+        "--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP"
+    )
     args = parser.parse_args(argv)
     heard = [name for name in IMPORTERS if name not in TEXT_ONLY]
-    for flag, takers in (("task", ["cota"]), ("numeric", TEXT_ONLY), ("no_answer_line", TEXT_ONLY),
-                         ("drop_leaks", ["mmau"]), ("audio_root", heard), ("check_audio", heard),
-                         ("max_seconds", heard)):
+    for flag, takers in (
+        ("task", ["cota"]),
+        ("numeric", TEXT_ONLY),
+        ("no_answer_line", TEXT_ONLY),
+        ("drop_leaks", ["mmau"]),
+        ("audio_root", heard),
+        ("check_audio", heard),
+        ("max_seconds", heard),
+    ):
         if getattr(args, flag) and args.dataset not in takers:
-            parser.error(f"--{flag.replace('_', '-')} is for {' and '.join(takers)}, not for {args.dataset}")
+            parser.error(
+                f"--{flag.replace('_', '-')} is for {' and '.join(takers)}, not for {args.dataset}"
+            )
     for flag in ("limit", "max_seconds"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             parser.error(f"--{flag.replace('_', '-')} must be above zero, not {value}")
@@ -698,7 +1019,10 @@ def main(argv=None):
         print(record_source(Path(args.source), Path(args.out)))
     if not counts:
         most = max(dropped, key=lambda reason: dropped[reason][0])
-        raise SystemExit(f"error: {args.source}: all {read:,} rows were dropped, most because of: {most}; nothing was written")
+        raise SystemExit(
+            f"error: {args.source}: all {read:,} rows were dropped, most because of: {most};"
+            " nothing was written"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Light to start: nothing heavy for --help, and no speech, formulas or figures where --data is
+given."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mini.world
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    *(("-m", path.stem) for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text()),
+    *(
+        ("-m", f"{folder}.{path.stem}")
+        for folder in ("mini", "prepare", "lab")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if "__main__" in path.read_text()
+    ),
+]
+EXTRAS = ("espeakng_loader", "num2words", "pylatexenc", "matplotlib")
+HEAVY = (*EXTRAS, "pyarrow", "peft", "scipy", "transformers.modeling_utils")
+
+# Runs a module as a command, and prints which of the named modules it has imported when it ends
+LISTING = """
+import atexit, runpy, sys
+names = sys.argv.pop(1).split(",")
+atexit.register(lambda: print("imported:", *[name for name in names if name in sys.modules]))
+module = sys.argv.pop(1)
+sys.argv[0] = module
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", [module for _, module in COMMANDS])
+def test_help_imports_nothing_heavy(module):
+    done = subprocess.run(
+        [sys.executable, "-c", LISTING, ",".join(HEAVY), module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported:", done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Four clips of the mini world, as anybody's own data."""
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("light")
+    lines = []
+    for i in range(4):
+        record = mini.world.make_record("sound", i, "train", 7)
+        record["audio"] = f"{i}.wav"
+        wave = mini.world.synthesise(record.pop("recipe")).numpy()
+        soundfile.write(folder / record["audio"], wave, mini.world.SAMPLE_RATE)
+        lines.append(json.dumps({**record, "transcript": record["description"]}) + "\n")
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def without_extras(tmp_path):
+    """An environment in which none of EXTRAS can be imported."""
+    blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in EXTRAS)
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / "sitecustomize.py").write_text(f"import sys\n{blocked}\n")
+    path = os.pathsep.join([str(tmp_path / "block"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train_source_layer.py --dry-run --batch-size 2 --micro-batch 2",
+        "train_cord.py --dry-run --batch-size 2 --group-size 2 --max-new-tokens 8",
+        "textualize.py",
+    ],
+)
+def test_own_data_needs_no_speech_no_formulas_and_no_figures(
+    command, manifest, without_extras, tmp_path
+):
+    script, *flags = command.split()
+    flags += ["--data", str(manifest)]
+    if script.startswith("train"):
+        flags += ["--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags],
+        cwd=tmp_path,
+        env=without_extras,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    if script.startswith("train"):
+        assert (tmp_path / "run" / "log.jsonl").exists()
