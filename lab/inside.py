@@ -354,11 +354,12 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
     what `teacher` says reading the transcript)]."""
     tokenizer = processor.tokenizer
     banned = torch.tensor(rollout.banned_ids(student, tokenizer), device=student.device)
+    kinds = [rollout.Kind(temperature=1.0, kl=True)]
     pairs = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start:start + batch_size]
         prompts = data.encode_prompts(chunk, processor, tokenizer, words="transcript")
-        rollouts = rollout.roll_out(student, processor, prompts, [(1.0, True, False)],
+        rollouts = rollout.roll_out(student, processor, prompts, kinds,
                                     key=f"{seed} kl", max_new_tokens=max_new_tokens)
         answers = [r.ids for r in rollouts]
         rows = range(len(answers))
