@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+from plumbing import tables
 from lab import experiments
 import mini.world
 import train_cord
@@ -160,7 +161,7 @@ def test_accuracies_and_differences_come_back_from_the_verdicts():
     assert experiments.accuracy(rows[0]["runs"]["0"], "ser") == pytest.approx(50 * sum(recall))
     points, (low, high) = experiments.difference(*rows, "aqa")
     assert points == pytest.approx(100 * (sum(flat[0]) - sum(flat[1])) / 60) and low < points < high
-    line = evaluate.compare(a, b)                                                            # the same question, asked of evaluate.py
+    line = tables.difference_lines(evaluate.compare(a, b))                                                            # the same question, asked of evaluate.py
     for part, name in (("aqa", "average"), ("ser", "ua")):
         points, (low, high) = experiments.difference(*rows, part)
         assert any(f"{points:+.2f} points" in row and row.startswith(f"{part} {name}") for row in line)
