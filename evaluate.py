@@ -29,8 +29,6 @@ inside a model: python -m lab.inside --help.
 """
 
 import argparse
-import dataclasses
-import json
 import random
 import re
 import time
@@ -44,10 +42,12 @@ import data
 import judge
 import models
 from judge import extract_choice, voicebench_letter
-from plumbing import ranks, whole
-from plumbing.files import make_folder, replace_text, write_json
-from plumbing.predictions import TAKEN, differences, lettered, read_baseline
-from plumbing.predictions import read_predictions, read_results, unspoken
+from plumbing import ranks, tables
+from plumbing.files import make_folder, write_json
+from plumbing.predictions import TAKEN, VIEWS, differences, earlier_verdicts, flat, lettered
+from plumbing.predictions import merged, question_key, read_baseline, read_predictions
+from plumbing.predictions import read_results, stems, unspoken, write_samples
+from plumbing.whole import newest_checkpoint
 from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's; every other task gets a row behind them
@@ -60,7 +60,6 @@ EMOTIONS = {                            # IEMOCAP: excited is happy
     "excitement": "happy",
 }
 NO_ANSWER = "no answer"
-VIEWS = ("text", "audio")
 UNSPOKEN = "unspoken"                   # the kind of question that nobody could say aloud
 
 
@@ -309,117 +308,33 @@ def decoding_of(*, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed
     return {"max_new_tokens": max_new_tokens, "temperature": temperature, **drawn}
 
 
-def report(results):
-    """The results as a table, in per cent with 95 % intervals."""
-    lines = []
-    if "aqa" in results:
-        lines += aqa_lines(results["aqa"])
-    if "ser" in results:
-        ser = results["ser"]
-        low, high = ser["interval"]
-        names = list(next(iter(ser["confusion"].values())))
-        lines.append(f"{'SER':10}{ser['ua']:9.2f}   [{low:5.2f}, {high:6.2f}]  unweighted "
-                     "accuracy; below: said (columns) of meant (rows)")
-        lines.append(" " * 10 + "".join(f"{name:>10}" for name in names))
-        for label, row in ser["confusion"].items():
-            lines.append(f"{label:10}" + "".join(f"{row[name]:10}" for name in names))
-    for name, split in results.get("splits", {}).items():
-        lines += [f"-- {name}", report(split)]
-    return "\n".join(lines)
-
-
-def aqa_lines(aqa):
-    official = aqa["official"]
-    counts = aqa["counts"]
-    rule = "VoiceBench's templates" if "no_letter" in counts else "raw text, MMAU's rule"
-    wide = max(10, *(len(name) + 1 for name in aqa["correct"]))
-    lines = [f"{'AQA':{wide}}{'accuracy':>9}   95 % interval     {rule}"]
-    for name in (*aqa["correct"], "average"):
-        if aqa[name] is not None:
-            low, high = aqa["intervals"][name]
-            lines.append(f"{name:{wide}}{aqa[name]:9.2f}   [{low:5.2f}, {high:6.2f}]  "
-                         f"{official[name]:9.2f}")
-
-    # The benchmarks' own files and MMAR's mixes are also shown by category.
-    if "category" in aqa["groups"] or aqa["correct"].keys() - {*TASKS, "mcq"}:
-        for key in ("category", "sub-category"):
-            for name, (hits, n) in sorted(aqa["groups"].get(key, {}).items()):
-                raw = official["counts"][key][name][0]
-                lines.append(f"    {name:36}{100 * hits / n:7.2f}{100 * raw / n:9.2f}   of {n}")
-
-    lines.append(f"{counts['records']} questions, {counts['skipped']} skipped (no model_output), "
-                 f"{counts['no_answer']} without a clear answer")
-    notes = {
-        "indistinct": "a wrong choice has the answer's words: MMAU's rule takes it for right",
-        "no_gold": "the answer is none of the choices",
-        "no_letter": "VoiceBench's templates find no letter",
-    }
-    return lines + [f"in {counts[k]} of them {notes[k]}" for k in notes if counts.get(k)]
-
-
 def compare(results, other):
-    """Lines: how far `results` are from `other` (evaluate_model's dicts) on the shared examples."""
-    lines = []
+    """How far `results` are from `other` (evaluate_model's dicts) on the examples that both have.
+
+    Returns {(part, name): (points, [low, high], pairs)}, part and name as in ("aqa", "sound"),
+    ("aqa", "average") and ("ser", "ua")."""
+    differences = {}
     for part, whole in ("aqa", "average"), ("ser", "ua"):
-        mine = results.get(part, {}).get("correct", {})
-        theirs = other.get(part, {}).get("correct", {})
-        pairs = []                                                  # (group, mine, theirs)
-        for group, verdicts in mine.items():
-            shared = [i for i in verdicts if i in theirs.get(group, {})]
-            pairs += [(group, verdicts[i], theirs[group][i]) for i in shared]
-        for name in (*mine, whole) if part == "aqa" else (whole,):
+        verdicts = results.get(part, {}).get("correct", {})
+        others = other.get(part, {}).get("correct", {})
+        pairs = []                                          # (group, right here, right there)
+        for group, by_id in verdicts.items():
+            shared = [i for i in by_id if i in others.get(group, {})]
+            pairs += [(group, by_id[i], others[group][i]) for i in shared]
+
+        for name in (*verdicts, whole) if part == "aqa" else (whole,):
             rows = [pair for pair in pairs if name in (pair[0], whole)]
             if rows:
                 groups, a, b = zip(*rows)
                 labels = groups if part == "ser" else None
-                points, (low, high) = paired_bootstrap(a, b, labels=labels)
-                lines.append(f"{part} {name:8}{points:+7.2f} points  [{low:+.2f}, {high:+.2f}]  "
-                             f"{len(rows)} pairs")
-    return lines or ["the two have no example in common"]
+                points, interval = paired_bootstrap(a, b, labels=labels)
+                differences[part, name] = points, interval, len(rows)
+    return differences
 
 
 def report_change(before, after):
     """Two evaluations of one run as a table: before, after, paired difference, its interval."""
-    wide = max(10, *(len(name) + 1 for name in before.get("aqa", {}).get("correct", ("",))))
-    lines = [f"{'':{wide}}{'before':>9}{'after':>9}   difference, paired, 95 % interval"]
-    paired = {}
-    for line in compare(after, before):
-        part, name, difference = line.split(None, 2)
-        paired[part, name] = difference
-
-    rows = []
-    if "aqa" in before:
-        rows += [("aqa", name, name) for name in (*before["aqa"]["correct"], "average")]
-    if "ser" in before:
-        rows.append(("ser", "ua", "SER"))
-    for part, name, label in rows:
-        if before[part][name] is not None:
-            lines.append(f"{label:{wide}}{before[part][name]:9.2f}{after[part][name]:9.2f}   "
-                         f"{paired.get((part, name), '')}")
-    return "\n".join(lines)
-
-
-def name_failures(before, after):
-    """Two evaluations of one run -> a sentence for each known failure that they show."""
-    sentences = []
-    scores = before.get("aqa", {})
-    was = {name: scores[name] for name in TASKS if scores.get(name) is not None}
-    gain = {name: after["aqa"][name] - was[name] for name in was}
-    lost = before["ser"]["ua"] - after["ser"]["ua"] if "ser" in before else 0
-    if lost > 2 and sum(gain.values()) > 0:
-        sentences.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how "
-                         "to hear; raise --alpha-ac")
-    if gain.get("speech", 0) <= 5:
-        return sentences
-
-    # Share of the errors that are gone: points alone would blame a task near 100.
-    mended = {name: max(0, 100 * gain[name] / max(100 - was[name], 1)) for name in was}
-    for name in ("sound", "music"):
-        if name in was and mended[name] < mended["speech"] / 2:
-            sentences.append(f"{name} loses {mended[name]:.0f} % of its errors, speech "
-                             f"{mended['speech']:.0f} %: do the descriptions say too little of "
-                             f"{name}? read some")
-    return sentences
+    return tables.change_table(before, after, compare(after, before))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -428,11 +343,6 @@ def name_failures(before, after):
 def spoken(examples):
     """What can be asked in both views: a transcript is needed, and none holds an emotion."""
     return [e for e in examples if e.transcript and e.task != SER_TASK]
-
-
-def flat(by_group):
-    """group -> id -> right? -> {id: right?}"""
-    return {i: right for group in by_group.values() for i, right in group.items()}
 
 
 def gap_of(text, audio):
@@ -462,12 +372,6 @@ def gap_reduction(before, after):
     if gap <= 0:
         return None
     return 100 * (after["audio_accuracy"] - before["audio_accuracy"]) / gap
-
-
-def question_key(example):
-    """The same for the same words about the same clip, wherever the folder of the clips lies."""
-    clip = Path(*example.audio.parts[-2:])
-    return data.fingerprint([dataclasses.replace(example, audio=clip)])
 
 
 def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.0, **decoding):
@@ -513,26 +417,20 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
 
 def report_gap(results, before=None):
     """The gap as a table; with `before` (another such dict) its reduction, paired differences."""
-    header = f"{'':14}{'text':>8}{'audio':>8}{'gap':>8}   95 % interval of the gap"
-    lines = [header + "   reduction" if before else header]
-    for name, row in [*results["kinds"].items(), ("together", results)]:
-        low, high = row["intervals"]["gap"]
-        line = (f"{name:14}{row['text_accuracy']:8.1f}{row['audio_accuracy']:8.1f}"
-                f"{row['gap']:8.1f}   [{low:+.1f}, {high:+.1f}]")
-        was = None
-        if before:
-            was = before if name == "together" else before["kinds"].get(name)
-        share = gap_reduction(was, row) if was else None
-        lines.append(line if share is None else f"{line}{share:18.1f} %")
     if not before:
-        return "\n".join(lines)
+        return "\n".join(tables.gap_lines(results, None))
+    kinds = results["kinds"].items()
+    reductions = {name: gap_reduction(before["kinds"][name], row)
+                  for name, row in kinds if name in before["kinds"]}
+    reductions["together"] = gap_reduction(before, results)
+    lines = tables.gap_lines(results, reductions)
 
     for view in VIEWS:
-        mine = flat(results["correct"][view])
-        theirs = flat(before["correct"][view])
-        shared = [i for i in mine if i in theirs]
+        now = flat(results["correct"][view])
+        then = flat(before["correct"][view])
+        shared = [i for i in now if i in then]
         if shared:
-            pairs = [mine[i] for i in shared], [theirs[i] for i in shared]
+            pairs = [now[i] for i in shared], [then[i] for i in shared]
             points, (low, high) = paired_bootstrap(*pairs)
             key = f"{view}_accuracy"
             lines.append(f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} "
@@ -543,29 +441,6 @@ def report_gap(results, before=None):
     return "\n".join(lines)
 
 
-def baseline_of(baseline, name, examples, path):
-    """What the model before training said to these examples of the set `name`, whichever files they
-    stood in then -> table_of's dict. Raises DataError where it was not asked one of them."""
-    sets = {baseline.get("set"): baseline, **baseline.get("splits", {})}
-    right = {view: {} for view in VIEWS}                            # question_key -> right?
-    for other in sorted(sets, key=lambda other: other == name):     # the namesake last: it counts
-        keys = sets[other]["keys"]                                  # what is unspoken has none
-        for view in VIEWS:
-            verdicts = flat(sets[other]["correct"][view])
-            right[view].update({keys[i]: verdict for i, verdict in verdicts.items() if i in keys})
-    missing = [e.id for e in examples if question_key(e) not in right["text"]]
-    if missing:
-        raise data.DataError(f"{path}: lacks {len(missing):,} of the {len(examples):,} questions "
-                             f"of {name}, or had them in other words ({missing[0]} is the first); "
-                             "measure the model before training on the same files")
-    correct = {view: {} for view in VIEWS}
-    for e in examples:
-        for view in VIEWS:
-            kind = correct[view].setdefault(e.kind or e.task, {})
-            kind[e.id] = right[view][question_key(e)]
-    return table_of(correct)
-
-
 def with_unspoken(table, ids):
     """table_of's dict, with these questions counted as wrong in both views: a kind of their own."""
     if not ids:
@@ -574,10 +449,10 @@ def with_unspoken(table, ids):
     return {**table, **table_of({view: {**table["correct"][view], **wrong} for view in VIEWS})}
 
 
-def together(tables):
+def together(by_set):
     """set -> table_of's dict -> one such dict of all questions, whose kinds are the sets."""
     correct = {view: {} for view in VIEWS}
-    for name, table in tables.items():
+    for name, table in by_set.items():
         for view in VIEWS:
             verdicts = flat(table["correct"][view])         # two files may use the same id
             correct[view][name] = {f"{name} {i}": verdict for i, verdict in verdicts.items()}
@@ -606,16 +481,6 @@ def load(args, device):
     return model, processor
 
 
-def stems(files):
-    """The names that several manifests are reported by. DataError where two have the same."""
-    names = [Path(file).stem for file in files]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise data.DataError(f"two of the manifests are called {twice[0]}, and results are "
-                             "reported by that name; rename one")
-    return names
-
-
 def run_gap(args, rank, device):
     """--task gap: every question of every manifest, heard and read; with --baseline, how much of
     its gap is gone. Each rank asks its share."""
@@ -642,8 +507,8 @@ def run_gap(args, rank, device):
                 "here, beside --limit or --split")
             left_out[name] = []
         if baseline:
-            before = baseline_of(baseline, name, examples, args.baseline)
-            befores[name] = with_unspoken(before, left_out[name])
+            correct = earlier_verdicts(baseline, name, examples, args.baseline)
+            befores[name] = with_unspoken(table_of(correct), left_out[name])
     data.check_audio(sum(sets.values(), []))        # by every rank, so that all stop for one clip
 
     # 2. The model, asked
@@ -661,11 +526,11 @@ def run_gap(args, rank, device):
         found[name] = with_unspoken(table, left_out[name])
 
     # 3. The tables: of each set and, of several, together
-    tables = dict(found)
+    whole = dict(found)
     if len(sets) > 1:
-        tables["all files"] = together(found)
+        whole["all files"] = together(found)
         befores["all files"] = together(befores) if baseline else None
-    for name, table in tables.items():
+    for name, table in whole.items():
         before = befores.get(name)
         if before:
             table["gap_reduction_percent"] = gap_reduction(before, table)
@@ -673,21 +538,17 @@ def run_gap(args, rank, device):
         if left_out.get(name):
             say(f"{len(left_out[name]):,} of {table['questions']:,} questions could not be spoken: "
                 "counted as wrong")
-        drawn = " and one is drawn" if args.voicebench_guess else ""
-        for view, theirs in table.get("voicebench", {}).items():
-            counts = theirs["counts"]
-            say(f"{view:6}multiple choice by VoiceBench's templates: {theirs['accuracy']:.1f}; in "
-                f"{counts['no_letter']} of {counts['records']} answers they find no letter{drawn}")
+        for line in tables.voicebench_lines(table, args.voicebench_guess):
+            say(line)
     if rank > 0:
         return
 
     first, *further = found
     results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
     if further:
-        results["together"] = tables["all files"]
+        results["together"] = whole["all files"]
         del results["together"]["correct"]                  # it stands in the sets
-    out = make_folder(args.out or "runs/evaluate")
-    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    out = write_samples(args.out, samples)
     write_json(out / "results.json", {**results, "settings": vars(args)})
 
 
@@ -714,9 +575,8 @@ def run_model(args, rank, device):
         return
 
     results["set"] = name
-    out = make_folder(args.out or "runs/evaluate")
     samples = results.pop("samples")
-    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    out = write_samples(args.out, samples)
     # MMAU's format, for its own script
     write_json(out / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
     tell(results, other, args, out / "results.json")
@@ -731,24 +591,12 @@ def score_file(args):
     tell({"aqa": aqa}, other, args, Path(args.out) if args.out else None)
 
 
-def merged(other, name):
-    """Another run's results -> those of all its examples, whichever files they stood in, as compare
-    takes them. What two of its files hold counts as in the one called `name`."""
-    sets = {other.get("set"): other, **other.get("splits", {})}
-    found = {"aqa": {"correct": {}}, "ser": {"correct": {}}}
-    for key in sorted(sets, key=lambda key: key == name):
-        for part in found:
-            for group, verdicts in sets[key].get(part, {}).get("correct", {}).items():
-                found[part]["correct"].setdefault(group, {}).update(verdicts)
-    return found
-
-
 def tell(results, other, args, out):
     """Write results.json, if there is a name for it, and print the tables."""
     if out:
         make_folder(out.parent)
         write_json(out, {**results, "settings": vars(args)})
-    print(report(results))
+    print(tables.report(results))
     if other is None:
         return
     decoded = ""
@@ -756,9 +604,11 @@ def tell(results, other, args, out):
         decoded = differences(results["decoding"], other["decoding"])
     decoded = f", which was decoded with {decoded}" if decoded else ""
     print(f"against {args.compare}{decoded}, paired, 95 % bootstrap interval:")
-    print(*compare(results, merged(other, results.get("set"))), sep="\n")
+    found = compare(results, merged(other, results.get("set")))
+    print(*tables.difference_lines(found), sep="\n")
     for name, split in results.get("splits", {}).items():
-        print(f"-- {name}", *compare(split, merged(other, name)), sep="\n")
+        found = compare(split, merged(other, name))
+        print(f"-- {name}", *tables.difference_lines(found), sep="\n")
 
 
 def flags():
@@ -791,10 +641,9 @@ def flags():
 
     # how the model talks
     add("--temperature", type=float,
-        help="default: 0.6 (paper A); gap: 0, the most probable token")
+        help="default: 0.6 (paper A); gap: 0; at 0 always the most probable token")
     add("--top-k", type=int, default=5, help="paper: 5; 0: all tokens")
     add("--top-p", type=float, default=0.5, help="paper: 0.5; 1: all of the probability")
-    add("--greedy", action="store_true", help="the most probable token, always")
     add("--seed", type=int, default=0)
     add("--max-new-tokens", type=int, default=2048,
         help="tokens an answer may have, trace included: 2048 leave room for a trace like CoTA's")
@@ -809,15 +658,13 @@ def main(argv=None):
     for flag in ["predictions"] if from_file else ["model", "data"]:
         if not getattr(args, flag):
             parser.error(f"--task {args.task} needs --{flag}")
-    if args.greedy:
-        args.temperature = 0.0
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "gap" else 0.6
 
     rank, world, device = ranks.start_distributed()
     try:
         if args.model:
-            args.model = ranks.of_rank_zero(whole.newest_checkpoint(args.model))
+            args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
         if rank == 0 and not from_file:
             make_folder(args.out or "runs/evaluate")         # not after hours of answers
         if from_file and world > 1:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from plumbing import ranks
 
 from plumbing.files import write_json
+from plumbing.predictions import read_json
 from plumbing.whole import newest_checkpoint
 import data
 import evaluate
@@ -288,10 +289,10 @@ def score_ratings(files, page):
     """Saved answers -> {task: {category: {"description" and "foil": {item: [one verdict per rater]}}}}.
 
     Raises data.DataError for a file that is no ratings, given twice, of another sheet, or with items, categories or verdicts the sheet lacks."""
-    key = evaluate.read_json(key_path(page), "the key that was written beside the rating sheet")
+    key = read_json(key_path(page), "the key that was written beside the rating sheet")
     found, raters = {task: {c: {"description": {}, "foil": {}} for c in categories} for task, categories in CATEGORIES.items()}, {}
     for file in files:
-        ratings = evaluate.read_json(file, "the answers that the rating sheet saved")
+        ratings = read_json(file, "the answers that the rating sheet saved")
         if not isinstance(ratings, dict) or not isinstance(ratings.get("answers"), dict):
             raise data.DataError(f"{file}: holds no answers; give the file that the rating sheet's button saved")
         if ratings.get("sheet") != key["sheet"]:

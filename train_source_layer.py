@@ -58,7 +58,7 @@ import evaluate
 import layer_map
 import losses
 import models
-from plumbing import checkpoints, plots, ranks
+from plumbing import checkpoints, plots, ranks, tables
 from plumbing.optimizer import SplitAdamW, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
@@ -445,7 +445,7 @@ def train(args, run):
     for step, batches in run.batches(examples, micro_batches):
         if before and run.evaluation_is_due():
             middle = score(f"eval-{step:07d}")
-            for sentence in evaluate.name_failures(before, middle):
+            for sentence in tables.name_failures(before, middle):
                 run.say(f"step {step}: {sentence}")
 
         # 1. Losses are means over the tokens of the WHOLE step, all ranks and micro-batches
@@ -479,7 +479,7 @@ def train(args, run):
         table = evaluate.report_change(before, after)
         run.finish(table, plots.plot_run, before=before, after=after)
         if not args.dry_run:                                # eight questions a task show nothing
-            run.say("\n".join(evaluate.name_failures(before, after)))
+            run.say("\n".join(tables.name_failures(before, after)))
         if args.data is None and not args.dry_run:
             run.say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(
                 *EXPECTED["aqa"], *EXPECTED["ser"]))

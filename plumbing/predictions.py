@@ -2,36 +2,41 @@
 Answers and results from elsewhere: benchmark files with somebody's outputs, and the results.json of
 another run. Each is checked before it is used; what is wrong is said in one sentence (DataError).
 """
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import data
+from plumbing.files import make_folder, replace_text
+
+VIEWS = ("text", "audio")
 
 # Names of the results, which no task may have.
 TAKEN = {"average", "ua", "intervals", "official", "groups", "counts", "correct"}
 
 
-def read_json(path, what):
-    """what: what the user should give instead of a file that cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise data.DataError(f"{path}: cannot be read as JSON ({error}); give {what}") from None
-
-
-def read_json_or_jsonl(path, what):
+def read_json(path, what, *, jsonl=False):
+    """what: what the user should give instead of a file that cannot be read. jsonl: a file with an
+    object a line is read, too."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         try:
             return json.loads(text)
         except ValueError:
             lines = [line for line in text.split("\n") if line.strip()]
-            if len(lines) < 2:
+            if not jsonl or len(lines) < 2:
                 raise
             return [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError) as error:
         raise data.DataError(f"{path}: cannot be read as JSON ({error}); give {what}") from None
+
+
+def write_samples(out, samples):
+    """samples.jsonl: each question with what was answered. Returns the folder."""
+    out = make_folder(out or "runs/evaluate")
+    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    return out
 
 
 def lettered(letter, choices):
@@ -86,7 +91,7 @@ def read_predictions(path, task="mmau"):
     """MMAU's records (a JSON list), MMAR's (JSONL; its modality is the task) or, with task="mcq",
     VoiceBench's (JSONL) -> MMAU's. Raises data.DataError with the file and the record's number."""
     what = "a JSON list or JSONL of the benchmark's records with the outputs added"
-    records = read_json_or_jsonl(path, what)
+    records = read_json(path, what, jsonl=True)
     if not isinstance(records, list) or not records:
         raise data.DataError(f"{path}: holds no list of records; give {what}")
 
@@ -152,3 +157,63 @@ def unspoken(path, examples):
                              "move the file away") from None
     asked = {e.id for e in examples}
     return [i for i in ids if i not in asked]
+
+
+# -------------------------------------------------------------------------------------------------
+# Which questions do two files share?
+
+def stems(files):
+    """The names that several manifests are reported by. DataError where two have the same."""
+    names = [Path(file).stem for file in files]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise data.DataError(f"two of the manifests are called {twice[0]}, and results are "
+                             "reported by that name; rename one")
+    return names
+
+
+def flat(by_group):
+    """group -> id -> right? -> {id: right?}"""
+    return {i: right for group in by_group.values() for i, right in group.items()}
+
+
+def merged(other, name):
+    """Another run's results -> those of all its examples, whichever files they stood in, as compare
+    takes them. What two of its files hold counts as in the one called `name`."""
+    sets = {other.get("set"): other, **other.get("splits", {})}
+    found = {"aqa": {"correct": {}}, "ser": {"correct": {}}}
+    for key in sorted(sets, key=lambda key: key == name):
+        for part in found:
+            for group, verdicts in sets[key].get(part, {}).get("correct", {}).items():
+                found[part]["correct"].setdefault(group, {}).update(verdicts)
+    return found
+
+
+def question_key(example):
+    """The same for the same words about the same clip, wherever the folder of the clips lies."""
+    clip = Path(*example.audio.parts[-2:])
+    return data.fingerprint([dataclasses.replace(example, audio=clip)])
+
+
+def earlier_verdicts(baseline, name, examples, path):
+    """What the model before training said to these examples of the set `name`, whichever files they
+    stood in then -> view -> kind -> id -> right? DataError where it was not asked one of them."""
+    sets = {baseline.get("set"): baseline, **baseline.get("splits", {})}
+    right = {view: {} for view in VIEWS}                            # question_key -> right?
+    for other in sorted(sets, key=lambda other: other == name):     # the namesake last: it counts
+        keys = sets[other]["keys"]                                  # what is unspoken has none
+        for view in VIEWS:
+            verdicts = flat(sets[other]["correct"][view])
+            right[view].update({keys[i]: verdict for i, verdict in verdicts.items() if i in keys})
+
+    missing = [e.id for e in examples if question_key(e) not in right["text"]]
+    if missing:
+        raise data.DataError(f"{path}: lacks {len(missing):,} of the {len(examples):,} questions "
+                             f"of {name}, or had them in other words ({missing[0]} is the first); "
+                             "measure the model before training on the same files")
+    correct = {view: {} for view in VIEWS}
+    for e in examples:
+        for view in VIEWS:
+            kind = correct[view].setdefault(e.kind or e.task, {})
+            kind[e.id] = right[view][question_key(e)]
+    return correct

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+from plumbing import tables
 from lab import experiments
 import mini.world
 import train_cord
@@ -299,7 +300,7 @@ def test_accuracies_and_differences_come_back_from_the_verdicts():
     points, (low, high) = experiments.difference(*rows, "aqa")
     assert points == pytest.approx(100 * (sum(flat[0]) - sum(flat[1])) / 60) and low < points < high
     # The same question, asked of evaluate.py
-    line = evaluate.compare(a, b)
+    line = tables.difference_lines(evaluate.compare(a, b))
     for part, name in (("aqa", "average"), ("ser", "ua")):
         points, (low, high) = experiments.difference(*rows, part)
         assert any(

@@ -16,13 +16,12 @@ import torch
 
 from plumbing.optimizer import parameter_groups
 import data
-import evaluate
 import layer_map
 import losses
 import mini.world
 import models
 import train_source_layer
-from plumbing import checkpoints
+from plumbing import checkpoints, tables
 from plumbing.run import examples_of_step
 from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
@@ -367,8 +366,8 @@ def test_models_that_do_not_fit(world, tmp_path):
 def test_failures_are_named():
     def results(sound, music, speech, ser):
         return {"aqa": {"sound": sound, "music": music, "speech": speech}, "ser": {"ua": ser}}
-    assert evaluate.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 80)) == []
-    assert "--alpha-ac" in evaluate.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 70))[0]
-    sentence, = evaluate.name_failures(results(50, 50, 50, 80), results(61, 51, 60, 80))
+    assert tables.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 80)) == []
+    assert "--alpha-ac" in tables.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 70))[0]
+    sentence, = tables.name_failures(results(50, 50, 50, 80), results(61, 51, 60, 80))
     assert sentence.startswith("music") and "descriptions" in sentence
-    assert evaluate.name_failures(results(50, 90, 50, 80), results(60, 92, 60, 80)) == []         # near 100 two points are as much
+    assert tables.name_failures(results(50, 90, 50, 80), results(60, 92, 60, 80)) == []         # near 100 two points are as much
