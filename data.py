@@ -557,10 +557,6 @@ def denominators(batches: list[Batch]) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------
 # 4. Manifests
 
-TEXT_LIMIT = 100_000            # characters in a text: beyond is no question, but a file in a field
-LINE_LIMIT = 4_000_000          # bytes in a line
-
-
 def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> list[Example]:
     """Reads a JSONL manifest; the whole file is validated before anything is returned.
 
@@ -601,12 +597,14 @@ def read_manifests(paths, **options) -> list[Example]:
 
 def parse_manifest(path, root=None):
     """Yields an Example, or the DataError that says what is wrong, for each line with content."""
+    from plumbing import manifest
+
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such manifest; check the path")
     folders = [Path(folder).resolve() for folder in (path.parent, root) if folder is not None]
     seen = {}
-    for number, line in _lines(path):
+    for number, line in manifest.lines(path):
         try:
             example = parse_line(line, f"{path}:{number}", folders)
             _claim_id(example, seen)
@@ -615,38 +613,13 @@ def parse_manifest(path, root=None):
             yield error
 
 
-def _lines(path):
-    # A file without line ends is not held: of a long line LINE_LIMIT bytes and one more
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = rest = file.readline(LINE_LIMIT + 1)
-            while len(rest) > LINE_LIMIT and not rest.endswith(b"\n"):
-                rest = file.readline(LINE_LIMIT + 1)
-            if not line:
-                return
-            if line.strip():
-                yield number, line
-
-
 def _claim_id(example, seen):
+    from plumbing import manifest
+
     if example.id in seen:
-        raise DataError(f"{example.where}: id {_short(example.id)} was already used at "
+        raise DataError(f"{example.where}: id {manifest.short(example.id)} was already used at "
                         f"{seen[example.id]}; give every example its own id")
     seen[example.id] = example.where
-
-
-def _short(value):
-    text = repr(value)
-    if len(text) < 200:
-        return text
-    return f"{text[:150]} ... ({len(text):,} characters)"
-
-
-def fingerprint(examples) -> str:
-    """The same for the same questions, to tell whether an evaluation is about these."""
-    questions = [(e.id, str(e.audio), e.question, e.choices, e.answer, e.transcript)
-                 for e in examples]
-    return hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
 
 
 def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
@@ -654,113 +627,34 @@ def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
 
     where: "manifest.jsonl:12", for messages. folders: the manifest's own, resolved, and further
     ones that audio may lie in."""
-    if len(line) > LINE_LIMIT:
-        raise DataError(f"{where}: the line is longer than {LINE_LIMIT:,} bytes; "
-                        "write one JSON object per line, with the audio in a file of its own")
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-        # Half a surrogate pair parses, but no tokenizer takes it
-        json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: the line is not JSON ({error}); "
-                        "write one JSON object per line in UTF-8") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: the line holds a {type(record).__name__}, not an object; "
-                        'write {"id": ...}')
+    from plumbing import manifest
 
-    def text(name, **options):
-        return _text(record, name, where, **options)
-
-    # Choices, and an answer that is one of them
-    choices = record.get("choices")
-    if choices is None:
-        choices = []
-    if not _is_list_of_texts(choices) or len(choices) > 26:
-        raise DataError(f"{where}: 'choices' must be a list of at most 26 non-empty strings; "
-                        "write [] for an open question")
-    for choice in choices:
-        _check_text(choice, "a choice", where)
-    answer = text("answer")
-    if choices and answer not in choices:
-        raise DataError(f"{where}: the answer {_short(answer)} is not among the choices "
-                        f"{_short(choices)}; write the text of one choice")
-
-    # The reasoning, all four stages of it
+    record = manifest.parse_record(line, where)         # whatever may be wrong is said there
     reasoning = record.get("reasoning")
     if reasoning is not None:
-        if not isinstance(reasoning, dict):
-            raise DataError(f"{where}: 'reasoning' must be an object with the keys "
-                            f"{', '.join(STAGES)}; split the trace into its stages")
-        reasoning = {stage: _text(reasoning, stage, where) for stage in STAGES}
-    for part in (answer, *(reasoning or {}).values()):
-        tag = re.search(TAG, part, re.IGNORECASE)
-        if tag:
-            raise DataError(f"{where}: the text {part[:60]!r} contains the tag {tag[0]}, "
-                            "which marks the response's parts; remove the tag")
-
+        reasoning = {stage: reasoning[stage] for stage in STAGES}
     return Example(
-        id=text("id"),
-        audio=_inside(text("audio"), folders, where),
-        question=text("question", blank=True),
-        choices=choices,
-        answer=answer,
-        task=text("task"),
+        id=record["id"],
+        audio=manifest.inside(record["audio"], folders, where),
+        question=record["question"],
+        choices=record.get("choices") or [],
+        answer=record["answer"],
+        task=record["task"],
         reasoning=reasoning,
-        description=text("description", optional=True),
-        transcript=text("transcript", optional=True),
-        speaker=text("speaker", optional=True),
-        split=text("split", optional=True),
+        description=record.get("description"),
+        transcript=record.get("transcript"),
+        speaker=record.get("speaker"),
+        split=record.get("split"),
         where=where,
-        kind=text("sub-category", optional=True),
+        kind=record.get("sub-category"),
     )
 
 
-def _text(record, name, where, *, optional=False, blank=False):
-    value = record.get(name)
-    if value is None and optional:
-        return None
-    if name not in record:
-        raise DataError(f"{where}: the field {name!r} is missing; add it to the line")
-    if value is None:
-        raise DataError(f"{where}: the field {name!r} is null; fill it in or remove the line")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the field {name!r} must be a string, not "
-                        f"{type(value).__name__}; put it in quotes")
-    if not (optional or blank or value.strip()):
-        raise DataError(f"{where}: the field {name!r} is empty; fill it in or remove the line")
-    _check_text(value, f"the field {name!r}", where)
-    return value
-
-
-def _check_text(value, what, where):
-    if "\0" in value:
-        raise DataError(f"{where}: {what} holds a NUL character; "
-                        "remove it, and look where the text was read from")
-    if len(value) > TEXT_LIMIT:
-        raise DataError(f"{where}: {what} has {len(value):,} characters, over the limit of "
-                        f"{TEXT_LIMIT:,} for a text; shorten it or remove the line")
-
-
-def _is_list_of_texts(value) -> bool:
-    if not isinstance(value, list):
-        return False
-    return all(isinstance(item, str) and item.strip() for item in value)
-
-
-def _inside(name: str, folders: list[Path], where: str) -> Path:
-    # resolve() follows links first, so that neither "..", nor an absolute path, nor a link can
-    # read a file from elsewhere
-    try:
-        if len(name) > 1_000:
-            raise OSError("no file has so long a name")
-        path = (folders[0] / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:        # RuntimeError: a circle of links
-        raise DataError(f"{where}: the audio path {_short(name)} cannot be used "
-                        f"({_short(str(error))}); correct it") from None
-    if not any(path.is_relative_to(folder) for folder in folders):
-        raise DataError(f"{where}: the audio path {_short(name)} leaves the folder {folders[-1]}; "
-                        "move it there, or name its folder as root")
-    return path
+def fingerprint(examples) -> str:
+    """The same for the same questions, to tell whether an evaluation is about these."""
+    questions = [(e.id, str(e.audio), e.question, e.choices, e.answer, e.transcript)
+                 for e in examples]
+    return hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
 
 
 def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
@@ -792,42 +686,7 @@ def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Audio. What only decoding a whole clip shows (silence, a missing end) is plumbing/check.py's
-
-def open_audio(path, *, where=None, max_seconds=None):
-    """-> soundfile's open file, once its header makes sense. Raises DataError."""
-    import soundfile
-    from plumbing.check import missing_bytes
-
-    path, clip = Path(path), clip_name(path, where)
-    if not path.is_file():
-        raise DataError(f"{clip} does not exist; put it there or correct the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")
-    try:
-        file = soundfile.SoundFile(path)
-        absent = missing_bytes(path, file.format)
-    except (RuntimeError, OSError, TypeError, ValueError) as error:     # TypeError: such as .raw
-        raise DataError(f"{clip} cannot be decoded ({str(error).rstrip('.')}); "
-                        "convert it to WAV, FLAC, OGG or MP3") from None
-    frames, rate = file.frames, file.samplerate
-    seconds = frames / rate
-    if absent > 0:
-        raise DataError(f"{clip} is cut off ({absent:,} bytes that its header promises are not "
-                        "there); make or fetch it again")
-    if not 1_000 <= rate <= 1_000_000 or frames > 2**40:        # a streamed FLAC does not know
-        raise DataError(f"{clip} claims {frames} samples at {rate} Hz; convert it to a new file")
-    if frames == 0:             # of a WAV whose writer was killed, libsndfile reads nothing
-        raise DataError(f"{clip} is empty (it holds no samples, or its header does not know how "
-                        "many); make it again, or have ffmpeg copy it to a new file")
-    if math.ceil(frames * _ratio(rate)) < MIN_SAMPLES:
-        raise DataError(f"{clip} lasts {seconds:.3f} s, too short for a single audio token; "
-                        "use at least 0.021 s")
-    if max_seconds is not None and seconds > max_seconds:
-        raise DataError(f"{clip} lasts {seconds:.2f} s, over the limit of {max_seconds:g} s; "
-                        "cut it, or raise the limit")
-    return file
-
+# 5. Audio. Whether a file is one that can be used is plumbing/check.py's question
 
 def clip_name(path, where=None) -> str:
     """How every sentence about a clip begins."""
@@ -849,7 +708,7 @@ def mean_of_channels(block):
     return block[:, 0] if channels == 1 else sum(block.T) / channels
 
 
-def _ratio(rate) -> Fraction:
+def resample_ratio(rate) -> Fraction:
     # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
     # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
     # at most for odd ones up to 192 kHz.
@@ -860,9 +719,10 @@ def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Ten
     """The first `cut` seconds of a WAV, FLAC, OGG or MP3 file as float32 [samples]: 16 kHz, mono
     (mean of the channels), 1.0 is full scale. Raises DataError."""
     import torchaudio
+    from plumbing import check
 
     clip = clip_name(path, where)
-    with open_audio(path, where=where, max_seconds=max_seconds) as file:
+    with check.open_audio(path, where=where, max_seconds=max_seconds) as file:
         rate = file.samplerate
         count = math.ceil(cut * rate) if cut < math.inf else -1
         wave = torch.from_numpy(mean_of_channels(read_frames(file, count, clip)))
@@ -870,13 +730,15 @@ def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Ten
         raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
     if rate == SAMPLE_RATE:
         return wave
-    ratio = _ratio(rate)
+    ratio = resample_ratio(rate)
     return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
 def audio_seconds(path, *, where=None, max_seconds=None) -> float:
     """A clip's duration in seconds, from its header alone. Raises DataError."""
-    with open_audio(path, where=where, max_seconds=max_seconds) as file:
+    from plumbing import check
+
+    with check.open_audio(path, where=where, max_seconds=max_seconds) as file:
         return file.frames / file.samplerate
 
 

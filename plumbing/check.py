@@ -42,6 +42,40 @@ class Clip:
 # ---------------------------------------------------------------------------------------------
 # 1. One clip
 
+def open_audio(path, *, where=None, max_seconds=None):
+    """-> soundfile's open file, once its header makes sense. Raises DataError."""
+    import soundfile                    # see data.py's imports
+
+    path, clip = Path(path), data.clip_name(path, where)
+    if not path.is_file():
+        raise DataError(f"{clip} does not exist; put it there or correct the path")
+    if path.stat().st_size == 0:
+        raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")
+    try:
+        file = soundfile.SoundFile(path)
+        absent = missing_bytes(path, file.format)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:     # TypeError: such as .raw
+        raise DataError(f"{clip} cannot be decoded ({str(error).rstrip('.')}); "
+                        "convert it to WAV, FLAC, OGG or MP3") from None
+    frames, rate = file.frames, file.samplerate
+    seconds = frames / rate
+    if absent > 0:
+        raise DataError(f"{clip} is cut off ({absent:,} bytes that its header promises are not "
+                        "there); make or fetch it again")
+    if not 1_000 <= rate <= 1_000_000 or frames > 2**40:        # a streamed FLAC does not know
+        raise DataError(f"{clip} claims {frames} samples at {rate} Hz; convert it to a new file")
+    if frames == 0:             # of a WAV whose writer was killed, libsndfile reads nothing
+        raise DataError(f"{clip} is empty (it holds no samples, or its header does not know how "
+                        "many); make it again, or have ffmpeg copy it to a new file")
+    if math.ceil(frames * data.resample_ratio(rate)) < data.MIN_SAMPLES:
+        raise DataError(f"{clip} lasts {seconds:.3f} s, too short for a single audio token; "
+                        "use at least 0.021 s")
+    if max_seconds is not None and seconds > max_seconds:
+        raise DataError(f"{clip} lasts {seconds:.2f} s, over the limit of {max_seconds:g} s; "
+                        "cut it, or raise the limit")
+    return file
+
+
 def decode(path, *, where=None, max_seconds=None) -> Clip:
     """Decodes a clip from end to end, block by block. Raises DataError for a clip with a fault."""
     clip = data.clip_name(path, where)
@@ -49,7 +83,7 @@ def decode(path, *, where=None, max_seconds=None) -> Clip:
     clipped = 0                         # samples, the mean of the channels
     low, high = math.inf, -math.inf     # of the mean of the channels
     loudest = 0.0                       # peak to peak, of a channel in a block
-    with data.open_audio(path, where=where, max_seconds=max_seconds) as file:
+    with open_audio(path, where=where, max_seconds=max_seconds) as file:
         rate, frames, channels = file.samplerate, file.frames, file.channels
         form, subtype = file.format, file.subtype
         while there < frames:
