@@ -45,11 +45,11 @@ from pathlib import Path
 
 import torch
 
-# jinja2, soundfile and torchaudio are imported where they are used, so that --help is quick.
-# plumbing/run.py imports them before it forks its workers, or each would do so by itself.
+# jinja2, soundfile and torchaudio are imported where they are used, so that --help is quick. For
+# forked workers plumbing/run.py imports them once, in _feed, before the fork.
 
 SAMPLE_RATE = 16_000
-MIN_SAMPLES = 321               # fewer give no audio token in Qwen2-Audio and Qwen2.5-Omni, silently
+MIN_SAMPLES = 321               # fewer give no audio token in Qwen2-Audio and Omni, silently
 STAGES = ("planning", "caption", "reasoning", "summary")        # CoTA's stages of a reasoning trace
 TAG = r"</?(?:THINK|PLANNING|CAPTION|REASONING|SUMMARY|RESPONSE)>"
 
@@ -65,7 +65,7 @@ class Example:
     question: str                       # may be empty where the audio itself asks
     choices: list[str]                  # empty: an open question
     answer: str                         # the text of the right choice, not its letter
-    task: str                           # "speech", "sound", "music", ...: results are reported by it
+    task: str                           # "speech", "sound", ...: results are reported by it
     reasoning: dict[str, str] | None = None         # the four STAGES
     description: str | None = None
     transcript: str | None = None
@@ -351,7 +351,7 @@ class View:
     Positions index the FLATTENED axis: hidden.flatten(0, 1)[positions] -> [tokens, hidden]."""
     inputs: dict[str, torch.Tensor]     # exactly what model.forward takes; ids [batch, seq]
     predict_positions: torch.Tensor     # [tokens] int64: where the response's tokens are predicted
-    audio_positions: torch.Tensor       # [audio tokens] int64: the placeholders; empty in a text view
+    audio_positions: torch.Tensor       # [audio tokens] int64: placeholders; empty in a text view
 
     def to(self, device) -> "View":
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
@@ -419,7 +419,7 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -
     # 2. Where each response token is predicted: one column before its own, or at the prompt's end
     batch, seq = inputs["input_ids"].shape
     positions = torch.arange(seq).repeat(batch, 1)                      # [batch, seq]
-    branch = inputs["attention_mask"] - 1               # 0 the prompt, 1, 2, .. responses, -1 padding
+    branch = inputs["attention_mask"] - 1               # 0 prompt, 1, 2, .. responses, -1 padding
     predict, audio = [], []
     for row, group in enumerate(groups):
         prompt = prompts[rows[group[0]]]

@@ -1,7 +1,7 @@
 """
 Is the data good? Every clip is decoded from end to end before anything trains on it.
 
-    seconds = check_clips(examples, max_seconds=30)     # raises data.DataError at the first bad clip
+    seconds = check_clips(examples, max_seconds=30)     # raises DataError at the first bad clip
     python data.py check FILE                           # names every fault, and what looks odd
 
 A fault is what training cannot use: a clip that is missing, empty, cut off, too long or too short,

@@ -40,7 +40,7 @@ def command(args):
 
 
 def picture(example, processor, reader, words="description") -> list[str]:
-    """Both views of an example, in lines of at most 100 columns. reader: the text view's tokenizer."""
+    """Both views of an example, 100 columns wide. reader: the text view's tokenizer."""
     student = processor.tokenizer
     student_ids, reader_ids, _ = data.shared_vocabulary(student, reader)
     mapping = data.token_map(student_ids, reader_ids, len(student))

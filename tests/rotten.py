@@ -1,8 +1,10 @@
-"""A corpus with every fault that data.py must find, each planted once, and between them good examples, some of which look odd.
+"""A corpus with every fault that data.py must find, each planted once, and between them good
+examples, some of which look odd.
 
-    manifest, planted = rotten(folder)          # planted: {fault: (line, words that its sentence must contain)}
+    manifest, planted = rotten(folder)      # planted: {fault: (line, words of its sentence)}
 
-The ids of good examples begin with "good" or, where `check` shall say a word about them, with "odd"; ODD holds that word.
+The ids of good examples begin with "good" or, where `check` shall say a word about them, with
+"odd"; ODD holds that word.
 """
 
 import json
@@ -28,7 +30,8 @@ ODD = {
 
 
 def tone(seconds=0.5, rate=RATE, level=0.3):
-    """[samples] float64, with a little noise, as every recording has: FLAC's and OGG's pages shall not be empty."""
+    """[samples] float64, with a little noise, as every recording has: FLAC's and OGG's pages shall
+    not be empty."""
     samples = round(seconds * rate)
     return level * np.sin(
         440 * 2 * np.pi * np.arange(samples) / rate
@@ -64,7 +67,7 @@ def claims(size, where=40):
 
 
 def counts(samples):
-    """A FLAC whose header says that it has so many samples (36 bits behind rate, channels and bits)."""
+    """A FLAC whose header says that it has so many samples (36 bits behind rate and channels)."""
 
     def change(content):
         content[21:26] = ((content[21] & 0xF0) << 32 | samples).to_bytes(5, "big")
@@ -261,7 +264,8 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
 
 
 def rotten(folder):
-    """Writes the corpus into folder/set, something to steal beside it -> (the manifest's path, {fault: (line, words)})."""
+    """Writes the corpus into folder/set, something to steal beside it -> (the manifest's path,
+    {fault: (line, words)})."""
     home = folder / "set"
     home.mkdir(parents=True)
     soundfile.write(folder / "outside.wav", tone(), RATE)
@@ -302,9 +306,9 @@ def rotten(folder):
     for fault, (change, words) in BAD_LINES.items():
         change = {"id": fault, **change} if isinstance(change, dict) else change
         text = change if isinstance(change, bytes) else line(**change)
-        bad.append(
-            (fault, text.replace("é".encode(), b"\xe9") if fault == "broken UTF-8" else text, words)
-        )
+        if fault == "broken UTF-8":
+            text = text.replace("é".encode(), b"\xe9")
+        bad.append((fault, text, words))
     lines, planted = [b"\xef\xbb\xbf" + good.pop(0)], {}
     for number, (fault, text, words) in enumerate(bad):  # good, bad, bad, bad, blank, good, ...
         lines += [b" " * (number % 2), good.pop(0)] if number % 3 == 0 and good else []

@@ -1,7 +1,8 @@
-"""data.py against independent sources: a hand-written search for the response, transformers' own loss, and one forward per example.
+"""data.py against independent sources: a hand-written search for the response, transformers' own
+loss, and one forward per example.
 
-`problems` is the judge: it names everything that is wrong with a batch. It must find nothing in what collate returns, and must
-notice each planted error, because every one of them trains without an error message."""
+`problems` is the judge: it names everything that is wrong with a batch. It must find nothing in
+what collate returns, and must notice each planted error, because every one of them trains without an error message."""
 
 import json
 import math
@@ -119,7 +120,8 @@ def make_batch(examples, tiny_processor, shifted_teacher):
 
 
 def labels_like_transformers(batch):
-    """The audio view's labels [batch, seq] as transformers wants them: the response's ids AT their own positions, -100 elsewhere."""
+    """The audio view's labels [batch, seq] as transformers wants them: the response's ids AT their
+    own positions, -100 elsewhere."""
     labels = torch.full_like(batch.audio.inputs["input_ids"], -100)
     labels.view(-1)[batch.audio.predict_positions + 1] = batch.labels
     return labels
@@ -132,7 +134,8 @@ def judge(examples, tiny_processor, shifted_teacher, tiny_student_model):
 
     @torch.no_grad()
     def alone(view):
-        """Log probability of each response token, one example at a time, no padding, prompt and response tokenised as one string."""
+        """Log probability of each response token, one example at a time, no padding, prompt and
+        response tokenised as one string."""
         rows = []
         for example, response in zip(examples, responses):
             question = data.question_text(example)
@@ -214,7 +217,8 @@ def judge(examples, tiny_processor, shifted_teacher, tiny_student_model):
     return problems
 
 
-# ------------------------------------------------------------- the two views -------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The two views
 
 
 def test_collate_is_right_by_every_check(make_batch, judge):
@@ -331,7 +335,8 @@ def test_batch_contents(make_batch, examples, tiny_processor, shifted_teacher, t
     assert "<think>\n\n</think>\n\n<THINK><PLANNING>" in shifted_teacher.decode(
         batch.text.inputs["input_ids"][0]
     )
-    # the model hears: another clip, another output at the same positions (a processor called with audios= would stay deaf)
+    # the model hears: another clip, another output at the same positions (a processor called with
+    # audios= would stay deaf)
     with torch.no_grad():
         heard = tiny_student_model(**batch.audio.inputs).logits
         quiet = torch.zeros_like(batch.audio.inputs["input_features"])
@@ -461,7 +466,8 @@ def test_denominators_over_micro_batches_and_ranks(make_batch, tmp_path):
         rank.join()
 
 
-# ---------------------------------------------------------------- text ----------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Text
 
 WORDS = strategies.text("aZ7 .,/&\n\u00e9\u6f22\U0001f3b5", max_size=12).map(
     lambda text: f"x{text}y"
@@ -481,7 +487,8 @@ def test_parse_response_reverses_response_text(parts, with_reasoning):
 
 def test_response_text_is_cotas(examples):
     assert data.response_text(examples[0]) == (
-        "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A man asks.</CAPTION><REASONING>7 + 2 = 9</REASONING>"
+        "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A man asks.</CAPTION>"
+        "<REASONING>7 + 2 = 9</REASONING>"
         "<SUMMARY>So nine.</SUMMARY></THINK><RESPONSE>nine</RESPONSE>"
     )
     assert data.response_text(examples[1]) == "<RESPONSE>knock</RESPONSE>"
@@ -519,7 +526,8 @@ def test_prompts_and_turn_end(tiny_processor, tiny_teacher_tokenizer):
     prompt = data.text_prompt(tiny_teacher_tokenizer, "a knock", "Which?")
     assert (
         prompt
-        == "<|im_start|>user\na knock\nWhich?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        == "<|im_start|>user\na knock\nWhich?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     for tokenizer in (tiny_processor.tokenizer, tiny_teacher_tokenizer):
         assert data.turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids(END)
@@ -531,7 +539,8 @@ def test_prompts_and_turn_end(tiny_processor, tiny_teacher_tokenizer):
 
 SPACED = "{% for message in messages %}{{ message['content'] }} \n</s>{% endfor %}"
 GLM = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"  # as GLM-ASR's: the next turn just begins
+    # as GLM-ASR's: the next turn just begins
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
@@ -553,7 +562,8 @@ def test_the_turns_end_is_a_special_token_whatever_stands_before_it():
 def test_a_template_that_never_closes_a_turn_is_refused(template):
     with pytest.raises(
         data.DataError,
-        match="closes an assistant's turn with no special token, so that nothing would say where an answer ends; use",
+        match="closes an assistant's turn with no special token, "
+        "so that nothing would say where an answer ends; use",
     ):
         data.turn_end_id(bpe(["<|endoftext|>", "<|user|>", "<|assistant|>"], template))
 
@@ -610,7 +620,8 @@ def test_a_teacher_that_shares_too_little_is_refused(tiny_processor, tiny_teache
     assert "; choose one from its family" in str(refused.value) and "\n" not in str(refused.value)
 
 
-# ---------------------------------------------------------------- audio ----------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Audio
 
 FORMATS = [
     ("u8.wav", {"subtype": "PCM_U8"}),
@@ -669,7 +680,8 @@ def assert_one_sentence(refused, where):
     ), message
 
 
-# -------------------------------------------------------------- manifests --------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Manifests
 
 
 def test_read_manifest(world):
@@ -704,7 +716,7 @@ def test_read_manifest(world):
 
 
 def test_a_manifest_by_another_hand(tmp_path):
-    """A byte order mark, blank lines, Windows line ends, unknown keys, null for what is absent, odd characters."""
+    """A byte order mark, blank lines, Windows line ends, unknown keys, null for what is absent."""
     line = record(
         0,
         extra=[1],
@@ -794,7 +806,8 @@ def test_nothing_to_read(tmp_path, world):
         data.read_manifest(tmp_path / "latin.jsonl")
 
 
-# ---------------------------------------------------------- bad input at collate ---------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Bad input at collate
 
 
 @pytest.mark.parametrize(
@@ -837,7 +850,8 @@ def test_long_clips_are_cut_where_the_model_stops_hearing_and_counted_or_refused
     )  # but for the cut edge
     line = about_clips([3.2, 3.0, 1.0], tiny_processor)
     assert line.startswith(
-        "3 clips, 0.00 hours, longest 3.2 s; features at most 0.02 MiB a clip; 1 are longer than the 3 s that the model hears and are cut there"
+        "3 clips, 0.00 hours, longest 3.2 s; features at most 0.02 MiB a clip; "
+        "1 are longer than the 3 s that the model hears and are cut there"
     )
     assert "longer" not in about_clips([3.0, 1.0], tiny_processor)
     with pytest.raises(data.DataError, match="lasts 3.20 s, over the limit of 3 s"):
@@ -861,7 +875,8 @@ def test_collate_refuses_a_teacher_without_the_words(examples, tiny_processor):
         data.collate(examples, tiny_processor, other, student_to_teacher=id_map(student, other))
 
 
-# -------------------------------------------------------------- the command --------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The command
 
 
 def test_check_command(world, tmp_path, tiny_processor, monkeypatch, capsys):
@@ -921,7 +936,8 @@ def test_the_code_that_comes_with_a_tokenizer_is_not_run(world, tmp_path, monkey
     assert not (tmp_path / "EXECUTED").exists()
 
 
-# -------------------------------------------------------------- the picture --------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The picture
 
 
 def test_pack_is_what_its_docstring_draws(tiny_processor):
@@ -994,7 +1010,7 @@ def test_show_draws_both_views(
 
 
 def test_the_committed_picture_is_what_show_prints(tmp_path, monkeypatch, capsys):
-    """docs/two_views.txt, of the mini world's first sound example; the world is made where it is not there yet."""
+    """docs/two_views.txt, of the mini world's first example of sound."""
     import mini.world
 
     root = Path(__file__).parent.parent
@@ -1020,7 +1036,8 @@ def test_the_committed_picture_is_what_show_prints(tmp_path, monkeypatch, capsys
 
 def test_import_data_is_light():
     """Nor may --help cost more than torch: whatever is slow is imported where it is used."""
-    code = "import sys, data, plumbing.check; print({'transformers', 'torchaudio', 'jinja2', 'soundfile'} & set(sys.modules))"
+    slow = "{'transformers', 'torchaudio', 'jinja2', 'soundfile'}"
+    code = f"import sys, data, plumbing.check; print({slow} & set(sys.modules))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Every fault that tests/rotten.py plants must be named with file and line, once, and nothing else; what is left must be good."""
+"""Every fault that tests/rotten.py plants must be named with file and line, once, and nothing else;
+what is left must be good."""
 
 import json
 import multiprocessing
@@ -29,7 +30,7 @@ def lines(corpus):
 
 
 def places(sentences, manifest):
-    """["m.jsonl:3: ..."] -> {3: "..."}; every sentence names the manifest, and no line is named twice."""
+    """["m.jsonl:3: ..."] -> {3: "..."}; all name the manifest, and no line is named twice."""
     assert all(sentence.startswith(f"{manifest}:") for sentence in sentences)
     found = [sentence.removeprefix(f"{manifest}:").partition(": ") for sentence in sentences]
     assert len({number for number, *_ in found}) == len(found)
@@ -70,11 +71,13 @@ def test_check_names_every_fault_and_what_is_odd_and_nothing_else(
     rest = printed[len(faults) + len(odd) :]
     assert (
         rest[0]
-        == f"{corpus[0]}: {len(lines)} examples are valid, {len(corpus[1])} have faults, {len(odd)} odd things"
+        == f"{corpus[0]}: {len(lines)} examples are valid, {len(corpus[1])} have faults, "
+        f"{len(odd)} odd things"
     )
     assert (
         rest[1]
-        == "converted to 16,000 Hz, mono, as they are read: 1 from 8,000 Hz, 1 from 44,100 Hz, 1 from 48,000 Hz, 2 from several channels"
+        == "converted to 16,000 Hz, mono, as they are read: 1 from 8,000 Hz, 1 from 44,100 Hz, "
+        "1 from 48,000 Hz, 2 from several channels"
     )
     assert rest[-1].split()[:2] == ["together", str(len(lines))] and status.value.code == 1
 
