@@ -32,7 +32,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import random
 import re
@@ -587,10 +586,12 @@ def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> lis
 
 def read_manifests(paths, **options) -> list[Example]:
     """Several manifests behind each other; options as in read_manifest. Ids differ across all."""
+    from plumbing import manifest
+
     examples, seen = [], {}
     for path in paths:
         for example in read_manifest(path, **options):
-            _claim_id(example, seen)
+            manifest.claim_id(example, seen)
             examples.append(example)
     return examples
 
@@ -607,19 +608,10 @@ def parse_manifest(path, root=None):
     for number, line in manifest.lines(path):
         try:
             example = parse_line(line, f"{path}:{number}", folders)
-            _claim_id(example, seen)
+            manifest.claim_id(example, seen)
             yield example
         except DataError as error:
             yield error
-
-
-def _claim_id(example, seen):
-    from plumbing import manifest
-
-    if example.id in seen:
-        raise DataError(f"{example.where}: id {manifest.short(example.id)} was already used at "
-                        f"{seen[example.id]}; give every example its own id")
-    seen[example.id] = example.where
 
 
 def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
@@ -688,20 +680,6 @@ def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
 # ---------------------------------------------------------------------------------------------
 # 5. Audio. Whether a file is one that can be used is plumbing/check.py's question
 
-def clip_name(path, where=None) -> str:
-    """How every sentence about a clip begins."""
-    return f"{where}: the audio file {path}" if where else f"the audio file {path}"
-
-
-def read_frames(file, count, clip):
-    """The next `count` frames, -1 for all -> [samples, channels] float32. Raises DataError."""
-    try:
-        return file.read(count, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError, MemoryError, ValueError) as error:
-        raise DataError(f"{clip} breaks off while decoding ({str(error).rstrip('.')}); "
-                        "make or fetch it again") from None
-
-
 def mean_of_channels(block):
     """[samples, channels] -> [samples], without a copy of what is mono."""
     channels = block.shape[1]
@@ -721,11 +699,11 @@ def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Ten
     import torchaudio
     from plumbing import check
 
-    clip = clip_name(path, where)
+    clip = check.clip_name(path, where)
     with check.open_audio(path, where=where, max_seconds=max_seconds) as file:
         rate = file.samplerate
         count = math.ceil(cut * rate) if cut < math.inf else -1
-        wave = torch.from_numpy(mean_of_channels(read_frames(file, count, clip)))
+        wave = torch.from_numpy(mean_of_channels(check.read_frames(file, count, clip)))
     if not wave.isfinite().all():
         raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
     if rate == SAMPLE_RATE:

@@ -42,11 +42,25 @@ class Clip:
 # ---------------------------------------------------------------------------------------------
 # 1. One clip
 
+def clip_name(path, where=None) -> str:
+    """How every sentence about a clip begins."""
+    return f"{where}: the audio file {path}" if where else f"the audio file {path}"
+
+
+def read_frames(file, count, clip):
+    """The next `count` frames, -1 for all -> [samples, channels] float32. Raises DataError."""
+    try:
+        return file.read(count, dtype="float32", always_2d=True)
+    except (RuntimeError, OSError, MemoryError, ValueError) as error:
+        raise DataError(f"{clip} breaks off while decoding ({str(error).rstrip('.')}); "
+                        "make or fetch it again") from None
+
+
 def open_audio(path, *, where=None, max_seconds=None):
     """-> soundfile's open file, once its header makes sense. Raises DataError."""
     import soundfile                    # see data.py's imports
 
-    path, clip = Path(path), data.clip_name(path, where)
+    path, clip = Path(path), clip_name(path, where)
     if not path.is_file():
         raise DataError(f"{clip} does not exist; put it there or correct the path")
     if path.stat().st_size == 0:
@@ -78,7 +92,7 @@ def open_audio(path, *, where=None, max_seconds=None):
 
 def decode(path, *, where=None, max_seconds=None) -> Clip:
     """Decodes a clip from end to end, block by block. Raises DataError for a clip with a fault."""
-    clip = data.clip_name(path, where)
+    clip = clip_name(path, where)
     there = 0                           # frames
     clipped = 0                         # samples, the mean of the channels
     low, high = math.inf, -math.inf     # of the mean of the channels
@@ -87,7 +101,7 @@ def decode(path, *, where=None, max_seconds=None) -> Clip:
         rate, frames, channels = file.samplerate, file.frames, file.channels
         form, subtype = file.format, file.subtype
         while there < frames:
-            block = data.read_frames(file, max(1, BLOCK // channels), clip)
+            block = read_frames(file, max(1, BLOCK // channels), clip)
             if not len(block):
                 break
             there += len(block)

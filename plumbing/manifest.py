@@ -1,7 +1,7 @@
 """
 What a line of a manifest must hold, and a sentence for everything that may be wrong with it.
 
-data.parse_line calls `parse_record` and `inside`; nobody else has to. A fault is a data.DataError.
+data.py calls it; nobody else has to. Every fault is a data.DataError.
 """
 import itertools
 import json
@@ -127,7 +127,16 @@ def inside(name: str, folders: list[Path], where: str) -> Path:
     return path
 
 
+def claim_id(example, seen):
+    """Ids are unique. seen: {id: where it was used}."""
+    if example.id in seen:
+        raise DataError(f"{example.where}: id {short(example.id)} was already used at "
+                        f"{seen[example.id]}; give every example its own id")
+    seen[example.id] = example.where
+
+
 def short(value):
+    """repr, cut where it is long."""
     text = repr(value)
     if len(text) < 200:
         return text

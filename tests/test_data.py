@@ -2,7 +2,8 @@
 loss, and one forward per example.
 
 `problems` is the judge: it names everything that is wrong with a batch. It must find nothing in
-what collate returns, and must notice each planted error, because every one of them trains without an error message."""
+what collate returns, and must notice each planted error, because every one of them trains without
+an error message."""
 
 import json
 import math
