@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import ranks
+from plumbing.check import about_clips
 
 from plumbing.files import write_json
 from plumbing.predictions import read_json
@@ -399,7 +400,7 @@ def main(argv=None):
         model, processor = models.load_audio_model(args.model, dtype=half)
         seconds = data.check_audio(examples)
         models.check(model.to(device), processor)
-        say(f"{data.about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
+        say(f"{about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
         counts = textualize(examples, records, model, processor, out, prompts=MINI_PROMPTS if is_mini else PROMPTS,
                             grounding=grounding, batch_size=args.batch_size,
                             max_new_tokens=args.max_new_tokens, rank=rank, name=name)

@@ -64,6 +64,7 @@ import losses
 import models
 import rollout
 from plumbing import checkpoints, plots, ranks
+from plumbing.check import about_clips
 from plumbing.files import append_jsonl
 from plumbing.optimizer import SplitAdamW, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
@@ -437,7 +438,7 @@ def train(args, run):
     run.say(f"{run.device} x {run.world}, {student.dtype} weights; student "
             f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher: "
             f"{args.teacher} weights")
-    run.say(data.about_clips(seconds, processor))
+    run.say(about_clips(seconds, processor))
     run.say(f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {local_prompts} x "
             f"{len(kinds)} x {run.world} (prompts x rollouts x ranks) = "
             f"{args.batch_size * len(kinds)} rollouts a step, {steps} steps")

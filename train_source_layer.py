@@ -59,6 +59,7 @@ import layer_map
 import losses
 import models
 from plumbing import checkpoints, plots, ranks, tables
+from plumbing.check import about_clips
 from plumbing.optimizer import SplitAdamW, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
@@ -394,7 +395,7 @@ def train(args, run):
     run.say(f"{run.device} x {run.world}, {student.dtype} weights; student "
             f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher "
             f"{teacher.num_parameters() if teacher else 0:,}")
-    run.say(data.about_clips(seconds, processor))
+    run.say(about_clips(seconds, processor))
     run.say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; "
             f"{args.micro_batch} x {accumulation} x {run.world} (micro-batch x accumulation x "
             f"ranks) = {args.batch_size} examples a step, {steps} steps")

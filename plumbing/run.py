@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import models
-from plumbing import checkpoints, ranks
+from plumbing import check, checkpoints, ranks
 from plumbing.files import append_jsonl, open_log, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
@@ -184,9 +184,9 @@ class Run:
         limit = 16 if self.args.dry_run and self.args.data else None
         examples = data.read_manifest(train_file, require=require)
         scored = data.read_manifests(eval_files, limit=limit)
-        examples, seconds = data.check_clips(examples, self.args.max_seconds)
-        scored, more_seconds = data.check_clips(scored, self.args.max_seconds)
-        return examples, scored, seconds + more_seconds
+        seconds = check.check_clips(examples, self.args.max_seconds)
+        seconds += check.check_clips(scored, self.args.max_seconds)
+        return examples, scored, seconds
 
     def start(self, steps, logs=("log",)):
         """Make --out this run's folder -> the checkpoint that it goes on from, or None."""
@@ -287,6 +287,9 @@ class Run:
         if self.args.workers == 0 or sys.platform != "linux":   # elsewhere a fork is not safe
             yield from map(prepared.__getitem__, shares())
             return
+
+        # What data.py imports where it uses it: here once, before the fork, not in every worker
+        import jinja2, soundfile, torchaudio            # noqa: E401, F401
 
         # Workers get their examples from here and never touch the list of all: counting
         # references to its parts would copy it, page by page

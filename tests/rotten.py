@@ -1,8 +1,12 @@
-"""A corpus with every fault that data.py must find, each planted once, and between them good examples, some of which look odd.
+"""A corpus with every fault that data.py must find, each planted once, and between them good
+examples, some of which look odd.
 
-    manifest, planted = rotten(folder)          # planted: {fault: (line, words that its sentence must contain)}
+    manifest, planted = rotten(folder)      # planted: {fault: (line, words of its sentence)}
 
-The ids of good examples begin with "good" or, where `check` shall say a word about them, with "odd"; ODD holds that word."""
+The ids of good examples begin with "good" or, where `check` shall say a word about them, with
+"odd"; ODD holds that word.
+"""
+
 import json
 import struct
 
@@ -10,15 +14,28 @@ import numpy as np
 import soundfile
 
 RATE = 16_000
-STAGES = {"planning": "Listen.", "caption": "A tone.", "reasoning": "It rings.", "summary": "A bell."}
-ODD = {"odd 8 bits": "8 bits (PCM_U8)", "odd clipped": "is clipped (", "odd clipped stereo": "is clipped (", "odd scaled": "is clipped (",
-       "odd mp3": "MP3 that does not say how long it is"}
+STAGES = {
+    "planning": "Listen.",
+    "caption": "A tone.",
+    "reasoning": "It rings.",
+    "summary": "A bell.",
+}
+ODD = {
+    "odd 8 bits": "8 bits (PCM_U8)",
+    "odd clipped": "is clipped (",
+    "odd clipped stereo": "is clipped (",
+    "odd scaled": "is clipped (",
+    "odd mp3": "MP3 that does not say how long it is",
+}
 
 
 def tone(seconds=0.5, rate=RATE, level=0.3):
-    """[samples] float64, with a little noise, as every recording has: FLAC's and OGG's pages shall not be empty."""
+    """[samples] float64, with a little noise, as every recording has: FLAC's and OGG's pages shall
+    not be empty."""
     samples = round(seconds * rate)
-    return level * np.sin(440 * 2 * np.pi * np.arange(samples) / rate) + level / 30 * np.random.default_rng(0).standard_normal(samples)
+    return level * np.sin(
+        440 * 2 * np.pi * np.arange(samples) / rate
+    ) + level / 30 * np.random.default_rng(0).standard_normal(samples)
 
 
 def sound(wave, rate=RATE, **options):
@@ -27,29 +44,35 @@ def sound(wave, rate=RATE, **options):
 
 def altered(change, wave=None, rate=RATE, **options):
     """A good file whose bytes are then changed."""
+
     def write(path):
         soundfile.write(path, tone() if wave is None else wave, rate, **options)
         path.write_bytes(change(bytearray(path.read_bytes())))
+
     return write
 
 
 def cut(share):
-    return lambda content: content[:int(len(content) * share)]
+    return lambda content: content[: int(len(content) * share)]
 
 
 def claims(size, where=40):
     """A WAV whose header says that it has `size` bytes of sound."""
+
     def change(content):
-        content[where:where + 4] = struct.pack("<I", size)
+        content[where : where + 4] = struct.pack("<I", size)
         return content
+
     return change
 
 
 def counts(samples):
-    """A FLAC whose header says that it has so many samples (36 bits behind rate, channels and bits)."""
+    """A FLAC whose header says that it has so many samples (36 bits behind rate and channels)."""
+
     def change(content):
         content[21:26] = ((content[21] & 0xF0) << 32 | samples).to_bytes(5, "big")
         return content
+
     return change
 
 
@@ -69,9 +92,11 @@ def symlink(target):
 
 
 STEREO = np.stack([tone(rate=48_000), np.zeros(24_000)], 1)
-QUIET_THEN_LOUD = np.concatenate([tone(1, level=1e-3), np.random.default_rng(0).uniform(-0.9, 0.9, RATE)])
+QUIET_THEN_LOUD = np.concatenate(
+    [tone(1, level=1e-3), np.random.default_rng(0).uniform(-0.9, 0.9, RATE)]
+)
 
-GOOD_AUDIO = {                          # id -> (file, how to write it)
+GOOD_AUDIO = {  # id -> (file, how to write it)
     "good wav": ("good.wav", sound(tone())),
     "good flac": ("24 bits.flac", sound(tone(), subtype="PCM_24")),
     "good ogg": ("good.ogg", sound(tone())),
@@ -92,44 +117,90 @@ GOOD_AUDIO = {                          # id -> (file, how to write it)
     "good link": ("link.wav", symlink("good.wav")),
     "odd 8 bits": ("8 bits.wav", sound(tone(), subtype="PCM_U8")),
     "odd clipped": ("clipped.wav", sound(np.clip(tone(level=2), -1, 1))),
-    "odd clipped stereo": ("clipped stereo.flac", sound(np.stack([np.clip(tone(level=2), -1, 1), tone()], 1))),
+    "odd clipped stereo": (
+        "clipped stereo.flac",
+        sound(np.stack([np.clip(tone(level=2), -1, 1), tone()], 1)),
+    ),
     "odd scaled": ("scaled.wav", sound(30_000 * tone(), subtype="FLOAT")),
-    "odd mp3": ("no tag.mp3", altered(without_tag, QUIET_THEN_LOUD, bitrate_mode="VARIABLE", compression_level=0.5)),
+    "odd mp3": (
+        "no tag.mp3",
+        altered(without_tag, QUIET_THEN_LOUD, bitrate_mode="VARIABLE", compression_level=0.5),
+    ),
 }
-BAD_AUDIO = {                           # fault -> (file, how to write it, words)
+BAD_AUDIO = {  # fault -> (file, how to write it, words)
     "truncated WAV": ("cut.wav", altered(cut(0.6)), "is cut off (6,"),
     "truncated RIFX": ("cut-rifx.wav", altered(cut(0.6), endian="BIG"), "is cut off (6,"),
     "truncated RF64": ("cut-rf64.wav", altered(cut(0.6), format="RF64"), "is cut off (6,"),
     "truncated FLAC": ("cut.flac", altered(cut(0.6)), "breaks off while decoding"),
     "truncated MP3": ("cut.mp3", altered(cut(0.6)), "is cut off (0.2"),
     "truncated OGG": ("cut.ogg", altered(cut(0.9), tone(3)), "is cut off ("),
-    "truncated in its header": ("cut-early.wav", altered(lambda content: content[:30]), "cannot be decoded"),
+    "truncated in its header": (
+        "cut-early.wav",
+        altered(lambda content: content[:30]),
+        "cannot be decoded",
+    ),
     "zero-length file": ("empty.wav", lambda path: path.touch(), "is empty (0 bytes)"),
     "zero samples": ("none.wav", sound(np.zeros(0)), "is empty (it holds no samples"),
-    "a header without its length": ("unclosed.wav", altered(claims(0)), "its header does not know how many)"),
+    "a header without its length": (
+        "unclosed.wav",
+        altered(claims(0)),
+        "its header does not know how many)",
+    ),
     "too short": ("short.wav", sound(tone()[:320]), "too short for a single audio token"),
-    "too long": ("long.wav", sound(tone(31, 8_000), 8_000), "lasts 31.00 s, over the limit of 30 s"),
+    "too long": (
+        "long.wav",
+        sound(tone(31, 8_000), 8_000),
+        "lasts 31.00 s, over the limit of 30 s",
+    ),
     "NaN": ("nan.wav", with_bad_sample(np.nan), "not finite"),
     "NaN in one channel": ("nan2.wav", with_bad_sample(np.nan, 2), "not finite"),
     "infinity": ("inf.wav", with_bad_sample(-np.inf), "not finite"),
     "silence": ("silent.wav", sound(np.zeros(8_000)), "is silent (its 0.50 s are all zeros"),
     "silence in an MP3": ("silent.mp3", sound(np.zeros(8_000)), "is silent (its 0.50 s"),
     "next to silence": ("hush.wav", sound(tone(level=5e-5)), "is silent ("),
-    "silence at a level": ("level.wav", sound(np.full(8_000, -1 / 128), subtype="PCM_U8"), "is silent ("),
-    "channels that cancel": ("cancel.wav", sound(np.stack([tone(), -tone()], 1), subtype="FLOAT"), "channels cancel each other"),
-    "a WAV of ten hours, by its header": ("hours.wav", altered(claims(36_000 * RATE * 2)), "is cut off (1,151,984,000 bytes"),
-    "a FLAC of ten hours, by its header": ("hours.flac", altered(counts(36_000 * RATE)), "lasts 36000.00 s, over the limit"),
+    "silence at a level": (
+        "level.wav",
+        sound(np.full(8_000, -1 / 128), subtype="PCM_U8"),
+        "is silent (",
+    ),
+    "channels that cancel": (
+        "cancel.wav",
+        sound(np.stack([tone(), -tone()], 1), subtype="FLOAT"),
+        "channels cancel each other",
+    ),
+    "a WAV of ten hours, by its header": (
+        "hours.wav",
+        altered(claims(36_000 * RATE * 2)),
+        "is cut off (1,151,984,000 bytes",
+    ),
+    "a FLAC of ten hours, by its header": (
+        "hours.flac",
+        altered(counts(36_000 * RATE)),
+        "lasts 36000.00 s, over the limit",
+    ),
     "a FLAC of 20 seconds, by its header": ("20s.flac", altered(counts(20 * RATE)), "breaks off"),
-    "a FLAC that was streamed": ("stream.flac", altered(counts(0)), "claims 9223372036854775807 samples"),
+    "a FLAC that was streamed": (
+        "stream.flac",
+        altered(counts(0)),
+        "claims 9223372036854775807 samples",
+    ),
     "three samples a second": ("slow.wav", sound(tone(), 3), "8000 samples at 3 Hz"),
-    "text renamed to WAV": ("text.wav", lambda path: path.write_text("It is a truth universally acknowledged " * 99), "cannot be decoded"),
-    "text renamed to MP3": ("text.mp3", lambda path: path.write_text("It is a truth universally acknowledged " * 99), "cannot be decoded"),
+    "text renamed to WAV": (
+        "text.wav",
+        lambda path: path.write_text("It is a truth universally acknowledged " * 99),
+        "cannot be decoded",
+    ),
+    "text renamed to MP3": (
+        "text.mp3",
+        lambda path: path.write_text("It is a truth universally acknowledged " * 99),
+        "cannot be decoded",
+    ),
     "no header": ("samples.raw", lambda path: path.write_bytes(bytes(4_000)), "cannot be decoded"),
     "missing file": ("missing.wav", lambda path: None, "does not exist"),
     "a folder": ("folder.wav", lambda path: path.mkdir(), "does not exist"),
 }
 LONG = "la " * 33_334
-BAD_LINES = {                           # fault -> (what is changed in a good line, or the line itself; words)
+BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; words)
     "cut JSON": (b'{"id": "x", "audio": "good.w', "not JSON"),
     "no JSON": (b"id,audio,question", "not JSON"),
     "Python, not JSON": (b"{'id': 'x'}", "not JSON"),
@@ -138,24 +209,48 @@ BAD_LINES = {                           # fault -> (what is changed in a good li
     "deep nesting": (b"[" * 100_000, "not JSON"),
     "a list": (b"[1, 2]", "holds a list"),
     "null": (b"null", "holds a NoneType"),
-    **{f"null {name}": ({name: None}, f"field '{name}' is null") for name in ("id", "audio", "question", "answer", "task")},
+    **{
+        f"null {name}": ({name: None}, f"field '{name}' is null")
+        for name in ("id", "audio", "question", "answer", "task")
+    },
     "null stage": ({"reasoning": {**STAGES, "caption": None}}, "field 'caption' is null"),
-    **{f"no {name}": ({name: ...}, f"field '{name}' is missing") for name in ("id", "audio", "question", "answer", "task")},
+    **{
+        f"no {name}": ({name: ...}, f"field '{name}' is missing")
+        for name in ("id", "audio", "question", "answer", "task")
+    },
     "empty answer": ({"answer": " "}, "field 'answer' is empty"),
     "id of another type": ({"id": 7}, "must be a string, not int"),
     "answer of another type": ({"answer": ["bell"], "choices": []}, "must be a string, not list"),
-    "description of another type": ({"description": {"en": "a bell"}}, "must be a string, not dict"),
+    "description of another type": (
+        {"description": {"en": "a bell"}},
+        "must be a string, not dict",
+    ),
     "choices of another type": ({"choices": "bell"}, "'choices' must be a list"),
     "null choice": ({"choices": ["bell", None]}, "'choices' must be a list"),
     "reasoning of another type": ({"reasoning": "It rings."}, "'reasoning' must be an object"),
     "answer not among the choices": ({"answer": "B"}, "'B' is not among the choices"),
-    "a tag in the answer": ({"answer": "</RESPONSE>", "choices": []}, "contains the tag </RESPONSE>"),
-    **{f"NUL in {name}": ({name: "be\0ll"}, f"field '{name}' holds a NUL character") for name in ("id", "audio", "question", "transcript", "speaker")},
+    "a tag in the answer": (
+        {"answer": "</RESPONSE>", "choices": []},
+        "contains the tag </RESPONSE>",
+    ),
+    **{
+        f"NUL in {name}": ({name: "be\0ll"}, f"field '{name}' holds a NUL character")
+        for name in ("id", "audio", "question", "transcript", "speaker")
+    },
     "NUL in a choice": ({"choices": ["bell", "go\0ng"]}, "a choice holds a NUL character"),
-    "NUL in a stage": ({"reasoning": {**STAGES, "summary": "\0"}}, "field 'summary' holds a NUL character"),
-    "huge question": ({"question": LONG}, "field 'question' has 100,002 characters, over the limit of 100,000"),
+    "NUL in a stage": (
+        {"reasoning": {**STAGES, "summary": "\0"}},
+        "field 'summary' holds a NUL character",
+    ),
+    "huge question": (
+        {"question": LONG},
+        "field 'question' has 100,002 characters, over the limit of 100,000",
+    ),
     "huge choice": ({"choices": ["bell", LONG]}, "a choice has 100,002 characters, over the limit"),
-    "huge stage": ({"reasoning": {**STAGES, "reasoning": LONG}}, "field 'reasoning' has 100,002 characters"),
+    "huge stage": (
+        {"reasoning": {**STAGES, "reasoning": LONG}},
+        "field 'reasoning' has 100,002 characters",
+    ),
     "huge name": ({"audio": "a" * 5_000}, "cannot be used ('no file has so long a name')"),
     "huge line": ({"base64": "A" * 9_000_000}, "the line is longer than 4,000,000 bytes"),
     "path upwards": ({"audio": "../outside.wav"}, "leaves the folder"),
@@ -169,7 +264,8 @@ BAD_LINES = {                           # fault -> (what is changed in a good li
 
 
 def rotten(folder):
-    """Writes the corpus into folder/set, something to steal beside it -> (the manifest's path, {fault: (line, words)})."""
+    """Writes the corpus into folder/set, something to steal beside it -> (the manifest's path,
+    {fault: (line, words)})."""
     home = folder / "set"
     home.mkdir(parents=True)
     soundfile.write(folder / "outside.wav", tone(), RATE)
@@ -181,20 +277,40 @@ def rotten(folder):
         write(home / name)
 
     def line(**changes):
-        fields = {"id": "x", "audio": "good.wav", "question": "What rings?", "choices": ["bell", "gong"], "answer": "bell", "task": "sound",
-                  "reasoning": STAGES, "description": "A bell.", "transcript": None, "extra": [1, None], **changes}
-        return json.dumps({key: value for key, value in fields.items() if value is not ...}, ensure_ascii=False).encode()
+        fields = {
+            "id": "x",
+            "audio": "good.wav",
+            "question": "What rings?",
+            "choices": ["bell", "gong"],
+            "answer": "bell",
+            "task": "sound",
+            "reasoning": STAGES,
+            "description": "A bell.",
+            "transcript": None,
+            "extra": [1, None],
+            **changes,
+        }
+        return json.dumps(
+            {key: value for key, value in fields.items() if value is not ...}, ensure_ascii=False
+        ).encode()
 
     good = [line(id=name, audio=file) for name, (file, _) in GOOD_AUDIO.items()]
-    good += [line(id="good, with its clip again"), line(id="good, without a reasoning", reasoning=None, choices=None),
-             line(id="good, 100,000 characters", question="x" * 100_000)]
-    bad = [(fault, line(id=fault, audio=file), words) for fault, (file, _, words) in BAD_AUDIO.items()]
+    good += [
+        line(id="good, with its clip again"),
+        line(id="good, without a reasoning", reasoning=None, choices=None),
+        line(id="good, 100,000 characters", question="x" * 100_000),
+    ]
+    bad = [
+        (fault, line(id=fault, audio=file), words) for fault, (file, _, words) in BAD_AUDIO.items()
+    ]
     for fault, (change, words) in BAD_LINES.items():
         change = {"id": fault, **change} if isinstance(change, dict) else change
         text = change if isinstance(change, bytes) else line(**change)
-        bad.append((fault, text.replace("é".encode(), b"\xe9") if fault == "broken UTF-8" else text, words))
+        if fault == "broken UTF-8":
+            text = text.replace("é".encode(), b"\xe9")
+        bad.append((fault, text, words))
     lines, planted = [b"\xef\xbb\xbf" + good.pop(0)], {}
-    for number, (fault, text, words) in enumerate(bad):         # good, bad, bad, bad, blank, good, ...
+    for number, (fault, text, words) in enumerate(bad):  # good, bad, bad, bad, blank, good, ...
         lines += [b" " * (number % 2), good.pop(0)] if number % 3 == 0 and good else []
         lines.append(text)
         planted[fault] = (len(lines), words)

@@ -41,6 +41,7 @@ import train_source_layer
 from conftest import TEACHER_TEMPLATE
 from lab import shapes
 from plumbing import hub
+from plumbing.check import about_clips
 
 ROOT = Path(__file__).parent.parent
 NAMES = list(families.FAMILIES)
@@ -740,14 +741,14 @@ def test_a_model_that_does_not_hear_is_refused(loaded):
 def test_too_few_placeholders_are_noticed(name, loaded, monkeypatch):
     """Omni would take the sound's beginning for the whole, without a word."""
     model, processor = loaded[name]
-    inputs = data._audio_inputs
+    inputs = data.audio_inputs
 
     def one_less(*a):
         ids, features = inputs(*a)
         ids[0].remove(processor.tokenizer.convert_tokens_to_ids(processor.audio_token))
         return ids, features
 
-    monkeypatch.setattr(data, "_audio_inputs", one_less)
+    monkeypatch.setattr(data, "audio_inputs", one_less)
     refused(
         "does not put the sound where|does not take what its processor makes of a clip",
         models.check,
@@ -765,7 +766,7 @@ def test_a_window_of_300_seconds_is_not_padded_to_its_end(loaded, examples):
     whole = processor(
         text=[prompt] * 3, audio=waves, sampling_rate=16_000, padding=True, return_tensors="pt"
     )
-    ids, cropped = data._audio_inputs(processor, [prompt] * 3, waves)
+    ids, cropped = data.audio_inputs(processor, [prompt] * 3, waves)
     assert whole["input_features"].shape[-1] == 30_000 and cropped["input_features"].shape[-1] < 110
     mask = cropped["feature_attention_mask"].bool()
     assert torch.equal(mask.sum(1), whole["feature_attention_mask"].sum(1))
@@ -782,7 +783,7 @@ def test_a_window_of_300_seconds_is_not_padded_to_its_end(loaded, examples):
     ] == (whole["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")).sum(
         1
     ).tolist()
-    assert "features at most 0.01 MiB a clip" in data.about_clips([1.0], processor)
+    assert "features at most 0.01 MiB a clip" in about_clips([1.0], processor)
 
 
 @pytest.mark.parametrize("name", NAMES)
