@@ -59,6 +59,7 @@ import torch.nn as nn
 
 import data
 import evaluate
+import fused
 import judge
 import losses
 import models
@@ -273,7 +274,7 @@ class CordStep(nn.Module):
         self.args = args
         self.student = student
         self.banned = banned
-        self.cord = losses.fused_cord if args.loss == "fused" else losses.cord
+        self.cord = fused.cord if args.loss == "fused" else losses.cord
 
         # The teacher is the student's decoder and head: reading needs no audio tower. With LoRA
         # the adapter is switched off, and no copy is needed.

@@ -55,6 +55,7 @@ import torch.nn as nn
 
 import data
 import evaluate
+import fused
 import layer_map
 import losses
 import models
@@ -166,8 +167,8 @@ class SourceLayerStep(nn.Module):
         self.jsd_ce = losses.jsd_ce
         self.hidden_divergence = losses.HIDDEN[args.hidden_divergence]
         if args.loss == "fused":
-            self.jsd_ce = losses.fused_jsd_ce
-            self.hidden_divergence = losses.FUSED_HIDDEN[args.hidden_divergence]
+            self.jsd_ce = fused.jsd_ce
+            self.hidden_divergence = {**losses.HIDDEN, **fused.HIDDEN}[args.hidden_divergence]
 
         # Taps hand out hidden states of chosen layers at chosen tokens (layer_map.py)
         layers = models.decoder(student).layers

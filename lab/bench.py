@@ -45,11 +45,13 @@ from plumbing import run
 
 from plumbing.optimizer import parameter_groups
 import data
+import fused
 import losses
 from lab import memory
 import mini.world
 import models
 import rollout
+import sampler
 from plumbing import optimizer as split_adamw
 import train_cord
 import train_source_layer
@@ -150,7 +152,7 @@ def contenders(case, x):
     if case == "states":
         how = dict(mean=x["taught"].float().mean(0), std=x["taught"].float().std(0))
         return {
-            "ours": lambda: losses.fused_hidden_jsd(x["states"], x["taught"], **how),
+            "ours": lambda: fused.hidden_jsd(x["states"], x["taught"], **how),
             "the formula": lambda: losses.hidden_jsd(x["states"], x["taught"], **how),
         }
     if case == "jsd_ce":
@@ -162,7 +164,7 @@ def contenders(case, x):
             return lambda: loss(*heads)
 
         works = {
-            "ours": lambda: losses.fused_jsd_ce(*heads)[0],
+            "ours": lambda: fused.jsd_ce(*heads)[0],
             "the formula": lambda: losses.jsd_ce(*heads)[0],
         }
         works |= (
@@ -190,13 +192,13 @@ def contenders(case, x):
     if case == "group":
         heads[2:4] = None, None
     works = {
-        "ours": lambda: losses.fused_cord(*heads, **how)[0],
+        "ours": lambda: fused.cord(*heads, **how)[0],
         "the formula": lambda: losses.cord(*heads, **how)[0],
     }
     if case == "cord":
         return {
             **works,
-            "ours, uniform (alpha = beta = 1)": lambda: losses.fused_cord(
+            "ours, uniform (alpha = beta = 1)": lambda: fused.cord(
                 *heads, **how, alpha=1.0, beta=1.0
             )[0],
         }
@@ -372,7 +374,7 @@ def bench_rollouts(args):
             **{k: v[torch.tensor(at)] for k, v in prompts.features.items()},
         }
         length = inputs["input_ids"].shape[1]
-        choose = rollout.chooser(
+        choose = sampler.chooser(
             [f"0 0 {examples[i].id} {k}" for i, k in rows],
             length,
             banned,
@@ -558,7 +560,7 @@ def bench_step(args):
     update(work)
     work, tokens, views = batches()
     eager = mock.patch.multiple(
-        losses, _compiled=lambda work: work, _rows_per_chunk=lambda *_: 128
+        fused, _compiled=lambda work: work, _rows_per_chunk=lambda *_: 128
     ), mock.patch.multiple(split_adamw, _compiled_update=lambda: split_adamw._update)
     with eager[0], eager[1], FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         # Counted: what learns, and the teacher; not the rollout

@@ -439,7 +439,7 @@ def step_moments(args, s, gpus, clips, always, copies):
         "gathered: the teacher's head": 2 * s.reader_head * (shared and (source or not args.lora)),
         "the head's gradient, in float32 and as it is kept":
             s.head_learns * (4 if head == 4 else 6)}
-    # As losses._rows_per_chunk cuts them: a quarter of what is free
+    # As fused._rows_per_chunk cuts them: a quarter of what is free
     free = int((args.memory - sum(forward.values())) * 1e9 / 4)
     chunk = min(2048, max(128, free // (12 * s.words) // 128 * 128), clips * s.lengths["response"])
     square_roots = 4 * s.learns / gpus * (wide(args) or args.lora > 0)

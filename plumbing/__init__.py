@@ -1,1 +1,1 @@
-"""What every run needs and no paper is about: ranks, checkpoints, files, the run, the optimizer, figures."""
+"""What every run needs and no paper is about: ranks, checkpoints, files, the run, figures."""

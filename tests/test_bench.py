@@ -76,7 +76,7 @@ def test_losses(capsys):
 def test_the_flops_of_a_loss_are_those_of_its_four_products():
     hidden, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     with bench.FlopCounterMode(display=False, custom_mapping=bench.FLOPS) as counter:
-        bench.losses.fused_jsd_ce(
+        bench.fused.jsd_ce(
             hidden, weight, torch.randn(30, 8), torch.randn(50, 8), torch.randint(50, (30,))
         )[0].backward()
     assert counter.get_total_flops() == 4 * 2 * 30 * 50 * 8

@@ -25,6 +25,7 @@ import data
 import evaluate
 import judge
 import rollout
+import sampler
 from plumbing import plots, tables
 from plumbing.predictions import read_predictions
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
@@ -628,7 +629,7 @@ def test_chooser_samples_what_transformers_would():
         warped = TopPLogitsWarper(top_p)(
             prompt, TopKLogitsWarper(top_k)(prompt, warped) if top_k else warped
         )
-        choose = rollout.chooser(
+        choose = sampler.chooser(
             range(rows), 7, [], max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p
         )
         scores = choose(prompt.expand(rows, -1), logits.expand(rows, -1))
@@ -641,7 +642,7 @@ def test_chooser_samples_what_transformers_would():
 
 def test_chooser_is_keyed_by_seed_name_and_position():
     def pick(names, seed=0, position=0):
-        choose = rollout.chooser(
+        choose = sampler.chooser(
             [f"{seed} {name}" for name in names], 4, [], max_new_tokens=50, temperature=1.0
         )
         return (
@@ -670,7 +671,7 @@ def test_every_row_of_the_full_softmax_has_its_own_temperature():
     torch.manual_seed(1)
     logits, rows = 2 * torch.randn(40), 40_000
     heat = [0.7, 1.5] * rows
-    choose = rollout.chooser(range(2 * rows), 1, [3, 39], max_new_tokens=2, temperature=heat)
+    choose = sampler.chooser(range(2 * rows), 1, [3, 39], max_new_tokens=2, temperature=heat)
     for position in (0, 1):
         drawn = choose(torch.zeros(2 * rows, 1 + position), logits.expand(2 * rows, -1)).argmax(1)
         for n, temperature in enumerate((0.7, 1.5)):
@@ -688,7 +689,7 @@ def test_every_row_of_the_full_softmax_has_its_own_temperature():
 def test_chooser_bans():
     scores = torch.tensor([[9.0, 1.0, 0.0]])
     for temperature in 0, 1.0:
-        choose = rollout.chooser(
+        choose = sampler.chooser(
             ["a"], 1, [0], max_new_tokens=1, temperature=temperature, top_k=1, top_p=0.5
         )
         assert choose(torch.zeros(1, 1), scores).argmax(1).item() == 1

@@ -1,5 +1,6 @@
 """The fused losses against the formulas in float64, against Liger-Kernel and TRL, by gradcheck, and what they must not do: hold a [tokens, vocab]
 matrix, run the teacher where no KL is, compute a gradient that nobody wants, say NaN."""
+import inspect
 import math
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused
 import losses
 
 BETAS = [0.0, 0.3, 0.5, 1.0]
@@ -28,7 +30,7 @@ def way(request):
     if request.param == "in place":
         yield request.param
     else:
-        with mock.patch.multiple(losses, _compiles=lambda device: True, _compiled=lambda work: work):
+        with mock.patch.multiple(fused, _compiles=lambda device: True, _compiled=lambda work: work):
             yield request.param
 
 
@@ -99,7 +101,7 @@ def test_jsd_ce_equals_its_formula(tokens, vocab, width, chunk, kind, beta, temp
         teacher = teacher[0], torch.cat([spare, teacher[1][order]])
         ids["pair"] = (order[:max(1, vocab - 1)], 3 + torch.arange(vocab)[:max(1, vocab - 1)])
     args = [x.to(dtype) for x in (*student, *teacher)]
-    compare(losses.fused_jsd_ce, losses.jsd_ce, [*args, labels], dict(jsd_weight=1.3, ce_weight=0.4, beta=beta, temperature=temperature, shared_ids=ids[share]),
+    compare(fused.jsd_ce, losses.jsd_ce, [*args, labels], dict(jsd_weight=1.3, ce_weight=0.4, beta=beta, temperature=temperature, shared_ids=ids[share]),
             2e-5 if dtype == torch.float32 else 1e-2, chunk)
 
 
@@ -119,7 +121,7 @@ def test_cord_equals_its_formula(rollouts, vocab, width, chunk, kind, weights, d
     labels = torch.randint(2, vocab, (sum(counts),), generator=generator)
     alpha, beta, top_share = weights
     # Which tokens are the largest is a jump: two that float32 cannot tell apart may change places. Equal or well apart here: all of random, none of identical.
-    compare(losses.fused_cord, losses.cord, [*args, labels], dict(
+    compare(fused.cord, losses.cord, [*args, labels], dict(
         lengths=lengths, carries_kl=carries_kl, advantage=flat([a / 7 for *_, a, _ in rollouts], torch.float32),
         temperature=flat([t for *_, t in rollouts], torch.float32), banned=torch.tensor([0, 1]) if bans else None, divergence_beta=divergence_beta,
         alpha=1.0 if kind == "identical" else alpha, beta=beta, top_share=top_share, denominator=5), 2e-5 if dtype == torch.float32 else 1e-2, chunk, scale=sum(counts) * alpha * beta / 5)
@@ -135,7 +137,7 @@ def test_hidden_jsd_equals_its_formula(tokens, width, kind, standardised, dtype,
     student, teacher = (3 * student).to(dtype), (3 * teacher).to(dtype)
     how = dict(mean=torch.randn(width, generator=generator), std=0.5 + torch.rand(width, generator=generator)) if standardised else {}
     results = []
-    for loss, cast in ((losses.fused_hidden_jsd, lambda x: x), (losses.hidden_jsd, torch.Tensor.double)):
+    for loss, cast in ((fused.hidden_jsd, lambda x: x), (losses.hidden_jsd, torch.Tensor.double)):
         x = cast(student).clone().requires_grad_()
         value = loss(x, cast(teacher), denominator=2 * tokens, **{name: cast(y) for name, y in how.items()})
         value.backward()
@@ -145,12 +147,24 @@ def test_hidden_jsd_equals_its_formula(tokens, width, kind, standardised, dtype,
     assert abs(got - want) <= tolerance * want + 1e-7 and (grad - exact).norm() <= tolerance * exact.norm() + 1e-6 / math.sqrt(tokens)
 
 
+def test_the_idea_is_the_mean_reverse_kl_and_its_gradients():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(30, 8).double(), torch.randn(50, 8).double()
+    teacher, teacher_weight = torch.randn(30, 6).double(), torch.randn(50, 6).double()
+    loss, d_hidden, d_weight = fused.the_idea(hidden, weight, teacher, teacher_weight, 7)
+    formula = lambda h, w: (losses.reverse_kl(h @ w.T, teacher @ teacher_weight.T),)
+    want = gradients(formula, hidden, weight)
+    torch.testing.assert_close([loss, d_hidden, d_weight], [want[0][0], want[1], want[2]])
+    source = inspect.getsource(fused.the_idea).splitlines()
+    assert len([line for line in source if line.strip()]) <= 25
+
+
 def test_a_planted_error_is_seen():
     """The comparison above must notice a tenth of a per cent, in a weight or in the temperature."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (model("random", 30, 50, 4, generator) for _ in range(2))
     args = [*student, *teacher, torch.randint(50, (30,), generator=generator)]
-    for wrong in (lambda *a, **k: losses.fused_jsd_ce(*a, **{**k, "ce_weight": 0.5005}), lambda *a, **k: losses.fused_jsd_ce(*a, **{**k, "temperature": 1.001})):
+    for wrong in (lambda *a, **k: fused.jsd_ce(*a, **{**k, "ce_weight": 0.5005}), lambda *a, **k: fused.jsd_ce(*a, **{**k, "temperature": 1.001})):
         with pytest.raises(AssertionError):
             compare(wrong, losses.jsd_ce, args, {}, 2e-5, 7)
 
@@ -161,7 +175,7 @@ def test_gradcheck_jsd_ce(beta, shared, temperature):
     torch.manual_seed(0)
     hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (6, 3)))
     teacher, teacher_weight, labels = torch.randn(5, 2).double(), torch.randn(6, 2).double(), torch.tensor([4, -100, 0, 1, 5])
-    assert torch.autograd.gradcheck(lambda h, w: losses.fused_jsd_ce(h, w, teacher, teacher_weight, labels, beta=beta, temperature=temperature,
+    assert torch.autograd.gradcheck(lambda h, w: fused.jsd_ce(h, w, teacher, teacher_weight, labels, beta=beta, temperature=temperature,
                                                                      shared_ids=shared, denominator=3, chunk_tokens=2)[0], (hidden, weight))
 
 
@@ -173,10 +187,10 @@ def test_gradcheck_cord_and_hidden(divergence_beta):
     how = dict(lengths=[3, 2], carries_kl=carries_kl, advantage=torch.tensor([0, 0, 0, 0.5, 0.5, -0.3, -0.3]), temperature=torch.tensor([1, 1, 1, 1.5, 1.5, 0.8, 0.8]),
                banned=torch.tensor([2]), divergence_beta=divergence_beta, top_share=0.4, denominator=4, chunk_tokens=2)
     teacher, teacher_weight, labels = torch.randn(5, 2).double(), torch.randn(6, 2).double(), torch.tensor([4, 3, 0, 1, 5, 0, 1])
-    assert torch.autograd.gradcheck(lambda h, w: losses.fused_cord(h, w, teacher, teacher_weight, labels, **how)[0], (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: fused.cord(h, w, teacher, teacher_weight, labels, **how)[0], (hidden, weight))
     mean, std, other = torch.randn(3).double(), torch.rand(3).double() + 0.5, torch.randn(7, 3).double()
-    assert torch.autograd.gradcheck(lambda h: losses.fused_hidden_jsd(h, other, mean=mean, std=std, denominator=4), hidden)
-    assert torch.autograd.gradcheck(lambda h: losses.fused_hidden_jsd(h, other), hidden)
+    assert torch.autograd.gradcheck(lambda h: fused.hidden_jsd(h, other, mean=mean, std=std, denominator=4), hidden)
+    assert torch.autograd.gradcheck(lambda h: fused.hidden_jsd(h, other), hidden)
 
 
 # ------------------------------------------------------------- other libraries ----------------------------------------------------------
@@ -191,7 +205,7 @@ def test_against_liger(beta, temperature):
     liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=False, chunk_size=16)
     # Liger divides the student's and the teacher's logits by the temperature for the JSD, as we do, and takes the cross-entropy at 1
     theirs = gradients(lambda h, w, *more: (liger(h, w, *more),), *student, *teacher, labels)
-    ours = gradients(losses.fused_jsd_ce, *student, *teacher, labels, beta=beta, temperature=temperature, chunk_tokens=13)
+    ours = gradients(fused.jsd_ce, *student, *teacher, labels, beta=beta, temperature=temperature, chunk_tokens=13)
     torch.testing.assert_close(ours[0][0], theirs[0][0], rtol=2e-5, atol=0)
     for x, y in zip(ours[1:], theirs[1:]):
         assert (x - y).norm() < 2e-5 * y.norm()
@@ -210,7 +224,7 @@ def test_the_formula_against_trl(beta):
     torch.testing.assert_close(losses.jsd(student[counted], teacher[counted], beta=beta, temperature=0.9), theirs)
     head = torch.eye(40, dtype=torch.float64)                               # hidden states that are the logits
     flat = student.flatten(0, 1), head, teacher.flatten(0, 1), head, labels.flatten()
-    torch.testing.assert_close(losses.fused_jsd_ce(*flat, beta=beta, temperature=0.9, chunk_tokens=4)[1], theirs)
+    torch.testing.assert_close(fused.jsd_ce(*flat, beta=beta, temperature=0.9, chunk_tokens=4)[1], theirs)
 
 
 # ------------------------------------------------------ what must and must not happen ---------------------------------------------------
@@ -242,30 +256,30 @@ def cord_arguments(vocab=600, teacher_width=5):
 
 def test_no_matrix_of_tokens_by_vocabulary_is_ever_made():
     (hidden, weight, teacher, teacher_weight, labels), how = cord_arguments()
-    with Watch() as fused:
-        losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how)[0].backward()
+    with Watch() as cord:
+        fused.cord(hidden, weight, teacher, teacher_weight, labels, **how)[0].backward()
     with Watch() as jsd:
-        losses.fused_jsd_ce(hidden, weight, hidden.detach(), weight.detach(), labels, chunk_tokens=50)[0].backward()
+        fused.jsd_ce(hidden, weight, hidden.detach(), weight.detach(), labels, chunk_tokens=50)[0].backward()
     with Watch() as formula:
         losses.jsd_ce(hidden, weight, hidden.detach(), weight.detach(), labels)[0].backward()
-    assert fused.largest <= 50 * 600 and jsd.largest <= 50 * 600 and formula.largest == 500 * 600
+    assert cord.largest <= 50 * 600 and jsd.largest <= 50 * 600 and formula.largest == 500 * 600
 
 
 def test_the_teacher_runs_for_tokens_with_kl_alone_and_the_largest_once_more():
     args, how = cord_arguments(teacher_width=5)
     with Watch() as watch:
-        losses.fused_cord(*args, **how)
+        fused.cord(*args, **how)
     teacher = sum(a[0] for a, b in watch.products if b == (5, 600))
     student = sum(a[0] for a, b in watch.products if b == (4, 600))
     assert teacher == 200 + 12 + 8 and student == 500 + 12 + 8              # a tenth of 120 and of 80, a second time
     how["carries_kl"], how["lengths"] = torch.zeros(500, dtype=torch.bool), []
     with Watch() as watch:
-        losses.fused_cord(*args[:2], None, None, args[4], **how)
+        fused.cord(*args[:2], None, None, args[4], **how)
     assert sum(a[0] for a, b in watch.products if b == (4, 600)) == 500
 
 
 def test_a_chunks_logits_are_gone_before_the_next(monkeypatch):
-    made, alive, real = [], [], losses._logits
+    made, alive, real = [], [], fused._logits
 
     def watched(*args):
         alive.append(sum(ref() is not None for ref in made))
@@ -273,10 +287,10 @@ def test_a_chunks_logits_are_gone_before_the_next(monkeypatch):
         made.append(weakref.ref(z))
         return z
 
-    monkeypatch.setattr(losses, "_logits", watched)
+    monkeypatch.setattr(fused, "_logits", watched)
     (hidden, weight, teacher, teacher_weight, labels), how = cord_arguments()
     banned = torch.tensor([next(i for i in range(600) if i not in labels)])
-    losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, banned=banned)
+    fused.cord(hidden, weight, teacher, teacher_weight, labels, **how, banned=banned)
     assert len(alive) > 10 and max(alive) == 1                              # the student's, when the teacher's are made
 
 
@@ -286,10 +300,10 @@ def test_gradients_only_for_what_learns(frozen):
     learns = {"hidden": frozen == "weight", "weight": frozen == "hidden"}
     hidden, weight = hidden.detach().requires_grad_(learns["hidden"]), weight.detach().requires_grad_(learns["weight"])
     with Watch() as watch:
-        loss = losses.fused_jsd_ce(hidden, weight, hidden.detach(), weight.detach(), labels, chunk_tokens=500)[0]
+        loss = fused.jsd_ce(hidden, weight, hidden.detach(), weight.detach(), labels, chunk_tokens=500)[0]
     assert len(watch.products) == 2 + sum(learns.values()) and loss.requires_grad == any(learns.values())
     with Watch() as watch, torch.no_grad():
-        assert not losses.fused_jsd_ce(hidden.requires_grad_(), weight, hidden, weight, labels, chunk_tokens=500)[0].requires_grad
+        assert not fused.jsd_ce(hidden.requires_grad_(), weight, hidden, weight, labels, chunk_tokens=500)[0].requires_grad
     assert len(watch.products) == 2
 
 
@@ -297,47 +311,47 @@ def test_gradients_only_for_what_learns(frozen):
 def test_no_tokens_and_all_ignored_are_zero_with_a_graph(denominator):
     for tokens in (0, 3):
         hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-        for loss in (losses.fused_jsd_ce, losses.jsd_ce):
+        for loss in (fused.jsd_ce, losses.jsd_ce):
             value, jsd, ce = loss(hidden, weight, hidden.detach(), weight.detach(), torch.full((tokens,), -100), denominator=denominator)
             value.backward()
             assert value == jsd == ce == 0 and (weight.grad == 0).all() and (hidden.grad == 0).all()
         none = dict(lengths=[], carries_kl=torch.zeros(0, dtype=torch.bool), advantage=torch.zeros(0), temperature=torch.zeros(0))
-        for loss in (losses.fused_cord, losses.cord):
+        for loss in (fused.cord, losses.cord):
             value, *each = loss(hidden[:0], weight, None, None, torch.zeros(0, dtype=torch.int64), **none)
             value.backward()
             assert value == 0 and all(len(x) == 0 for x in each)
-    assert losses.fused_hidden_jsd(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), denominator=denominator).requires_grad
+    assert fused.hidden_jsd(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), denominator=denominator).requires_grad
 
 
 def test_parts_of_a_batch_add_up():
     (hidden, weight, *_, labels), _ = cord_arguments()
     teacher = torch.randn_like(hidden), torch.randn_like(weight)
-    whole = losses.fused_jsd_ce(hidden, weight, *teacher, labels)[0]
-    parts = sum(losses.fused_jsd_ce(hidden[a:b], weight, teacher[0][a:b], teacher[1], labels[a:b], denominator=500)[0] for a, b in ((0, 1), (1, 1), (1, 320), (320, 500)))
+    whole = fused.jsd_ce(hidden, weight, *teacher, labels)[0]
+    parts = sum(fused.jsd_ce(hidden[a:b], weight, teacher[0][a:b], teacher[1], labels[a:b], denominator=500)[0] for a, b in ((0, 1), (1, 1), (1, 320), (320, 500)))
     torch.testing.assert_close(parts, whole)
 
 
 def test_bad_arguments_are_named():
     (hidden, weight, teacher, teacher_weight, labels), how = cord_arguments()
     cases = [
-        (lambda: losses.fused_jsd_ce(hidden, weight[:, :3], hidden, weight, labels), "does not fit"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, hidden, None, labels), "lacks"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, hidden, weight, labels[1:]), "labels"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, hidden[1:], weight, labels), "teacher rows"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, hidden, weight, labels, beta=1.5), "beta"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, hidden, weight, labels, denominator=0), "denominator 0"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, hidden, weight, labels, chunk_tokens=0), "chunk_tokens"),
-        (lambda: losses.fused_jsd_ce(hidden, weight, teacher[:1].expand(500, 5), teacher_weight[:9], labels), "vocabular"),
-        (lambda: losses.fused_cord(hidden, weight, teacher[1:], teacher_weight, labels, **how), "lengths"),
-        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": [120, 81]}), "lengths"),
-        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "advantage": torch.zeros(3)}), "3 advantages"),
-        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": []}), "the same"),
+        (lambda: fused.jsd_ce(hidden, weight[:, :3], hidden, weight, labels), "does not fit"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden, None, labels), "lacks"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels[1:]), "labels"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden[1:], weight, labels), "teacher rows"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels, beta=1.5), "beta"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels, denominator=0), "denominator 0"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels, chunk_tokens=0), "chunk_tokens"),
+        (lambda: fused.jsd_ce(hidden, weight, teacher[:1].expand(500, 5), teacher_weight[:9], labels), "vocabular"),
+        (lambda: fused.cord(hidden, weight, teacher[1:], teacher_weight, labels, **how), "lengths"),
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": [120, 81]}), "lengths"),
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "advantage": torch.zeros(3)}), "3 advantages"),
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": []}), "the same"),
         (lambda: losses.cord(hidden, weight, None, None, labels, **{**{k: v for k, v in how.items() if k != "chunk_tokens"}, "lengths": []}), "the same"),
-        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, banned=labels[7:8]), f"label {labels[7].item()} is banned"),
-        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, denominator=0), "denominator 0"),
-        (lambda: losses.fused_cord(hidden, weight, teacher, teacher_weight, labels, **how, divergence_beta=1.7), "divergence_beta 1.7"),
-        (lambda: losses.fused_hidden_jsd(hidden, hidden[:1]), "same"),
-        (lambda: losses.fused_hidden_jsd(hidden, hidden.detach(), mean=hidden[0]), "mean and std")]
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight, labels, **how, banned=labels[7:8]), f"label {labels[7].item()} is banned"),
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight, labels, **how, denominator=0), "denominator 0"),
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight, labels, **how, divergence_beta=1.7), "divergence_beta 1.7"),
+        (lambda: fused.hidden_jsd(hidden, hidden[:1]), "same"),
+        (lambda: fused.hidden_jsd(hidden, hidden.detach(), mean=hidden[0]), "mean and std")]
     for call, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             call()
@@ -350,7 +364,7 @@ def test_autocast_rounds_neither_inputs_nor_logits():
     other, labels, how = hidden + 0.02 * torch.randn_like(hidden), torch.zeros(64, dtype=torch.int64), dict(ce_weight=0.0, beta=1.0)
     exact = gradients(losses.jsd_ce, *map(torch.Tensor.double, (hidden, weight, other, weight)), labels, **how)
     with torch.autocast("cpu", torch.bfloat16):
-        got = gradients(losses.fused_jsd_ce, hidden, weight, other, weight, labels, **how)
+        got = gradients(fused.jsd_ce, hidden, weight, other, weight, labels, **how)
         z = torch.nn.functional.linear(hidden.requires_grad_(), weight)
         losses.reverse_kl(z.float(), torch.nn.functional.linear(other, weight).float()).backward()
     assert (got[1] - exact[1]).norm() < 1e-4 * exact[1].norm()
@@ -361,13 +375,13 @@ def test_the_denominator_is_not_rounded_to_16_bits():
     torch.manual_seed(0)
     student, teacher = torch.randn(40, 16).bfloat16(), torch.randn(40, 16).bfloat16()
     for denominator in (700, 1030, 70_001):
-        torch.testing.assert_close(losses.fused_hidden_jsd(student, teacher, denominator=denominator), losses.hidden_jsd(student, teacher, denominator=denominator), rtol=1e-5, atol=0)
+        torch.testing.assert_close(fused.hidden_jsd(student, teacher, denominator=denominator), losses.hidden_jsd(student, teacher, denominator=denominator), rtol=1e-5, atol=0)
 
 
 def test_float16_hidden_states_and_a_large_loss_scale():
     torch.manual_seed(0)
     student, teacher = torch.randn(40, 16).half().requires_grad_(), torch.randn(40, 16).half()
-    (2 ** 16 * losses.fused_hidden_jsd(student, teacher)).backward()
+    (2 ** 16 * fused.hidden_jsd(student, teacher)).backward()
     exact = student.detach().double().requires_grad_()
     losses.hidden_jsd(exact, teacher.double()).backward()
     assert ((student.grad.double() / 2 ** 16) - exact.grad).norm() < 1e-2 * exact.grad.norm()
@@ -376,16 +390,16 @@ def test_float16_hidden_states_and_a_large_loss_scale():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_path_has_the_right_shapes_and_types(dtype, monkeypatch):
     """No GPU at hand: fake tensors on a fake CUDA device go the same way, and every operation checks its types."""
-    monkeypatch.setattr(losses, "_compiled", lambda work: work)
+    monkeypatch.setattr(fused, "_compiled", lambda work: work)
     monkeypatch.setattr(torch, "addmm", lambda x, a, b, out_dtype, out: out.copy_(x + torch.mm(a, b, out_dtype=out_dtype)))      # fake tensors only know it for one type
-    monkeypatch.setattr(losses, "_rows_per_chunk", lambda chunk_tokens, vocab, device: 2048)
+    monkeypatch.setattr(fused, "_rows_per_chunk", lambda chunk_tokens, vocab, device: 2048)
     with FakeTensorMode():
         on = dict(device="cuda")
         hidden, weight, teacher, teacher_weight = (torch.empty(*shape, dtype=dtype, **on) for shape in ((6000, 32), (151_936, 32), (6000, 48), (152_064, 48)))
         d_weight, each = torch.zeros(151_936, 32, **on), torch.empty(6000, **on)
         shared = torch.empty(151_000, dtype=torch.int64, **on), torch.empty(151_000, dtype=torch.int64, **on)
-        operands = [*losses._operands(hidden, weight), *losses._operands(teacher, teacher_weight)]
-        d, nll, spread, d_hidden = losses._head_pass(
+        operands = [*fused._operands(hidden, weight), *fused._operands(teacher, teacher_weight)]
+        d, nll, spread, d_hidden = fused._head_pass(
             *operands, torch.empty(6000, dtype=torch.int64, **on), each, each, each, d_weight, chunk_tokens=None, wants_hidden=True, beta=0.5, temperature=1.0,
             shared=shared, banned=torch.empty(5, dtype=torch.int64, **on), entropy=True)
     assert all(x.dtype == dtype for x in operands)
@@ -398,7 +412,7 @@ def test_chunks_by_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 30)
     sizes = []
     for free in (1, 8, 40, 80):
-        sizes.append(losses._rows_per_chunk(None, 151_936, torch.device("cuda")))
+        sizes.append(fused._rows_per_chunk(None, 151_936, torch.device("cuda")))
     assert sizes == sorted(sizes) and all(128 <= size <= 2048 and size % 128 == 0 for size in sizes) and sizes[0] < sizes[-1]
     assert 4 * 4 * 151_936 * sizes[1] < 8 << 30
 
@@ -414,7 +428,7 @@ def test_compiled_it_says_the_same(case, way):
     z, t, labels, a, c, heat = 3 * torch.randn(33, 70), 3 * torch.randn(33, 72), torch.randint(70, (33,)), torch.rand(33), torch.rand(33), 0.5 + torch.rand(33)
     how = dict(beta=1.0 if case == "cord" else 0.5, temperature=1.0, shared=torch.randint(-1, 72, (70,)) if case == "shared" else None, entropy=case == "cord", dtype=torch.bfloat16)
     args = z, None if case == "group" else t if case == "shared" else t[:, :70].contiguous(), labels, a, c, heat if case == "group" else None
-    for x, y in zip(losses._compiled(losses._chunk)(*args, **how), losses._chunk(*args, **how)):
+    for x, y in zip(fused._compiled(fused._chunk)(*args, **how), fused._chunk(*args, **how)):
         torch.testing.assert_close(x, y, rtol=1e-5 if x.dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
@@ -423,14 +437,14 @@ def test_compiled_it_says_the_same(case, way):
 def test_states_compiled_say_the_same_for_any_number_of_rows(way, monkeypatch):
     if way != "in place":
         pytest.skip("compiles nothing")
-    monkeypatch.setattr(losses, "_compiles", lambda device: True)
+    monkeypatch.setattr(fused, "_compiles", lambda device: True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for width in (48, 64):
         for rows in (50, 40, 33, 70):
             torch.manual_seed(rows)
             student, teacher, mean, std = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16(), torch.randn(width), 0.5 + torch.rand(width)
-            got, want = (loss(student, teacher, mean=mean, std=std) for loss in (losses.fused_hidden_jsd, losses.hidden_jsd))
+            got, want = (loss(student, teacher, mean=mean, std=std) for loss in (fused.hidden_jsd, losses.hidden_jsd))
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2      # one for each width
 

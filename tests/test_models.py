@@ -36,6 +36,7 @@ import families
 import layer_map
 import models
 import rollout
+import sampler
 import train_cord
 import train_source_layer
 from conftest import TEACHER_TEMPLATE
@@ -190,7 +191,7 @@ def test_rollouts_are_those_of_plain_generate(name, loaded, examples):
         max_new_tokens=12,
     )
     inputs = data.prompt_batch([e for e in examples for _ in range(2)], processor)
-    choose = rollout.chooser(
+    choose = sampler.chooser(
         [f"0 5 {e.id} {i}" for e in examples for i in range(2)],
         inputs["input_ids"].shape[1],
         rollout.banned_ids(model, processor.tokenizer),

@@ -27,8 +27,8 @@ PRIVATE = {
     ("plumbing/ranks.py", "_get_fsdp_state"): (f"{FSDP}._fully_shard", *SHARDED),
     ("plumbing/ranks.py", "_fsdp_param_group"): (f"{FSDP}._fsdp_state", *SHARDED),
     ("plumbing/ranks.py", "_post_forward_indices"): (f"{FSDP}._fsdp_param_group", *SHARDED),
-    ("losses.py", "_dynamo"): (
-        "torch", "losses._any_rows", "test_fused.py (slow: what is compiled for a GPU)"),
+    ("fused.py", "_dynamo"): (
+        "torch", "fused._any_rows", "test_fused.py (slow: what is compiled for a GPU)"),
     ("models.py", "_hf_peft_config_loaded"): (
         "transformers.integrations.peft", "models._load",
         "test_models.py::test_granites_own_adapter_becomes_its_weights"),
@@ -70,4 +70,4 @@ def test_no_other_private_name_is_used():
 def test_the_compilers_marks_are_still_there():
     for mark in ("maybe_mark_dynamic", "mark_static"):
         assert hasattr(torch._dynamo, mark), (
-            f"torch._dynamo has no {mark} any more: look at losses._any_rows")
+            f"torch._dynamo has no {mark} any more: look at fused._any_rows")

@@ -18,6 +18,7 @@ import torch
 
 import data
 import evaluate
+import fused
 import losses
 import mini.world
 import models
@@ -231,7 +232,7 @@ def total(step, batches, n_kl=N_KL):
     return sums
 
 
-@pytest.mark.parametrize("form", [losses.fused_cord, losses.cord])
+@pytest.mark.parametrize("form", [fused.cord, losses.cord])
 def test_the_loss_is_the_papers_formula(everything, form, monkeypatch):
     """D_t, weights and log p again, one rollout at a time, unbatched, from transformers' own logits, with scipy."""
     model, processor, step, prompts, rollouts, args = everything
@@ -476,10 +477,10 @@ def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
         main(small_run(world, tmp_path / form, *flags, "--max-steps", "10", "--micro-batch", "3", "--lr", "3e-4", "--loss", form))
         logs.append(log_of(tmp_path / form))
     timing = ("seconds", "rollout_tokens_per_second", "memory_gb", "host_gb")
-    for fused, reference in zip(*logs):
-        assert fused.keys() == reference.keys() and fused.get("length") == reference.get("length")
+    for ours, reference in zip(*logs):
+        assert ours.keys() == reference.keys() and ours.get("length") == reference.get("length")
         for name, value in reference.items():
-            assert name.startswith(timing) or fused[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (reference["step"], name)
+            assert name.startswith(timing) or ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (reference["step"], name)
     assert len(logs[0]) == 10 and logs[0][-1]["loss"] != logs[0][0]["loss"]
 
 

@@ -1,5 +1,5 @@
 """
-What torch.compile makes of losses._chunk for an H100, without one: how often a token's logits are read, and what is written, in the Triton code.
+What torch.compile makes of fused._chunk for an H100, without one: how often a token's logits are read, and what is written, in the Triton code.
 
     python tests/gpu/kernels_for_h100.py
 
@@ -23,7 +23,7 @@ from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import losses
+import fused
 
 H100 = types.SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65_536,
                              warp_size=32, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472, max_threads_per_block=1024, L2_cache_size=50 << 20,
@@ -66,9 +66,9 @@ def kernels(n, beta=0.5, entropy=False, shared=False, alone=False):
         rows = [make(n, VOCAB), None if alone else make(n, OTHER if shared else VOCAB), make(n, dtype=torch.int64), make(n), make(n), make(n) if alone else None]
         for x in rows:
             if x is not None:
-                losses._any_rows(x)
+                fused._any_rows(x)
         try:
-            losses._compiled(losses._chunk)(*rows, beta=beta, temperature=1, shared=make(VOCAB, dtype=torch.int64) if shared else None, entropy=entropy, dtype=torch.bfloat16)
+            fused._compiled(fused._chunk)(*rows, beta=beta, temperature=1, shared=make(VOCAB, dtype=torch.int64) if shared else None, entropy=entropy, dtype=torch.bfloat16)
         except Exception as error:                      # dynamo wraps it
             if "triton" not in str(error):
                 raise

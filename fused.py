@@ -1,0 +1,683 @@
+"""The losses of losses.py, the same numbers, without a [tokens, vocab] matrix.
+
+At 152,000 words, 8,192 response tokens have 5 GB of float32 logits, and autograd keeps several
+matrices of that size for each loss, twice: student and teacher. But the gradient of each of these
+losses with respect to the logits is known in closed form. So the forward pass takes the tokens in
+chunks, and for each chunk computes the logits, the loss, the gradient, and at once the two products
+that carry the gradient on to the hidden states and to the head's weight. Then the chunk is
+forgotten. backward only multiplies what is known by what comes from above.
+
+    jsd_ce, cord, hidden_jsd    take and return what their namesakes in losses.py do
+    HIDDEN                      those of losses.HIDDEN that have a faster form
+
+Read section 1, then 2. On a GPU a chunk's logits, 1 GB of them, fit into no cache, and one compiled
+kernel reads them three times and writes the gradient once (section 3). On a CPU no compiler is at
+hand, and about fifteen operations work on rows that stay in its cache (section 7).
+
+Needs nothing but torch (2.11 or newer, which on a GPU sums products of bfloat16 matrices in
+float32), and can be copied by itself.
+
+    python -m lab.bench losses          # time, memory and share of the floor, beside Liger-Kernel's
+"""
+
+import functools
+import math
+
+import torch
+
+
+# -------------------------------------------------------------------------------------------------
+# 1. The idea, in 25 lines that run (tests/test_fused.py): CORD's L_tok without weights, that is
+#    the mean reverse KL, and what its backward pass would give
+
+def the_idea(student_hidden, student_weight, teacher_hidden, teacher_weight, chunk_tokens=256):
+    """[tokens, hidden], [vocab, hidden], the teacher's two -> loss, d_hidden, d_weight."""
+    tokens = len(student_hidden)
+    loss = 0.0
+    d_hidden = torch.empty_like(student_hidden)                     # [tokens, hidden]
+    d_weight = torch.zeros_like(student_weight)                     # [vocab, hidden]
+    for start in range(0, tokens, chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+
+        # Only these rows' logits ever exist: [chunk, vocab]
+        log_q = (student_hidden[rows] @ student_weight.T).log_softmax(-1)
+        log_p = (teacher_hidden[rows] @ teacher_weight.T).log_softmax(-1)
+        q = log_q.exp()
+
+        # D_t = KL(q || p), and dD_t/dz in closed form: no autograd
+        divergence = (q * (log_q - log_p)).sum(-1)                              # [chunk]
+        d_logits = q * (log_q - log_p - divergence[:, None]) / tokens           # [chunk, vocab]
+
+        # Back through logits = hidden @ weight.T, now, while they are at hand
+        d_hidden[rows] = d_logits @ student_weight
+        d_weight += d_logits.T @ student_hidden[rows]
+        loss += divergence.sum() / tokens
+    return loss, d_hidden, d_weight
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. The gradients
+#
+# With z = h W^T / tau, q = softmax(z):   dq_i/dz_j = q_i (1[i = j] - q_j), so that for any D(q)
+#
+#     dD/dz_j = q_j (dD/dq_j - sum_i q_i dD/dq_i)
+#
+#                                       dD/dq                      dD/dz
+#     reverse KL   sum q log(q/p)       log(q/p) + 1               q (log(q/p) - D)
+#     forward KL   sum p log(p/q)       -p/q                       q - p
+#     JSD_beta                          (1 - beta) log(q/m)       (1 - beta) q (log(q/m) - KL(q||m))
+#     -log q_y                          -1[i = y] / q_y            q - 1[i = y]
+#
+# with m = beta p + (1 - beta) q. (JSD: beta KL(p || m) gives -beta (1 - beta) p/m, and
+# (1 - beta) KL(q || m) gives (1 - beta) (log(q/m) + 1 - (1 - beta) q/m). All but the logarithm adds
+# up to (1 - beta) (1 - m/m) = 0.) Then dh = dD/dz W / tau and dW = (dD/dz)^T h / tau.
+
+def _divergence(log_q, log_p, beta):
+    """losses.token_divergence and its gradient: [n, vocab] twice -> D [n], dD/dz [n, vocab]."""
+    q, p = log_q.exp(), log_p.exp()
+    if beta == 0:
+        return (p * (log_p - log_q)).sum(-1), q - p
+    if beta == 1:
+        divergence = (q * (log_q - log_p)).sum(-1)
+        return divergence, q * (log_q - log_p - divergence[:, None])
+    # Where p and q both underflow, m = 0. Any finite logarithm will do: p and q are 0 there
+    log_m = torch.lerp(q, p, beta).clamp(min=torch.finfo(q.dtype).tiny).log()
+    kl_q = (q * (log_q - log_m)).sum(-1)                                        # KL(q || m)
+    divergence = beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * kl_q
+    return divergence, (1 - beta) * q * (log_q - log_m - kl_q[:, None])
+
+
+# -------------------------------------------------------------------------------------------------
+# 3. A chunk on a GPU: what lies between the products, as a compiler wants it
+#
+# Every value comes of the logits at its place and of a few numbers of its row. So both matrices are
+# read three times (normalisers, sums, gradient), the gradient is written, and nothing else is of
+# that size. tests/gpu/kernels_for_h100.py counts it in the compiled code.
+
+def _chunk(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
+           beta, temperature, shared, entropy, dtype):
+    """Losses and gradient of n tokens.
+
+    student [n, vocab], teacher [n, teacher vocab] or None   logits
+    labels, kl_weight, nll_weight [n]   the gradient is of the sum of
+                                        kl_weight D - nll_weight log q(label)
+    nll_temperature [n] or None         of log q alone; `temperature` is D's
+    shared [vocab] or None              the teacher's id for each of the student's; -1: it has none
+
+    -> D, -log q(label), entropy [n] (0 where not asked for), gradient [n, vocab] in dtype."""
+    labels, kl_weight, nll_weight = labels[:, None], kl_weight[:, None], nll_weight[:, None]
+
+    # -log q(label), and its gradient: nll_weight (q - 1[i = y]) / nll_temperature
+    logits = student
+    if nll_temperature is not None:
+        logits = student / nll_temperature[:, None]
+        nll_weight = nll_weight / nll_temperature[:, None]
+    log_q = torch.log_softmax(logits, -1)
+    nll = -log_q.gather(1, labels)[:, 0]
+    none = torch.zeros_like(nll)
+    # Compared, not scattered: a scatter the compiler would write first and then add to
+    at_label = torch.arange(student.shape[1], device=student.device) == labels
+    gradient = log_q.exp() * nll_weight - torch.where(at_label, nll_weight, 0.0)
+    if teacher is None:
+        return none, nll, none, gradient.to(dtype)
+
+    # D, over the shared words at its own temperature
+    if shared is not None:
+        student = torch.where(shared >= 0, student, FLOOR)
+        teacher = torch.where(shared >= 0, teacher[:, shared.clamp(min=0)], FLOOR)
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    log_q = torch.log_softmax(student, -1)
+    divergence, d_divergence = _divergence(log_q, torch.log_softmax(teacher, -1), beta)
+    spread = -(log_q.exp() * log_q).sum(-1) if entropy else none
+    gradient = gradient + kl_weight / temperature * d_divergence
+    return divergence, nll, spread, gradient.to(dtype)
+
+
+def _states_chunk(student, teacher, mean, std, weight, dtype):
+    """Hidden states [n, features] twice -> the sum of weight * JSD, and its gradient."""
+    student, teacher = _wide(student), _wide(teacher)
+    if mean is not None:
+        student, teacher = (student - mean) / std, (teacher - mean) / std
+    log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    divergence, gradient = _divergence(log_q, log_p, 0.5)
+    d_states = gradient * (weight if std is None else weight / std)
+    return weight * divergence.sum(), d_states.to(dtype)
+
+
+def _compiles(device):
+    return device.type == "cuda"
+
+
+@functools.cache
+def _compiled(work):
+    """For a GPU. Left to itself, Inductor would store what it needs twice, and cut the rows where
+    the first chunk has few of them. To read the logits and compute it again costs less than to
+    write anything of their size."""
+    return torch.compile(work, options={
+        "realize_opcount_threshold": 10 ** 6,
+        "realize_reads_threshold": 10 ** 6,
+        "split_reductions": False,
+    })
+
+
+def _any_rows(x, of_width=False):
+    """Tells the compiler: one kernel for any number of rows; of_width: of this width.
+
+    PyTorch has no public name for it (2.14), so it stands here alone
+    (tests/test_private_names.py)."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    if of_width:
+        torch._dynamo.mark_static(x, 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# 4. The products: two for logits, two for gradients
+
+def _operands(hidden, weight):
+    """What goes into the products: the wider type of the two, whatever autocast says.
+
+    With weights in bfloat16 both are that, and nothing is rounded. With float32 heads the products
+    are float32, on a GPU too: slow. (allow_tf32 would make them fast, and cut the angles of rotary
+    embeddings to 11 bits, too, for transformers multiplies them as matrices.)"""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype == torch.float16:
+        dtype = torch.float32                       # too small a range for gradients
+    hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
+    if hidden.device.type == "cpu":
+        hidden = _wide(hidden)                      # 16-bit products win nothing there
+    return hidden, weight
+
+
+def _logits(hidden, weight, buffers, name):
+    """hidden weight^T [n, vocab], in float32 from bfloat16 too: what a tensor core has summed
+    anyway, before it would be rounded."""
+    if hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    out = buffers(name, len(hidden), len(weight))
+    if hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.T, out=out)
+    for words in _slices(weight):
+        torch.mm(hidden, weight[words].to(hidden.dtype).T, out=out[:, words])
+    return out
+
+
+def _slices(weight):
+    """The rows of a 16-bit weight, 64 MB at a time in float32."""
+    step = max(1, 2 ** 24 // weight.shape[1])
+    return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
+
+
+def _back(d_logits, weight):
+    """d_logits weight [n, hidden], the same way."""
+    if d_logits.dtype == torch.bfloat16:
+        return torch.mm(d_logits, weight, out_dtype=torch.float32)
+    if d_logits.dtype == weight.dtype:
+        return torch.mm(d_logits, weight)
+    return sum(d_logits[:, words] @ weight[words].to(d_logits.dtype) for words in _slices(weight))
+
+
+def _add_outer(d_weight, d_logits, hidden):
+    """d_weight [vocab, hidden] += d_logits^T hidden, summed in float32 over all chunks."""
+    if d_logits.dtype == d_weight.dtype:
+        d_weight.addmm_(d_logits.T, hidden)
+    else:       # the product adds it up itself: no second matrix of that size
+        torch.addmm(d_weight, d_logits.T, hidden, out_dtype=torch.float32, out=d_weight)
+
+
+# -------------------------------------------------------------------------------------------------
+# 5. The walk over the tokens
+
+def _rows_per_chunk(chunk_tokens, vocab, device):
+    """How many tokens go through the products at once: as given, else by memory.
+
+    On a GPU what fits into a quarter of the free memory, three float32 matrices deep, up to 2,048;
+    on a CPU 64 MB of logits. Every chunk reads and writes d_weight once, so large ones are faster
+    and small ones leaner."""
+    if chunk_tokens is not None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let "
+                             "free memory decide")
+        return chunk_tokens
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        return min(2048, max(128, free // 4 // (3 * 4 * vocab) // 128 * 128))
+    return max(256, 2 ** 24 // vocab)
+
+
+def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, kl_weight, nll_weight,
+               nll_temperature, d_weight, *, chunk_tokens, wants_hidden, shared=None, banned=None,
+               **how):
+    """All rows through both heads, chunk by chunk.
+
+    hidden [rows, hidden]; teacher_hidden [rows, teacher hidden] or None; the rest as in _chunk,
+    [rows]. shared: a pair of ids, [words] each. banned [ids]: what neither side can say.
+
+    -> D, -log q, entropy [rows], and the gradient with respect to hidden [rows, hidden] or None.
+    d_weight [vocab, hidden], unless None, is added to."""
+    device, vocab = hidden.device, len(weight)
+    compiled, size = _compiles(device), _rows_per_chunk(chunk_tokens, vocab, device)
+    buffers = _Buffers(nll_weight)
+    d_hidden = None
+    if wants_hidden:
+        d_hidden = torch.empty(hidden.shape, dtype=nll_weight.dtype, device=device)
+    if compiled and shared is not None:     # [vocab], as _chunk wants it
+        shared = torch.full((vocab,), -1, device=device).index_copy_(0, *shared)
+
+    def through_heads(rows):
+        student = _logits(hidden[rows], weight, buffers, "student")             # [n, vocab]
+        teacher = None
+        if teacher_hidden is not None:
+            teacher = _logits(teacher_hidden[rows], teacher_weight, buffers, "teacher")
+        if banned is not None:
+            student.index_fill_(1, banned, FLOOR)
+            if teacher is not None:
+                teacher.index_fill_(1, banned, FLOOR)
+
+        heat = None if nll_temperature is None else nll_temperature[rows]
+        each = student, teacher, labels[rows], kl_weight[rows], nll_weight[rows], heat
+        if compiled:
+            for x in each:
+                if x is not None:
+                    _any_rows(x)            # the last chunk is shorter; vocab stays a constant
+            *values, d_logits = _compiled(_chunk)(*each, shared=shared, dtype=hidden.dtype, **how)
+        else:
+            *values, d_logits = _block_by_block(*each, shared=shared, buffers=buffers, **how)
+
+        if wants_hidden:
+            d_hidden[rows] = _back(d_logits, weight)                            # [n, hidden]
+        if d_weight is not None:
+            _add_outer(d_weight, d_logits, hidden[rows])
+        return values                       # the chunk's logits end with this function
+
+    with torch.autocast(device.type, enabled=False):
+        found = [through_heads(slice(start, start + size))
+                 for start in range(0, len(hidden), size)]
+    if not found:
+        found = [[nll_weight.new_zeros(0)] * 3]
+    divergence, nll, entropy = (torch.cat(parts) for parts in zip(*found))
+    return divergence, nll, entropy, d_hidden
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradients are known already.
+
+    apply(loss, x, y, ..., d_x, d_y, ...): d_x is x's gradient, None for what learns nothing."""
+
+    @staticmethod
+    def forward(ctx, loss, *tensors):
+        half = len(tensors) // 2
+        kept = []
+        for x, gradient in zip(tensors[:half], tensors[half:]):
+            if gradient is not None and x.dtype == torch.bfloat16:
+                gradient = gradient.to(x.dtype)                     # no wider than it will be used
+            kept.append(gradient)
+        ctx.save_for_backward(*kept)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, above):
+        gradients = [None if g is None else above * g for g in ctx.saved_tensors]
+        return None, *gradients, *[None] * len(gradients)
+
+
+# -------------------------------------------------------------------------------------------------
+# 6. The losses, as losses.py has them
+
+def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
+           jsd_weight=1.0, ce_weight=0.5, beta=0.5, temperature=1.0,
+           shared_ids=None, denominator=None, chunk_tokens=None):
+    """Paper A: jsd_weight * L_top + ce_weight * L_SFT -> (loss, jsd, ce), as losses.jsd_ce.
+
+    Both come from one pass over the student's logits. chunk_tokens: how many tokens at a time;
+    None: by memory. ValueError for arguments that do not fit together."""
+    if not 0 <= beta <= 1 or temperature <= 0:
+        raise ValueError(f"beta {beta} must lie in [0, 1] and temperature {temperature} above 0")
+    _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, shared_ids)
+    taught = None if teacher_hidden is None else len(teacher_hidden)
+    if labels.shape != student_hidden.shape[:1] or taught not in (None, len(student_hidden)):
+        raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
+                         f"{len(student_hidden)} hidden states")
+
+    hidden, weight, d_hidden, d_weight = _student(student_hidden, student_weight)
+    counted = (labels != IGNORE).nonzero()[:, 0]                                # [rows]
+    teacher = None
+    if teacher_hidden is not None:
+        teacher, teacher_weight = _operands(teacher_hidden, teacher_weight)
+        teacher = teacher[counted]
+    if torch.is_tensor(shared_ids):
+        shared_ids = (shared_ids, shared_ids)
+
+    exact = _exact(hidden)
+    share = 1 / _count(len(counted), denominator)
+    share = hidden.new_full((len(counted),), share, dtype=exact)                # of each row
+    divergence, nll, _, d_rows = _head_pass(
+        hidden[counted], weight, teacher, teacher_weight, labels[counted],
+        jsd_weight * share, ce_weight * share, None, d_weight, chunk_tokens=chunk_tokens,
+        wants_hidden=d_hidden is not None, beta=beta, temperature=temperature, entropy=False,
+        shared=shared_ids)
+    if d_hidden is not None:
+        d_hidden.index_copy_(0, counted, d_rows)
+
+    top, ce = (share * divergence).sum(), (share * nll).sum()
+    loss = _KnownGradient.apply(jsd_weight * top + ce_weight * ce,
+                                student_hidden, student_weight, d_hidden, d_weight)
+    return loss, top, ce
+
+
+def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
+         lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
+         alpha=2.0, beta=2.0, top_share=0.1, denominator=None, chunk_tokens=None):
+    """Paper B: L_tok + L_seq -> (loss, kl, log_p, entropy), as losses.cord.
+
+    The position weights are known beforehand. Which tokens are a rollout's K largest is known only
+    after its last D_t. So the first pass weighs by position alone, and a second one adds
+    (alpha - 1) times that for the K largest: a tenth of the tokens once more, instead of the
+    gradient of all. Tokens that carry no KL never touch the teacher's head.
+
+    chunk_tokens: how many tokens at a time; None: by memory. ValueError as losses.cord."""
+    _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage,
+                temperature, banned, divergence_beta, denominator)
+    _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, None)
+    hidden, weight, d_hidden, d_weight = _student(student_hidden, student_weight)
+    if teacher_hidden is not None:
+        teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
+    exact = _exact(hidden)
+    advantage = advantage.to(exact)
+    kl, log_p, entropy = (hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3))
+
+    def add(rows, teacher, kl_weight, nll_weight, temperature):
+        """Adds these rows' gradients -> their D, -log q and entropy."""
+        heat = None if (temperature == 1).all() else temperature.to(exact)
+        *values, d_rows = _head_pass(
+            hidden[rows], weight, teacher, teacher_weight, labels[rows], kl_weight, nll_weight,
+            heat, d_weight, chunk_tokens=chunk_tokens, wants_hidden=d_hidden is not None,
+            beta=divergence_beta, temperature=1, banned=banned, entropy=True)
+        if d_hidden is not None:
+            d_hidden.index_add_(0, rows, d_rows)
+        return values
+
+    # L_seq of the tokens that carry nothing else
+    rows = (~carries_kl).nonzero()[:, 0]
+    _, nll, _ = add(rows, None, advantage[rows], advantage[rows], temperature[rows])
+    log_p[rows] = -nll
+    loss = -(advantage[rows] * log_p[rows]).sum()
+
+    if lengths:
+        # L_tok with w^pos, and L_seq of the same tokens
+        rows = carries_kl.nonzero()[:, 0]
+        rollouts = len(lengths) if denominator is None else denominator
+        position = position_weights(kl[rows], lengths, beta) / rollouts         # [kl tokens]
+        kl[rows], nll, entropy[rows] = add(rows, teacher_hidden, position, advantage[rows],
+                                           temperature[rows])
+        log_p[rows] = -nll
+
+        # w^KL: the K largest once more
+        factor = torch.where(largest_share(kl[rows], lengths, top_share), alpha, 1.0)
+        again = (factor != 1).nonzero()[:, 0]
+        more = (factor - 1)[again] * position[again]
+        add(rows[again], teacher_hidden[again], more, 0 * more, torch.ones_like(more))
+        loss = loss + (factor * position * kl[rows]).sum() + (advantage[rows] * nll).sum()
+
+    loss = _KnownGradient.apply(loss, student_hidden, student_weight, d_hidden, d_weight)
+    return loss, kl, log_p, entropy
+
+
+def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
+    """Paper A's L_layer and L_ac, as losses.hidden_jsd: one pass, of which nothing is kept but the
+    gradient, in the student's own precision."""
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} must "
+                         "be the same [tokens, features]")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: pass both, or neither for raw features")
+    learns = torch.is_grad_enabled() and student.requires_grad
+    dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
+    share = 1 / _count(len(student), denominator)
+    share = _wide(student.new_zeros(())).fill_(share)               # not rounded to 16 bits
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        states, chunk = (student.detach(), teacher.detach()), _states_in_place
+        if _compiles(student.device):
+            chunk = _compiled(_states_chunk)
+            for x in states:
+                _any_rows(x, of_width=True)     # a kernel for each width, of any number of rows
+        loss, gradient = chunk(*states, mean, std, share, dtype)
+    return _KnownGradient.apply(loss, student, gradient if learns else None)
+
+
+def hidden_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
+    """The JSD of raw features, statistics ignored, as losses.hidden_raw_jsd."""
+    return hidden_jsd(student, teacher, denominator=denominator)
+
+
+# Not mse and cosine: they are one pass as they are
+HIDDEN = {"jsd": hidden_jsd, "raw-jsd": hidden_raw_jsd}
+
+
+def _student(hidden, weight):
+    """-> the student's operands, and zeros for the gradients of what learns."""
+    learns = torch.is_grad_enabled()
+    operand, operand_weight = _operands(hidden, weight)
+    d_hidden = d_weight = None
+    if learns and hidden.requires_grad:
+        d_hidden = operand.new_zeros(hidden.shape, dtype=_exact(operand))
+    if learns and weight.requires_grad:
+        d_weight = operand.new_zeros(weight.shape, dtype=_exact(operand))
+    return operand, operand_weight, d_hidden, d_weight
+
+
+def _exact(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, shared_ids):
+    fits = student_hidden.shape[1:] == student_weight.shape[1:]
+    if not fits or (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError(
+            f"hidden {list(student_hidden.shape)} does not fit weight "
+            f"{list(student_weight.shape)}, or the teacher lacks one of the two")
+    if teacher_weight is None or shared_ids is not None:
+        return
+    if len(teacher_weight) != len(student_weight):
+        raise ValueError(f"vocabularies of {len(student_weight)} and {len(teacher_weight)} tokens: "
+                         "say which they share (shared_ids)")
+
+
+# What losses.py has too, once more, so that this file can be copied by itself
+
+IGNORE = -100   # the label that counts for nothing
+FLOOR = -1e30   # the logit of what must have no probability: -inf - -inf would be NaN
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _count(tokens, denominator):
+    """What a sum over so many tokens is divided by; 1 without tokens, never 0."""
+    if tokens == 0:
+        return 1
+    if denominator is not None and denominator <= 0:
+        raise ValueError(f"denominator {denominator} for {tokens} tokens: pass the whole step's "
+                         "token count (data.denominators)")
+    return tokens if denominator is None else denominator
+
+
+def largest_share(kl, lengths, share):
+    """The K = share * T (rounded up) tokens of each rollout of the largest D_t -> [tokens] bool."""
+    mask = torch.zeros_like(kl, dtype=torch.bool)
+    start = 0
+    for length in lengths:
+        order = kl[start:start + length].argsort(descending=True, stable=True)
+        mask[start + order[:math.ceil(share * length - 1e-9)]] = True
+        start += length
+    return mask
+
+
+def position_weights(kl, lengths, beta):
+    """w^pos: from beta at a rollout's first token down to 1 at its last -> [tokens]."""
+    weights = [beta - (beta - 1) * t / max(length - 1, 1)
+               for length in lengths for t in range(length)]
+    return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
+
+
+def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, temperature, banned,
+                divergence_beta, denominator):
+    if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden):
+        raise ValueError(
+            f"{len(hidden)} hidden states, {len(labels)} labels, {len(carries_kl)} carries_kl, "
+            f"{len(advantage)} advantages and {len(temperature)} temperatures must be as many")
+    taught = 0 if teacher is None else len(teacher)
+    if not sum(lengths) == carries_kl.sum() == taught:
+        raise ValueError(
+            f"lengths add up to {sum(lengths)}; carries_kl names {carries_kl.sum().item()} tokens "
+            f"and the teacher has {taught} rows: these must be the same")
+    if not 0 <= divergence_beta <= 1:
+        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
+    if lengths and denominator is not None and denominator <= 0:
+        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
+                         "with a KL")
+    if banned is not None and torch.isin(labels, banned).any():
+        wrong = labels[torch.isin(labels, banned)][0].item()
+        raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
+
+
+# -------------------------------------------------------------------------------------------------
+# 7. A chunk on a CPU: the same, each operation in memory that the cache holds already
+#
+# A fresh matrix per operation costs a CPU as much as the operation, in page faults. So all blocks
+# share a few buffers, and what is used up is written over. A name with _ at its end changes its
+# arguments, as in torch.
+
+class _Buffers:
+    """buffers(name, rows, width): a view of memory that is asked for once and used again."""
+
+    def __init__(self, like):
+        self.like = like
+        self.flat = {}
+
+    def __call__(self, name, rows, width):
+        if name not in self.flat or self.flat[name].numel() < rows * width:
+            self.flat[name] = self.like.new_empty(rows * width)
+        return self.flat[name][:rows * width].view(rows, width)
+
+
+def _rows_per_block(width):
+    """As many rows as stay in a CPU's cache, 1 MB a matrix, but two for every thread."""
+    return max(2 ** 18 // width, 2 * torch.get_num_threads())
+
+
+def _block_by_block(student, teacher, *each, buffers, **how):
+    """_chunk for a CPU: arguments and values as there, but for shared, which is a pair of ids."""
+    block = _rows_per_block(student.shape[1])
+    if len(student) <= block:
+        return _chunk_in_place(student, teacher, *each, buffers=buffers, **how)
+    found = []
+    for start in range(0, len(student), block):
+        rows = slice(start, start + block)
+        some = [None if x is None else x[rows] for x in (teacher, *each)]
+        *values, gradient = _chunk_in_place(student[rows], *some, buffers=buffers, **how)
+        if gradient.data_ptr() != student[rows].data_ptr():
+            student[rows].copy_(gradient)       # where the logits were
+        found.append(values)
+    return *(torch.cat(parts) for parts in zip(*found)), student
+
+
+def _chunk_in_place(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
+                    beta, temperature, shared, entropy, buffers):
+    """As _chunk. Both logits are used up; the gradient may stand in their place."""
+    labels, kl_weight, nll_weight = labels[:, None], kl_weight[:, None], nll_weight[:, None]
+    plain = nll_temperature is None and shared is None and temperature == 1
+    together = plain and teacher is not None            # D and -log q are of one softmax
+
+    if not together:
+        heat = 1.0 if nll_temperature is None else nll_temperature[:, None]
+        place = student if teacher is None else buffers("gradient", *student.shape)
+        log_q, q = _softmaxes_(torch.div(student, heat, out=place), buffers, "log_q of the label")
+        nll = -log_q.gather(1, labels)[:, 0]
+        # nll_weight (q - 1[i = y]) / heat
+        gradient = q.mul_(nll_weight / heat).scatter_add_(1, labels, -nll_weight / heat)
+        if teacher is None:
+            return torch.zeros_like(nll), nll, torch.zeros_like(nll), gradient
+        if shared is not None:                                                  # [n, shared]
+            place = buffers("shared student", len(student), len(shared[0]))
+            student = torch.index_select(student, 1, shared[0], out=place)
+            place = buffers("shared teacher", len(teacher), len(shared[1]))
+            teacher = torch.index_select(teacher, 1, shared[1], out=place)
+        if temperature != 1:
+            student, teacher = student.div_(temperature), teacher.div_(temperature)
+
+    log_q, q = _softmaxes_(student, buffers, "log_q")
+    log_p, p = _softmaxes_(teacher, buffers, "log_p")
+    scratch = buffers("scratch", *q.shape)
+    spread = torch.zeros_like(kl_weight[:, 0])
+    if entropy:
+        spread = -torch.mul(q, log_q, out=scratch).sum(-1)
+    if together:
+        nll = -log_q.gather(1, labels)[:, 0]
+    beside = nll_weight if together else torch.zeros_like(nll_weight)
+    divergence, d_logits = _divergence_(log_q, log_p, q, p, kl_weight / temperature, beside,
+                                        beta, scratch)
+    if together:
+        gradient = d_logits.scatter_add_(1, labels, -nll_weight)
+    elif shared is None:
+        gradient = gradient.add_(d_logits)
+    else:
+        gradient = gradient.index_add_(1, shared[0], d_logits)
+    return divergence, nll, spread, gradient
+
+
+def _softmaxes_(logits, buffers, name):
+    """[n, vocab], used up -> log-softmax and softmax. Two fused kernels; the second writes where
+    the logits were."""
+    log_p = torch.log_softmax(logits, -1, out=buffers(name, *logits.shape))
+    return log_p, torch.softmax(log_p, -1, out=logits)
+
+
+def _divergence_(log_q, log_p, q, p, kl_weight, nll_weight, beta, scratch):
+    """As _divergence. Four [n, vocab] that are used up, the weights [n, 1]
+    -> D [n], kl_weight dD/dz + nll_weight q [n, vocab], in the place of q."""
+    def expect(p, x):
+        return torch.mul(p, x, out=scratch).sum(-1)                             # [n]
+
+    if beta == 0:
+        divergence = expect(p, log_p.sub_(log_q))
+        return divergence, q.mul_(kl_weight + nll_weight).sub_(p.mul_(kl_weight))
+    if beta == 1:
+        log_ratio = log_q.sub_(log_p)
+        divergence = kl_q = expect(q, log_ratio)
+    else:
+        # m underflows as in _divergence
+        m = torch.lerp(q, p, beta, out=scratch)
+        log_m = m.clamp_(min=torch.finfo(q.dtype).tiny).log_()
+        log_ratio, log_p = log_q.sub_(log_m), log_p.sub_(log_m)
+        kl_weight = (1 - beta) * kl_weight
+        kl_q = expect(q, log_ratio)                                             # KL(q || m)
+        divergence = beta * expect(p, log_p) + (1 - beta) * kl_q
+    # q (kl_weight (log(q/m) - KL(q || m)) + nll_weight)
+    log_ratio = log_ratio.mul_(kl_weight).add_(nll_weight - kl_weight * kl_q[:, None])
+    return divergence, q.mul_(log_ratio)
+
+
+def _states_in_place(student, teacher, mean, std, weight, dtype):
+    """_states_chunk for a CPU: block by block."""
+    rows, width = student.shape
+    gradient = torch.empty(rows, width, dtype=dtype)
+    buffers, loss, none = _Buffers(weight), torch.zeros_like(weight), weight.new_zeros((1, 1))
+    block = _rows_per_block(width)
+    for start in range(0, rows, block):
+        some = slice(start, start + block)
+        if mean is None:
+            s, t = _wide(student[some]).clone(), _wide(teacher[some]).clone()   # [n, features]
+        else:
+            s = (_wide(student[some]) - mean).div_(std)
+            t = (_wide(teacher[some]) - mean).div_(std)
+        log_q, q = _softmaxes_(s, buffers, "log_q")
+        log_p, p = _softmaxes_(t, buffers, "log_p")
+        divergence, d_states = _divergence_(log_q, log_p, q, p, weight.view(1, 1), none, 0.5,
+                                            buffers("scratch", *s.shape))
+        loss += weight * divergence.sum()
+        gradient[some] = d_states if std is None else d_states.div_(std)
+    return loss, gradient
