@@ -737,7 +737,8 @@ def main():
         "token. check: every fault of a manifest and its clips, and a table by task; exit status "
         "1 if there is any")
     add("file", help="the manifest, JSONL")
-    add("--student", default="mini/student", help="folder or hub name of the student")
+    add("--student", default=str(Path(__file__).resolve().parent / "mini" / "student"),
+        help="folder or hub name of the student")
     # show
     add("--id", help="the example's id; the first one's without")
     add("--teacher", help="folder or hub name of the text teacher; without, the student reads too")

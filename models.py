@@ -39,6 +39,7 @@ import data
 from plumbing import hub
 from plumbing.whole import newest_checkpoint
 
+MINI = Path(__file__).resolve().parent / "mini"     # the embedded default: student and teacher
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
 
 

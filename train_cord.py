@@ -81,7 +81,7 @@ def parse_flags(argv=None):
     parser, add = flag_parser(__doc__)
 
     # models and data
-    add("--student", "mini/student", "audio LM (paper: Qwen2-Audio-7B-Instruct)")
+    add("--student", str(models.MINI / "student"), "audio LM (paper: Qwen2-Audio-7B-Instruct)")
     add("--teacher", "initial", "who reads: a frozen copy, or the weights of this step",
         choices=["initial", "current"])
     add("--data", None, "training manifest with transcripts; default: the mini world")

@@ -80,8 +80,8 @@ def parse_flags(argv=None):
     parser, add = flag_parser(__doc__)
 
     # models and data
-    add("--student", "mini/student", "audio LM (paper: Qwen2.5-Omni-7B)")
-    add("--teacher", "mini/teacher", "text LLM that reads (paper: Qwen3-8B)")
+    add("--student", str(models.MINI / "student"), "audio LM (paper: Qwen2.5-Omni-7B)")
+    add("--teacher", str(models.MINI / "teacher"), "text LLM that reads (paper: Qwen3-8B)")
     add("--acoustic-teacher", "snapshot", "snapshot (paper), or a model of the student's shape")
     add("--data", None, "manifest with reasoning and description; default: the mini world")
     add("--eval-data", [], "manifests; default: the mini world's test split", nargs="+")

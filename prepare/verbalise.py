@@ -1455,7 +1455,7 @@ def verbalise(text):
     return words
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1464,3 +1464,7 @@ if __name__ == "__main__":
         print(verbalise(parser.parse_args().text))
     except ValueError as error:
         raise SystemExit(f"error: cannot say {error}; leave it out, or write it in words") from None
+
+
+if __name__ == "__main__":
+    main()

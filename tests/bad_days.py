@@ -2,6 +2,7 @@
 
 A run is a subprocess of the script, torchrun with it, or its main() in a fork of a process that has imported everything already (forkserver): that
 one starts in a second, so that forty kills fit into a test."""
+
 import importlib
 import json
 import multiprocessing
@@ -22,11 +23,22 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent.parent
 MAIN = {"source": "train_source_layer", "cord": "train_cord"}
-TIMES = {"seconds", "seconds_waiting", "seconds_rollout", "seconds_scoring", "seconds_update", "rollout_tokens_per_second", "tokens_per_second",
-         "memory_gb", "host_gb"}
-MARK = "BAD_DAYS_RUN"               # an environment variable of its own for every subprocess: what it starts carries it too
+TIMES = {
+    "seconds",
+    "seconds_waiting",
+    "seconds_rollout",
+    "seconds_scoring",
+    "seconds_update",
+    "rollout_tokens_per_second",
+    "tokens_per_second",
+    "memory_gb",
+    "host_gb",
+}
+MARK = "BAD_DAYS_RUN"  # an environment variable of its own for every subprocess: what it starts carries it too
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")      # before the fork server starts, which hands them on
+os.environ.update(
+    OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+)  # before the fork server starts, which hands them on
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["bad_days", *MAIN.values()])
 
@@ -34,8 +46,8 @@ FORKS.set_forkserver_preload(["bad_days", *MAIN.values()])
 @dataclass
 class Run:
     out: Path
-    said: Path                      # what it prints
-    processes: list = field(default_factory=list)               # one, or forked ranks
+    said: Path  # what it prints
+    processes: list = field(default_factory=list)  # one, or forked ranks
     mark: str = ""
 
     @property
@@ -81,7 +93,12 @@ def fork(script, argv, out, ranks=1, habit=None):
     run, env = Run(out, said_of(out)), {}
     for rank in range(ranks):
         if ranks > 1:
-            env = env or {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            env = env or {
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+            }
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = FORKS.Process(target=enter, args=(script, argv, str(run.said), dict(env), habit))
         process.start()
@@ -94,8 +111,16 @@ def spawn(script, argv, out, torchrun=()):
     before = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else ())]
     run = Run(out, said_of(out), mark=uuid.uuid4().hex)
     with open(run.said, "w") as file:
-        run.processes.append(subprocess.Popen([*before, str(ROOT / f"{MAIN[script]}.py"), *argv], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                                              start_new_session=True, env={**os.environ, MARK: run.mark}))
+        run.processes.append(
+            subprocess.Popen(
+                [*before, str(ROOT / f"{MAIN[script]}.py"), *argv],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+                env={**os.environ, MARK: run.mark},
+            )
+        )
     return run
 
 
@@ -111,16 +136,26 @@ def free_port():
 
 # --------------------------------------------------------- what a run does ------------------------------------------------------------
 
+
 def family(run):
     """{pid: command} of what a run has started and still lives: its sessions, and whoever carries its mark, though their parent may be gone."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            ours = int(session) in {p.pid for p in run.processes} or run.mark and f"{MARK}={run.mark}".encode() in (stat.parent / "environ").read_bytes()
+            ours = (
+                int(session) in {p.pid for p in run.processes}
+                or run.mark
+                and f"{MARK}={run.mark}".encode() in (stat.parent / "environ").read_bytes()
+            )
             if ours and state not in "ZX":
-                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (OSError, ValueError):                       # gone meanwhile
+                found[int(stat.parent.name)] = (
+                    (stat.parent / "cmdline")
+                    .read_bytes()
+                    .replace(b"\0", b" ")
+                    .decode(errors="replace")
+                )
+        except (OSError, ValueError):  # gone meanwhile
             continue
     return found
 
@@ -130,7 +165,14 @@ def ranks_of(run):
     found = {}
     for pid in family(run):
         try:
-            env = dict(x.split("=", 1) for x in (Path("/proc") / str(pid) / "environ").read_bytes().decode(errors="replace").split("\0") if "=" in x)
+            env = dict(
+                x.split("=", 1)
+                for x in (Path("/proc") / str(pid) / "environ")
+                .read_bytes()
+                .decode(errors="replace")
+                .split("\0")
+                if "=" in x
+            )
             parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
@@ -153,9 +195,13 @@ def until(condition, run=None, seconds=240):
     limit = time.monotonic() + seconds
     while not (value := condition()):
         if run is not None and None not in run.codes():
-            raise AssertionError(f"the run ended ({run.codes()}) before it came so far:\n{run.text()[-3000:]}")
+            raise AssertionError(
+                f"the run ended ({run.codes()}) before it came so far:\n{run.text()[-3000:]}"
+            )
         if time.monotonic() > limit:
-            raise AssertionError(f"waited {seconds} s in vain" + (f":\n{run.text()[-3000:]}" if run else ""))
+            raise AssertionError(
+                f"waited {seconds} s in vain" + (f":\n{run.text()[-3000:]}" if run else "")
+            )
         time.sleep(0.003)
     return value
 
@@ -171,11 +217,17 @@ def none_survive(run, seconds=10):
 def lines(out, name="log"):
     """The whole lines of a log while somebody may be writing it."""
     path = Path(out) / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+        if path.exists()
+        else []
+    )
 
 
 def losses(out, name="log"):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines(out, name)]
+    return [
+        {key: value for key, value in line.items() if key not in TIMES} for line in lines(out, name)
+    ]
 
 
 def steps(out):
@@ -199,7 +251,11 @@ def same_run(out, other, step):
     assert losses(out) == losses(other) and len(losses(out)) == step
     assert losses(out, "samples") == losses(other, "samples")
     ours, theirs = content(out, step), content(other, step)
-    assert ours.keys() == theirs.keys() and "model.safetensors" in ours and any(name.endswith(".exp_avg_sq") for name in ours)
+    assert (
+        ours.keys() == theirs.keys()
+        and "model.safetensors" in ours
+        and any(name.endswith(".exp_avg_sq") for name in ours)
+    )
     assert [name for name in ours if ours[name] != theirs[name]] == []
     assert not list(Path(out).glob("partial-*"))
 
@@ -211,10 +267,16 @@ def near_run(out, other, rel):
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
         for name in a.keys() - {"grad_norm"}:
-            assert abs(a[name] - b[name]) <= rel * abs(b[name]) + rel / 10, (a["step"], name, a[name], b[name])
+            assert abs(a[name] - b[name]) <= rel * abs(b[name]) + rel / 10, (
+                a["step"],
+                name,
+                a[name],
+                b[name],
+            )
 
 
 # -------------------------------------------------------- habits of a fork ------------------------------------------------------------
+
 
 def eat_before(name, step, path, rank):
     """Before a function ("models.save") does its work for the step-th time on that rank, somebody
@@ -257,6 +319,7 @@ def fill(path, leave=0):
 def stop_at(step):
     """Asked to stop in that step."""
     from plumbing.run import Run
+
     log = Run.log
 
     def until_then(self, *more, **named):

@@ -1,4 +1,5 @@
 """Nothing is lost on bad days: runs that are killed, asked to stop, or find the disk full go on to the last bit of what an undisturbed run gives."""
+
 import json
 import os
 import random
@@ -19,14 +20,39 @@ import evaluate
 import layer_map
 import mini.world
 import models
-from bad_days import end, family, fork, lines, near_run, none_survive, ranks_of, same_run, spawn, steps, until
+from bad_days import (
+    end,
+    family,
+    fork,
+    lines,
+    near_run,
+    none_survive,
+    ranks_of,
+    same_run,
+    spawn,
+    steps,
+    until,
+)
 from test_train_cord import write_spoken
 from test_train_source_layer import write_world
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 SCRIPTS = ("source", "cord")
-FLAGS = {"source": ["--batch-size", "4", "--micro-batch", "2"],
-         "cord": ["--batch-size", "2", "--micro-batch", "4", "--group-size", "2", "--max-new-tokens", "8", "--show-every", "2"]}
+FLAGS = {
+    "source": ["--batch-size", "4", "--micro-batch", "2"],
+    "cord": [
+        "--batch-size",
+        "2",
+        "--micro-batch",
+        "4",
+        "--group-size",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--show-every",
+        "2",
+    ],
+}
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +66,24 @@ def worlds(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flags(worlds):
     """flags(script, out, *more): of a run that saves at every step."""
+
     def of(script, out, *more, evaluate=False):
-        return ["--data", str(worlds[script]), "--out", str(out), "--save-every", "1", "--workers", "1", "--lr", "1e-3", *FLAGS[script],
-                *(["--eval-data", str(worlds[script])] if evaluate else ["--no-eval"]), *more]
+        return [
+            "--data",
+            str(worlds[script]),
+            "--out",
+            str(out),
+            "--save-every",
+            "1",
+            "--workers",
+            "1",
+            "--lr",
+            "1e-3",
+            *FLAGS[script],
+            *(["--eval-data", str(worlds[script])] if evaluate else ["--no-eval"]),
+            *more,
+        ]
+
     return of
 
 
@@ -55,19 +96,26 @@ def undisturbed(flags, tmp_path_factory):
         key = (script, steps, more, ranks, evaluate)
         if key not in made:
             out = tmp_path_factory.mktemp("undisturbed") / "run"
-            made[key] = fork(script, flags(script, out, "--max-steps", str(steps), *more, evaluate=evaluate), out, ranks)
+            made[key] = fork(
+                script,
+                flags(script, out, "--max-steps", str(steps), *more, evaluate=evaluate),
+                out,
+                ranks,
+            )
         assert not wait or made[key].wait() == 0, made[key].text()
         return made[key].out
+
     return of
 
 
 # ------------------------------------------------------------- killed ----------------------------------------------------------------
 
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_script_goes_on_to_the_last_bit(script, flags, undisturbed, tmp_path):
     """The script itself, killed after its second step, and started again."""
     out = tmp_path / "run"
-    undisturbed(script, 4, wait=False)                      # meanwhile; first, because it may take a while to start
+    undisturbed(script, 4, wait=False)  # meanwhile; first, because it may take a while to start
     run = spawn(script, flags(script, out, "--max-steps", "4"), out)
     until(lambda: len(lines(out)) >= 2, run)
     os.kill(run.pid, signal.SIGKILL)
@@ -79,7 +127,7 @@ def test_a_killed_script_goes_on_to_the_last_bit(script, flags, undisturbed, tmp
 
 
 KILLS = 24
-LONG = 40                           # steps; two kills in three cost at most two of them
+LONG = 40  # steps; two kills in three cost at most two of them
 
 
 def moments(numbers, evaluate):
@@ -95,14 +143,24 @@ def moments(numbers, evaluate):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
     """Killed 24 times, at moments of chance and at those that hurt most: losses, samples, evaluations and weights are those of a run that was left alone."""
-    evaluate = ["--eval-every", "2", "--eval-batch", "4", *(["--max-new-tokens", "8"] if script == "source" else [])]
+    evaluate = [
+        "--eval-every",
+        "2",
+        "--eval-batch",
+        "4",
+        *(["--max-new-tokens", "8"] if script == "source" else []),
+    ]
     whole = undisturbed(script, LONG, *evaluate, evaluate=True)
     out, numbers, fell, dead = tmp_path / "run", random.Random(script), {}, []
     argv = flags(script, out, "--max-steps", str(LONG), *evaluate, evaluate=True)
 
     def evaluates():
         done = max((int(path.name[5:]) for path in checkpoints.complete(out)), default=0)
-        return not (out / "before.json").exists() if not done else done % 2 == 0 and not (out / f"eval-{done:07d}.json").exists()
+        return (
+            not (out / "before.json").exists()
+            if not done
+            else done % 2 == 0 and not (out / f"eval-{done:07d}.json").exists()
+        )
 
     for name, more, seconds in moments(numbers, True):
         done = len(lines(out))
@@ -111,24 +169,39 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
             time.sleep(2.5 * seconds)
         elif name == "while a checkpoint is written":
             # of the first, the second or the third step; then at any moment of the tenth of a second that it takes
-            until(lambda: any(int(path.name[8:]) > more for path in out.glob("partial-0*")) and (len(lines(out)) > more), run)
+            until(
+                lambda: (
+                    any(int(path.name[8:]) > more for path in out.glob("partial-0*"))
+                    and (len(lines(out)) > more)
+                ),
+                run,
+            )
             time.sleep(0.1 * seconds)
             name += "" if list(out.glob("partial-0*")) else ", just done"
         elif name == "while it is evaluated":
             until(lambda: (out / "config.json").exists() and evaluates(), run)
             time.sleep(0.1 * seconds)
         else:
-            until(lambda: len(lines(out)) > min(done, steps(out)[-1] if steps(out) else 0) + more, run)
+            until(
+                lambda: len(lines(out)) > min(done, steps(out)[-1] if steps(out) else 0) + more, run
+            )
             time.sleep(0.3 * seconds)
-        assert None in run.codes(), f"it ended before it could be killed {name}:\n{run.text()[-3000:]}"
+        assert None in run.codes(), (
+            f"it ended before it could be killed {name}:\n{run.text()[-3000:]}"
+        )
         os.kill(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         fell.setdefault(name, []).append(len(lines(out)))
-        dead.append(run)                                    # its worker may still be about while the next start is
+        dead.append(run)  # its worker may still be about while the next start is
     run = fork(script, argv + ["--resume", "auto"], out)
     assert run.wait() == 0, run.text()
-    print(f"{script}: {sum(map(len, fell.values()))} kills:",
-          "; ".join(f"{len(where)} {name}, behind steps {sorted(where)}" for name, where in sorted(fell.items())))
+    print(
+        f"{script}: {sum(map(len, fell.values()))} kills:",
+        "; ".join(
+            f"{len(where)} {name}, behind steps {sorted(where)}"
+            for name, where in sorted(fell.items())
+        ),
+    )
     assert sum(map(len, fell.values())) >= 20 and len(fell["while a checkpoint is written"]) >= 5
     same_run(out, whole, LONG)
     for run in dead:
@@ -138,16 +211,23 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
 # -------------------------------------------------------- killed under torchrun -------------------------------------------------------
 
 TWO = ("--standalone", "--nproc_per_node", "2")
-OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")         # as README says beside --max-restarts
+OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as README says beside --max-restarts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, more, late", [("source", [], 0), ("cord", [], 1), ("source", ["--shard"], 1), ("cord", ["--shard"], 0)],
-                         ids=["source", "cord", "source-shard", "cord-shard"])
-def test_torchrun_starts_again_when_a_rank_is_killed(script, more, late, flags, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "script, more, late",
+    [("source", [], 0), ("cord", [], 1), ("source", ["--shard"], 1), ("cord", ["--shard"], 0)],
+    ids=["source", "cord", "source-shard", "cord-shard"],
+)
+def test_torchrun_starts_again_when_a_rank_is_killed(
+    script, more, late, flags, undisturbed, tmp_path, monkeypatch
+):
     """With --resume auto a restart finds the newest checkpoint. The other rank, which waits for the dead one, does not hang; nor does a
     rank that starts again early take the address that a dead one has left in torchrun's store for that of one who is late."""
-    (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}' and os.environ['TORCHELASTIC_RESTART_COUNT'] > '0':\n    time.sleep(6)\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, time\nif os.environ.get('RANK') == '{late}' and os.environ['TORCHELASTIC_RESTART_COUNT'] > '0':\n    time.sleep(6)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv(*OWN_STORE)
     whole, out = undisturbed(script, 5, *more, ranks=2), tmp_path / "run"
@@ -162,12 +242,28 @@ def test_torchrun_starts_again_when_a_rank_is_killed(script, more, late, flags, 
 
 
 @pytest.mark.slow
-def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed, tmp_path, monkeypatch):
+def test_two_nodes_start_again_though_only_one_of_them_counts(
+    flags, undisturbed, tmp_path, monkeypatch
+):
     """Both nodes go on from the same checkpoint, though a rank of only one of them died."""
     monkeypatch.setenv(*OWN_STORE)
     whole, out = undisturbed("source", 5, ranks=2), tmp_path / "run"
-    nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{bad_days.free_port()}", "--max-restarts", "2"]
-    one, other = (spawn("source", flags("source", out, "--max-steps", "5", "--resume", "auto"), out, nodes) for _ in range(2))
+    nodes = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{bad_days.free_port()}",
+        "--max-restarts",
+        "2",
+    ]
+    one, other = (
+        spawn("source", flags("source", out, "--max-steps", "5", "--resume", "auto"), out, nodes)
+        for _ in range(2)
+    )
     until(lambda: len(lines(out)) >= 2 and steps(out), one)
     ranks = {**ranks_of(one), **ranks_of(other)}
     os.kill(ranks[1], signal.SIGKILL)
@@ -176,19 +272,32 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(flags, undisturbed
     finally:
         end(one), end(other)
     assert "going on from step" in one.text() + other.text()
-    near_run(out, whole, 1e-4)          # each has all cores of its node, so that sums round in another order
+    near_run(
+        out, whole, 1e-4
+    )  # each has all cores of its node, so that sums round in another order
 
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_is_made_up_for(flags, undisturbed, tmp_path):
     """The checkpoint is there, what it scored is not: else the best of a run might never be known."""
-    more, out = ["--eval-every", "2", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"], tmp_path / "run"
+    more, out = (
+        ["--eval-every", "2", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"],
+        tmp_path / "run",
+    )
     undisturbed("source", 4, *more, evaluate=True, wait=False)
     run = fork("source", flags("source", out, "--max-steps", "4", *more, evaluate=True), out)
     until(lambda: 2 in steps(out), run)
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL and not (out / "eval-0000002.json").exists()
-    goes_on("source", flags, out, undisturbed("source", 4, *more, evaluate=True), 4, *more, evaluate=True)
+    goes_on(
+        "source",
+        flags,
+        out,
+        undisturbed("source", 4, *more, evaluate=True),
+        4,
+        *more,
+        evaluate=True,
+    )
     assert (out / "eval-0000002.json").exists()
 
 
@@ -199,7 +308,9 @@ def test_a_log_is_cut_back_by_a_rename(tmp_path):
         append_jsonl(log, {"step": step})
     os.link(log, tmp_path / "before")
     open_log(log, 2)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2] and len((tmp_path / "before").read_text().splitlines()) == 4
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2] and len(
+        (tmp_path / "before").read_text().splitlines()
+    ) == 4
 
 
 @pytest.mark.slow
@@ -209,40 +320,61 @@ def test_a_data_worker_that_dies_is_named(script, flags, undisturbed, tmp_path):
     out = tmp_path / "run"
     run = fork(script, flags(script, out, "--max-steps", "1000", "--keep", "1000"), out)
     until(lambda: len(lines(out)) >= 2, run)
-    worker, = family(run).keys() - {run.pid}
+    (worker,) = family(run).keys() - {run.pid}
     os.kill(worker, signal.SIGKILL)
     assert run.wait(60) == 1 and "Traceback" not in run.text(), run.text()
-    assert "a data worker died (" in run.text() and "lower --workers, and go on with --resume auto" in run.text()
+    assert (
+        "a data worker died (" in run.text()
+        and "lower --workers, and go on with --resume auto" in run.text()
+    )
     assert not list(out.glob("partial-*"))
     none_survive(run)
 
 
 # ---------------------------------------------------------- asked to stop ---------------------------------------------------------------
 
+
 def goes_on(script, flags, out, whole, last, *more, ranks=1, evaluate=False):
     """The rest of a run that stopped, by --resume auto, gives what the undisturbed one gave."""
-    again = fork(script, flags(script, out, "--max-steps", str(last), "--resume", "auto", *more, evaluate=evaluate), out, ranks)
+    again = fork(
+        script,
+        flags(script, out, "--max-steps", str(last), "--resume", "auto", *more, evaluate=evaluate),
+        out,
+        ranks,
+    )
     assert again.wait() == 0, again.text()
     assert "going on from step" in again.text()
     same_run(out, whole, last)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, number, to_all", [
-    ("source", signal.SIGTERM, False), ("cord", signal.SIGINT, True), pytest.param("cord", signal.SIGTERM, True, marks=pytest.mark.slow),
-    pytest.param("source", signal.SIGINT, False, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl-C", "SIGTERM-to-all", "SIGINT"])
-def test_asked_to_stop_it_saves_and_says_where(script, number, to_all, flags, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    "script, number, to_all",
+    [
+        ("source", signal.SIGTERM, False),
+        ("cord", signal.SIGINT, True),
+        pytest.param("cord", signal.SIGTERM, True, marks=pytest.mark.slow),
+        pytest.param("source", signal.SIGINT, False, marks=pytest.mark.slow),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM-to-all", "SIGINT"],
+)
+def test_asked_to_stop_it_saves_and_says_where(
+    script, number, to_all, flags, undisturbed, tmp_path
+):
     """A preemption signals the process; a terminal everything that it runs, data workers included."""
     out = tmp_path / "run"
     run = fork(script, flags(script, out, "--max-steps", "6", "--save-every", "100"), out)
     until(lambda: len(lines(out)) >= 2, run)
-    assert len(family(run)) == 2                            # it and its worker
+    assert len(family(run)) == 2  # it and its worker
     seen = len(lines(out))
     (os.killpg if to_all else os.kill)(run.pid, number)
     assert run.wait(60) == 130, run.text()
     done = len(lines(out))
     assert seen <= done <= seen + 1 < 6 and steps(out) == [done]
-    assert f"asked to stop; saved {out / f'step-{done:07d}'}: go on with --resume auto" in run.text() and "Traceback" not in run.text()
+    assert (
+        f"asked to stop; saved {out / f'step-{done:07d}'}: go on with --resume auto" in run.text()
+        and "Traceback" not in run.text()
+    )
     none_survive(run)
     goes_on(script, flags, out, undisturbed(script, 6), 6)
 
@@ -251,12 +383,19 @@ def test_asked_to_stop_it_saves_and_says_where(script, number, to_all, flags, un
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_second_signal_is_meant(ranks, flags, tmp_path):
     out = tmp_path / "run"
-    run = fork("source", flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"), out, ranks)     # a minute a step
+    run = fork(
+        "source",
+        flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"),
+        out,
+        ranks,
+    )  # a minute a step
     until(lambda: (out / "log.jsonl").exists(), run)
     time.sleep(1.5)
     for process in run.processes:
         os.killpg(process.pid, signal.SIGINT)
-    time.sleep(6.5)                                         # in five a dead worker would have been noticed: it must have stayed deaf, and at work
+    time.sleep(
+        6.5
+    )  # in five a dead worker would have been noticed: it must have stayed deaf, and at work
     assert run.codes() == [None] * ranks
     for process in run.processes:
         os.kill(process.pid, signal.SIGINT)
@@ -269,7 +408,9 @@ def test_a_second_signal_is_meant(ranks, flags, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_before_training_there_is_nothing_to_save(script, flags, tmp_path):
     out = tmp_path / "run"
-    run = fork(script, flags(script, out, "--max-steps", "4", "--eval-batch", "1", evaluate=True), out)
+    run = fork(
+        script, flags(script, out, "--max-steps", "4", "--eval-batch", "1", evaluate=True), out
+    )
     until(lambda: (out / "config.json").exists(), run)
     time.sleep(0.3)
     assert not (out / "before.json").exists()
@@ -279,17 +420,30 @@ def test_before_training_there_is_nothing_to_save(script, flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, number, to_all, more", [("source", signal.SIGTERM, False, []), ("cord", signal.SIGINT, True, []), ("source", signal.SIGINT, False, ["--shard"]),
-                                                          ("cord", signal.SIGTERM, False, ["--shard"])])
+@pytest.mark.parametrize(
+    "script, number, to_all, more",
+    [
+        ("source", signal.SIGTERM, False, []),
+        ("cord", signal.SIGINT, True, []),
+        ("source", signal.SIGINT, False, ["--shard"]),
+        ("cord", signal.SIGTERM, False, ["--shard"]),
+    ],
+)
 def test_torchrun_passes_it_on(script, number, to_all, more, flags, undisturbed, tmp_path):
     whole, out = undisturbed(script, 8, *more, ranks=2), tmp_path / "run"
-    run = spawn(script, flags(script, out, "--max-steps", "8", "--save-every", "100", *more), out, TWO)
+    run = spawn(
+        script, flags(script, out, "--max-steps", "8", "--save-every", "100", *more), out, TWO
+    )
     until(lambda: len(lines(out)) >= 2, run)
     (os.killpg if to_all else os.kill)(run.pid, number)
     assert run.wait(60) != 0
     none_survive(run)
     done = len(lines(out))
-    assert done < 8 and steps(out) == [done] and f"saved {out / f'step-{done:07d}'}: go on with --resume auto" in run.text(), run.text()
+    assert (
+        done < 8
+        and steps(out) == [done]
+        and f"saved {out / f'step-{done:07d}'}: go on with --resume auto" in run.text()
+    ), run.text()
     goes_on(script, flags, out, whole, 8, *more, ranks=2)
 
 
@@ -308,7 +462,7 @@ def test_one_rank_alone_is_asked(flags, undisturbed, tmp_path):
 
 # --------------------------------------------------------------- the disk ----------------------------------------------------------------
 
-SIZE = 66 << 20                     # two of the source script's checkpoints of 30 MB
+SIZE = 66 << 20  # two of the source script's checkpoints of 30 MB
 
 
 @pytest.fixture
@@ -316,7 +470,13 @@ def disk(tmp_path):
     """A small disk of its own -> its folder; None where nobody may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)],
+            capture_output=True,
+        ).returncode
+    ):
         yield None
         return
     yield folder
@@ -329,8 +489,12 @@ def refused(run, out, ranks):
     assert run.codes() == [1] * ranks, run.text()
     assert "Traceback" not in run.text() and "(RANK" not in run.text(), run.text()
     said = [line for line in run.text().splitlines() if "cannot be written" in line]
-    assert len(said) == ranks and f"checkpoint {out / 'step-0000002'} cannot be written (" in said[0], run.text()
-    assert "it needs 0.03 GB, and 0." in said[0] and said[0].endswith("and go on with --resume auto from the last one that is complete")
+    assert (
+        len(said) == ranks and f"checkpoint {out / 'step-0000002'} cannot be written (" in said[0]
+    ), run.text()
+    assert "it needs 0.03 GB, and 0." in said[0] and said[0].endswith(
+        "and go on with --resume auto from the last one that is complete"
+    )
     assert steps(out) == [1] and not list(out.glob("partial-*"))
     none_survive(run)
     return said[0]
@@ -340,23 +504,56 @@ def refused(run, out, ranks):
 def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
     out = (disk or tmp_path) / "run"
     argv = flags("source", out, "--max-steps", "3", "--keep", "1")
-    run = fork("source", argv, out, ranks, habit=("eat_before", "shutil.disk_usage", 2, str(out.parent / "other") if disk else None, 0))
+    run = fork(
+        "source",
+        argv,
+        out,
+        ranks,
+        habit=(
+            "eat_before",
+            "shutil.disk_usage",
+            2,
+            str(out.parent / "other") if disk else None,
+            0,
+        ),
+    )
     assert "(the disk is full)" in refused(run, out, ranks)
     (out.parent / "other").unlink(missing_ok=True)
-    goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
+    goes_on(
+        "source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks
+    )
 
 
-@pytest.mark.parametrize("ranks, moment, eater", [(1, "models.save", 0), pytest.param(1, "dcp.save", 0, marks=pytest.mark.slow),
-                                                  *(pytest.param(2, moment, eater, marks=pytest.mark.slow) for moment, eater in [("models.save", 0), ("dcp.save", 1)])])
-def test_a_disk_that_fills_while_a_checkpoint_is_written(ranks, moment, eater, disk, flags, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    "ranks, moment, eater",
+    [
+        (1, "models.save", 0),
+        pytest.param(1, "dcp.save", 0, marks=pytest.mark.slow),
+        *(
+            pytest.param(2, moment, eater, marks=pytest.mark.slow)
+            for moment, eater in [("models.save", 0), ("dcp.save", 1)]
+        ),
+    ],
+)
+def test_a_disk_that_fills_while_a_checkpoint_is_written(
+    ranks, moment, eater, disk, flags, undisturbed, tmp_path
+):
     """There was room when it began; then somebody else took it, before the model or before the optimizer was written."""
     out = (disk or tmp_path) / "run"
     argv = flags("source", out, "--max-steps", "3", "--keep", "1")
-    run = fork("source", argv, out, ranks, habit=("eat_before", moment, 2, str(out.parent / "other") if disk else None, eater))
+    run = fork(
+        "source",
+        argv,
+        out,
+        ranks,
+        habit=("eat_before", moment, 2, str(out.parent / "other") if disk else None, eater),
+    )
     said = refused(run, out, ranks)
     assert ("No space left on device" if disk else "File too large") in said
     (out.parent / "other").unlink(missing_ok=True)
-    goes_on("source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks)
+    goes_on(
+        "source", flags, out, undisturbed("source", 3, ranks=ranks), 3, "--keep", "1", ranks=ranks
+    )
 
 
 @pytest.mark.slow
@@ -366,10 +563,20 @@ def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path)
     if not disk:
         pytest.skip("no small disk can be mounted here")
     out, more = disk / "run", ["--keep", "1", "--save-every", "10"]
-    run = fork("source", flags("source", out, "--max-steps", "20", *more), out, ranks, habit=("eat_before", "run.append_jsonl", 11, str(disk / "other"), 0))     # some still fit in
+    run = fork(
+        "source",
+        flags("source", out, "--max-steps", "20", *more),
+        out,
+        ranks,
+        habit=("eat_before", "run.append_jsonl", 11, str(disk / "other"), 0),
+    )  # some still fit in
     run.wait(90)
-    assert all(run.codes()) and f"{out / 'log.jsonl'} cannot be written ([Errno 28] No space left on device)" in run.text(), run.text()
-    assert ranks == 2 or "Traceback" not in run.text()      # the other rank waits for one that has gone
+    assert (
+        all(run.codes())
+        and f"{out / 'log.jsonl'} cannot be written ([Errno 28] No space left on device)"
+        in run.text()
+    ), run.text()
+    assert ranks == 2 or "Traceback" not in run.text()  # the other rank waits for one that has gone
     assert steps(out) == [10]
     none_survive(run)
     (disk / "other").unlink()
@@ -378,6 +585,7 @@ def test_a_log_that_cannot_be_written(ranks, disk, flags, undisturbed, tmp_path)
 
 
 # ------------------------------------------------------------- which ones stay
+
 
 def folder_of(tmp_path, number):
     """A run's folder with checkpoints 1, 2, ..., number, of which nothing but the list is there."""
@@ -408,20 +616,43 @@ def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
 
 # ----------------------------------------------------- other ranks, other folders ---------------------------------------------------------
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script, ways, rel", [
-    ("source", [(1, []), (2, []), (1, [])], 1e-5), pytest.param("cord", [(1, []), (2, []), (1, [])], 1e-5, marks=pytest.mark.slow),
-    pytest.param("source", [(2, ["--shard"]), (2, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow),
-    pytest.param("cord", [(2, ["--shard"]), (1, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow)], ids=["source", "cord", "source-shard", "cord-shard"])
+@pytest.mark.parametrize(
+    "script, ways, rel",
+    [
+        ("source", [(1, []), (2, []), (1, [])], 1e-5),
+        pytest.param("cord", [(1, []), (2, []), (1, [])], 1e-5, marks=pytest.mark.slow),
+        pytest.param(
+            "source", [(2, ["--shard"]), (2, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "cord", [(2, ["--shard"]), (1, []), (2, ["--shard"])], 1e-4, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["source", "cord", "source-shard", "cord-shard"],
+)
 def test_another_number_of_ranks_goes_on(script, ways, rel, flags, undisturbed, tmp_path):
     """Three starts of two steps each, however many ranks hold the weights and the optimizer, are one run of six."""
     out = tmp_path / "run"
     undisturbed(script, 6, "--workers", "0", wait=False)
     for number, (ranks, more) in enumerate(ways, 1):
-        run = fork(script, flags(script, out, "--max-steps", "6", "--resume", "auto", *more), out, ranks, habit=("stop_at", 2 * number) if number < 3 else None)
+        run = fork(
+            script,
+            flags(script, out, "--max-steps", "6", "--resume", "auto", *more),
+            out,
+            ranks,
+            habit=("stop_at", 2 * number) if number < 3 else None,
+        )
         run.wait()
         assert set(run.codes()) == ({130} if number < 3 else {0}), run.text()
-        assert len(lines(out)) == 2 * number and json.loads((out / f"step-{2 * number:07d}" / "checkpoint.json").read_text())["ranks"] == ranks
+        assert (
+            len(lines(out)) == 2 * number
+            and json.loads((out / f"step-{2 * number:07d}" / "checkpoint.json").read_text())[
+                "ranks"
+            ]
+            == ranks
+        )
     near_run(out, undisturbed(script, 6, "--workers", "0"), rel)
 
 
@@ -440,22 +671,34 @@ def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
         else:
             (broken / name).unlink()
     tries = {
-        "nowhere": ("source", tmp_path / "nowhere", [], "nowhere is not a checkpoint"), "nothing": ("cord", tmp_path / "nothing", [], "nothing is not a checkpoint"),
-        "cord's": ("source", cord, [], "was saved by another model"), "source's": ("cord", source, [], "was saved by another model"),
-        "rows": ("source", source, ["--text-kd", "none"], "was saved by another model"), "layers": ("source", source, ["--text-kd", "skip:3"], "made for layers"),
-        "train": ("source", source, ["--train", "decoder"], "was saved by another model"), "lora": ("cord", cord, ["--lora", "4"], "was saved by another model"),
-        **{name: ("source", tmp_path / f"without-{name}", [], f"without-{name}") for name in ("model.safetensors", "projections.safetensors", "optimizer", "cut")}}
+        "nowhere": ("source", tmp_path / "nowhere", [], "nowhere is not a checkpoint"),
+        "nothing": ("cord", tmp_path / "nothing", [], "nothing is not a checkpoint"),
+        "cord's": ("source", cord, [], "was saved by another model"),
+        "source's": ("cord", source, [], "was saved by another model"),
+        "rows": ("source", source, ["--text-kd", "none"], "was saved by another model"),
+        "layers": ("source", source, ["--text-kd", "skip:3"], "made for layers"),
+        "train": ("source", source, ["--train", "decoder"], "was saved by another model"),
+        "lora": ("cord", cord, ["--lora", "4"], "was saved by another model"),
+        **{
+            name: ("source", tmp_path / f"without-{name}", [], f"without-{name}")
+            for name in ("model.safetensors", "projections.safetensors", "optimizer", "cut")
+        },
+    }
     runs = {}
     for name, (script, folder, more, _) in tries.items():
         out = tmp_path / f"out-{name}" / "run"
         out.parent.mkdir()
-        runs[name] = fork(script, flags(script, out, "--max-steps", "5", "--resume", str(folder), *more), out)
+        runs[name] = fork(
+            script, flags(script, out, "--max-steps", "5", "--resume", str(folder), *more), out
+        )
         if len(runs) % 2 == 0:
             runs[name].wait()
     odd = {}
     for name, run in runs.items():
         code, said = run.wait(), run.text()
-        last = [line for line in said.splitlines() if line.strip() and "Loading weights" not in line][-1]
+        last = [
+            line for line in said.splitlines() if line.strip() and "Loading weights" not in line
+        ][-1]
         if code != 1 or "Traceback" in said or tries[name][3] not in last or lines(run.out):
             odd[name] = (code, said[-1500:])
     assert not odd, "\n\n".join(f"{name}: {code}\n{said}" for name, (code, said) in odd.items())
@@ -467,7 +710,11 @@ DAMAGE = {
     "config.json": ("config.json", None, "config.json is missing"),
     "optimizer": ("optimizer/*.safetensors", None, r"optimizer/.*\.safetensors is missing"),
     "projections": ("projections.safetensors", None, "projections.safetensors is missing"),
-    "truncated": ("model.safetensors", 1 << 20, r"model.safetensors is truncated: 1,048,576 of [\d,]+ bytes"),
+    "truncated": (
+        "model.safetensors",
+        1 << 20,
+        r"model.safetensors is truncated: 1,048,576 of [\d,]+ bytes",
+    ),
     "gone": ("checkpoint.json", None, "checkpoint.json is missing"),
     "cut": ("checkpoint.json", 5, "checkpoint.json is broken: JSONDecodeError"),
 }
@@ -491,7 +738,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tm
     with pytest.raises(SystemExit, match=f"{newest} is not (whole .{words}|a checkpoint)"):
         checkpoints.find(folder, newest, dry_run=False)
     assert checkpoints.find(folder, "auto", dry_run=False) == before
-    sentence, = capsys.readouterr().out.splitlines()
+    (sentence,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"{newest} is passed over \({words}.*\)", sentence)
     shutil.rmtree(before)
     with pytest.raises(SystemExit, match=f"{folder} has no checkpoint that is whole: .*{words}"):
@@ -504,13 +751,17 @@ def test_auto_goes_on_from_the_newest_that_is_whole(flags, undisturbed, tmp_path
     shutil.copytree(undisturbed("source", 4), out)
     damage(out / "step-0000004", "truncated")
     goes_on("source", flags, out, undisturbed("source", 4), 4)
-    assert f"{out / 'step-0000004'} is passed over (model.safetensors is truncated" in (said := said_by(out))
+    assert f"{out / 'step-0000004'} is passed over (model.safetensors is truncated" in (
+        said := said_by(out)
+    )
     assert f"going on from step 3, {out / 'step-0000003'}" in said
     assert whole.fault_of(out / "step-0000004") is None
 
 
 def said_by(out):
-    return "".join(path.read_text(errors="replace") for path in out.parent.glob(f"{out.name}-*.txt"))
+    return "".join(
+        path.read_text(errors="replace") for path in out.parent.glob(f"{out.name}-*.txt")
+    )
 
 
 def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
@@ -521,7 +772,12 @@ def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
     (folder / "config.json").unlink()
     model = models.load_audio_model(mini.world.MINI / "student")[0]
     models.fill(model, folder)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), trained.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(
+            model.state_dict().values(), trained.state_dict().values(), strict=True
+        )
+    )
     layers = models.decoder(model).layers
     del layers[-1]
     model.config.text_config.num_hidden_layers = len(layers)
@@ -537,7 +793,9 @@ def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
     write_json(folder / "checkpoint.json", {"step": 4, "ranks": 1})
     os.truncate(folder / "model.safetensors", 1 << 20)
     model = models.load_audio_model(mini.world.MINI / "student")[0]
-    with pytest.raises(SystemExit, match=f"{folder} holds a file that is truncated or damaged .*--resume DIR"):
+    with pytest.raises(
+        SystemExit, match=f"{folder} holds a file that is truncated or damaged .*--resume DIR"
+    ):
         checkpoints.load_model(folder, model)
     files = sorted((folder / "optimizer").glob("*.safetensors"))
     os.truncate(files[0], files[0].stat().st_size - 1000)
@@ -550,7 +808,12 @@ def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
     shutil.rmtree(folder / "optimizer")
     with pytest.raises(SystemExit, match=r"is not whole \(no optimizer"):
         checkpoints.load_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
-    assert saved["files"].keys() >= {"config.json", "model.safetensors", "projections.safetensors", "statistics.safetensors"}
+    assert saved["files"].keys() >= {
+        "config.json",
+        "model.safetensors",
+        "projections.safetensors",
+        "statistics.safetensors",
+    }
 
 
 def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, capsys):
@@ -558,14 +821,21 @@ def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, cap
     folder = tmp_path / "run"
     shutil.copytree(undisturbed("source", 4), folder)
     assert whole.newest_checkpoint(folder) == str(folder / "step-0000004")
-    assert whole.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and whole.newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
+    assert whole.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and whole.newest_checkpoint(
+        mini.world.MINI / "student"
+    ) == str(mini.world.MINI / "student")
     damage(folder / "step-0000004", "optimizer")
-    assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004") and not capsys.readouterr().out
+    assert (
+        models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004")
+        and not capsys.readouterr().out
+    )
     damage(folder / "step-0000004", "truncated")
     assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000003")
     assert "step-0000004 is passed over (model.safetensors is truncated" in capsys.readouterr().out
     damage(folder / "step-0000003", "config.json")
-    with pytest.raises(SystemExit, match="has no checkpoint that is whole: .*config.json is missing"):
+    with pytest.raises(
+        SystemExit, match="has no checkpoint that is whole: .*config.json is missing"
+    ):
         models.load_audio_model(folder)
 
 
@@ -578,6 +848,7 @@ def test_a_run_that_starts_from_a_runs_folder_notes_which_checkpoint(flags, undi
 
 # ------------------------------------------------------------ two runs, one folder --------------------------------------------------------
 
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_run_is_kept_out(ranks, flags, tmp_path):
     """Another run into the same --out, or the same one started twice, is refused for as long as the first one lives, and not a moment longer."""
@@ -589,11 +860,18 @@ def test_a_second_run_is_kept_out(ranks, flags, tmp_path):
         second = fork("source", argv + more, out, ranks)
         second.wait(120)
         assert second.codes() == [1] * ranks and "Traceback" not in second.text(), second.text()
-        assert f"another run is writing into {out}; wait for its end, or give another --out" in second.text(), second.text()
+        assert (
+            f"another run is writing into {out}; wait for its end, or give another --out"
+            in second.text()
+        ), second.text()
     assert first.codes() == [None]
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    again = fork("source", flags("source", out, "--max-steps", str(steps(out)[-1] + 1), "--resume", "auto"), out)        # its data worker may still be about
+    again = fork(
+        "source",
+        flags("source", out, "--max-steps", str(steps(out)[-1] + 1), "--resume", "auto"),
+        out,
+    )  # its data worker may still be about
     assert again.wait() == 0 and "going on from step" in again.text(), again.text()
     none_survive(first)
 
@@ -604,26 +882,59 @@ def test_of_two_that_go_on_at_once_one_does(flags, undisturbed, tmp_path):
     argv = flags("source", out, "--max-steps", "6", "--resume", "auto")
     runs = [fork("source", argv, out) for _ in range(2)]
     assert sorted(run.wait() for run in runs) == [0, 1], said_by(out)
-    assert said_by(out).count("another run is writing into") == 1 and len(lines(out)) == 6 and steps(out) == [5, 6]
+    assert (
+        said_by(out).count("another run is writing into") == 1
+        and len(lines(out)) == 6
+        and steps(out) == [5, 6]
+    )
 
 
 # --------------------------------------------------------------- files of a run ------------------------------------------------------------
 
+
 def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done, flush, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")) or flush(number))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")) or flush(number),
+    )
     monkeypatch.setattr(os, "replace", lambda old, new: done.append(str(new)) or replace(old, new))
     write_json(tmp_path / "results.json", {"a": 1})
     assert done == [str(tmp_path / "results.json.part"), str(tmp_path / "results.json")]
 
 
-@pytest.mark.parametrize("name, text, words", [
-    ("config.json", '{"dry_run": fal', "config.json is not the JSON that a run wrote there .*move it away and start again"),
-    ("config.json", "[]", "config.json is not the JSON that a run wrote there .it holds no object."),
-    ("log.jsonl", '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote .*mend it, or move the file away"),
-    ("log.jsonl", '{"step": 1}\n"step"\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote"),
-    ("log.jsonl", b'{"step": 1}\n\xff\n{"step": 3}\n', "log.jsonl:2 is no line that a run wrote"),
-    ("before.json", "", "before.json is not the JSON that a run wrote there")])
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        (
+            "config.json",
+            '{"dry_run": fal',
+            "config.json is not the JSON that a run wrote there .*move it away and start again",
+        ),
+        (
+            "config.json",
+            "[]",
+            "config.json is not the JSON that a run wrote there .it holds no object.",
+        ),
+        (
+            "log.jsonl",
+            '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
+            "log.jsonl:2 is no line that a run wrote .*mend it, or move the file away",
+        ),
+        (
+            "log.jsonl",
+            '{"step": 1}\n"step"\n{"step": 3}\n',
+            "log.jsonl:2 is no line that a run wrote",
+        ),
+        (
+            "log.jsonl",
+            b'{"step": 1}\n\xff\n{"step": 3}\n',
+            "log.jsonl:2 is no line that a run wrote",
+        ),
+        ("before.json", "", "before.json is not the JSON that a run wrote there"),
+    ],
+)
 def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
     folder = folder_of(tmp_path, 3)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -639,21 +950,29 @@ def test_a_log_that_a_kill_cut_off_is_no_broken_one(tmp_path):
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
-@pytest.mark.parametrize("script, ranks", [("source", 1), ("cord", 1), pytest.param("cord", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "script, ranks", [("source", 1), ("cord", 1), pytest.param("cord", 2, marks=pytest.mark.slow)]
+)
 def test_an_out_that_is_a_file(script, ranks, flags, tmp_path):
     out = tmp_path / "run"
     out.write_text("mine")
     run = fork(script, flags(script, out, "--max-steps", "1"), out, ranks)
     run.wait(90)
-    assert run.codes() == [1] * ranks and "Traceback" not in run.text() and f"{out} cannot be written ([Errno 17] File exists" in run.text(), run.text()
+    assert (
+        run.codes() == [1] * ranks
+        and "Traceback" not in run.text()
+        and f"{out} cannot be written ([Errno 17] File exists" in run.text()
+    ), run.text()
     assert out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [BlockingIOError(11, "held"), PermissionError(13, "held")])
 def test_a_lock_that_is_held(error, tmp_path, monkeypatch):
     """Both are what POSIX allows a system to say of another's lock."""
+
     def refuse(*_):
         raise error
+
     monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
     with pytest.raises(SystemExit, match="another run is writing into"):
         checkpoints.claim(tmp_path / "run")
@@ -664,6 +983,7 @@ def test_a_run_goes_on_from_the_student_that_it_began_with(tmp_path):
     for step in (1, 2):
         (tmp_path / f"a/step-{step:07d}").mkdir(parents=True)
         write_json(tmp_path / f"a/step-{step:07d}/checkpoint.json", {"step": step})
+
     def newest(path):
         return checkpoints.newest_of(str(path), "student", tmp_path / "b")
 
@@ -681,13 +1001,29 @@ def test_a_run_goes_on_from_the_student_that_it_began_with(tmp_path):
 
 def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
     """root may write anywhere, so that the system's answer is put in; and in /proc nobody makes a folder."""
-    with pytest.raises(SystemExit, match=r"^/proc/run cannot be written \(\[Errno 2\].*give another --out"):
+    with pytest.raises(
+        SystemExit, match=r"^/proc/run cannot be written \(\[Errno 2\].*give another --out"
+    ):
         checkpoints.claim("/proc/run")
     monkeypatch.setattr(os, "access", lambda path, how: False)
-    with pytest.raises(SystemExit, match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out"):
+    with pytest.raises(
+        SystemExit,
+        match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out",
+    ):
         checkpoints.claim(tmp_path / "run")
     with pytest.raises(SystemExit, match="run cannot be written"):
-        evaluate.main(["--task", "both", "--model", str(mini.world.MINI / "student"), "--data", "any.jsonl", "--out", str(tmp_path / "run")])
+        evaluate.main(
+            [
+                "--task",
+                "both",
+                "--model",
+                str(mini.world.MINI / "student"),
+                "--data",
+                "any.jsonl",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -698,18 +1034,50 @@ def test_a_disk_that_is_full_at_the_start(script, disk, flags, tmp_path):
     bad_days.fill(disk / "other")
     run = fork(script, flags(script, out, "--max-steps", "1"), tmp_path / "said")
     assert run.wait(90) == 1 and "Traceback" not in run.text(), run.text()
-    assert re.search(rf"^{out}\S* cannot be written \(.*No space left on device.*\); make room there", run.text(), re.M), run.text()
+    assert re.search(
+        rf"^{out}\S* cannot be written \(.*No space left on device.*\); make room there",
+        run.text(),
+        re.M,
+    ), run.text()
 
 
 def test_a_disk_that_is_full_when_a_result_is_written(disk, tmp_path):
     if not disk:
         pytest.skip("no small disk can be mounted here")
     said = tmp_path / "said.json"
-    said.write_text(json.dumps([{"id": "1", "task": "sound", "choices": ["bell", "dog"], "answer": "bell", "model_output": "bell"}]))
+    said.write_text(
+        json.dumps(
+            [
+                {
+                    "id": "1",
+                    "task": "sound",
+                    "choices": ["bell", "dog"],
+                    "answer": "bell",
+                    "model_output": "bell",
+                }
+            ]
+        )
+    )
     bad_days.fill(disk / "other")
     (tmp_path / "file").write_text("mine")
     for out in (disk / "results.json", tmp_path / "file" / "results.json"):
-        with pytest.raises(SystemExit, match=f"^{out.parent}.* cannot be written .*make room there or give another --out"):
+        with pytest.raises(
+            SystemExit,
+            match=f"^{out.parent}.* cannot be written .*make room there or give another --out",
+        ):
             evaluate.main(["--task", "mmau", "--predictions", str(said), "--out", str(out)])
-    with pytest.raises(SystemExit, match=f"^{tmp_path / 'file'} cannot be written .*File exists"):              # before a model is loaded
-        evaluate.main(["--task", "gap", "--model", "nowhere", "--data", "any.jsonl", "--out", str(tmp_path / "file")])
+    with pytest.raises(
+        SystemExit, match=f"^{tmp_path / 'file'} cannot be written .*File exists"
+    ):  # before a model is loaded
+        evaluate.main(
+            [
+                "--task",
+                "gap",
+                "--model",
+                "nowhere",
+                "--data",
+                "any.jsonl",
+                "--out",
+                str(tmp_path / "file"),
+            ]
+        )

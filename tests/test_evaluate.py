@@ -909,9 +909,12 @@ def test_two_ranks_share_the_work_and_say_what_one_says(
     alone = rollout.generate(tiny_student_model, tiny_processor, examples, **how)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    for rows, sizes in (examples, [4, 3]), (
-        examples[:1],
-        [1, 0],
+    for rows, sizes in (
+        (examples, [4, 3]),
+        (
+            examples[:1],
+            [1, 0],
+        ),
     ):  # the second: a rank without work
         said = {}
 
@@ -944,9 +947,10 @@ def test_evaluate_model(monkeypatch, examples):
         ]
 
     monkeypatch.setattr(evaluate, "generate", said)
-    aqa, ser = [e for e in examples if e.task != "emotion"], [
-        e for e in examples if e.task == "emotion"
-    ]
+    aqa, ser = (
+        [e for e in examples if e.task != "emotion"],
+        [e for e in examples if e.task == "emotion"],
+    )
     splits = [("noise", [examples[1], examples[3]]), ("rates", [examples[0]])]
     results = evaluate.evaluate_model(None, None, aqa + ser, splits=splits, seed=5)
     assert {k: results["aqa"][k] for k in ("sound", "music", "speech")} == {
@@ -1161,7 +1165,9 @@ def test_command_line_runs_a_model(
     tiny_processor.save_pretrained(tmp_path / "tiny")
     manifest, out = examples[0].audio.parent / "manifest.jsonl", tmp_path / "run"
     tiny = ["--model", tmp_path / "tiny", "--data", manifest, "--max-new-tokens", 4]
-    run_main(monkeypatch, "--task", "both", *tiny, "--split", "test", "--temperature", 0, "--out", out)
+    run_main(
+        monkeypatch, "--task", "both", *tiny, "--split", "test", "--temperature", 0, "--out", out
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["aqa"].keys() >= {
         "sound",
@@ -1292,9 +1298,12 @@ def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
     bad = examples[0].audio.parent / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, rows)))
     (bad.parent / "broken.wav").write_bytes(b"RIFF")
-    for task, words in ("both", "broken.wav"), (
-        "mmau",
-        "--task mmau runs in one process, and torchrun started 2; start it with python",
+    for task, words in (
+        ("both", "broken.wav"),
+        (
+            "mmau",
+            "--task mmau runs in one process, and torchrun started 2; start it with python",
+        ),
     ):
         done = by_ranks(
             2,

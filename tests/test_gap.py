@@ -80,8 +80,8 @@ def test_only_spoken_questions_are_asked_twice(tmp_path):
 def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch, capsys):
     manifest, further = write_spoken(tmp_path), tmp_path / "telephone.jsonl"
     further.write_text("\n".join(manifest.read_text().splitlines()[:3]) + "\n")
-    run = (
-        lambda *more: monkeypatch.setattr(
+    run = lambda *more: (
+        monkeypatch.setattr(
             sys,
             "argv",
             [

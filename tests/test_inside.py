@@ -36,9 +36,10 @@ def hsic_by_definition(k, l):
 
 def test_cka_is_the_unbiased_estimate():
     torch.manual_seed(0)
-    xs, ys = [torch.randn(7, w, dtype=torch.float64) for w in (3, 5)], [
-        torch.randn(7, w, dtype=torch.float64) for w in (4, 2, 9)
-    ]
+    xs, ys = (
+        [torch.randn(7, w, dtype=torch.float64) for w in (3, 5)],
+        [torch.randn(7, w, dtype=torch.float64) for w in (4, 2, 9)],
+    )
     xs.append(ys[0] @ torch.randn(4, 4, dtype=torch.float64))
     kernels = [[x @ x.T for x in side] for side in (xs, ys)]
     table = inside.cka(xs, ys)

@@ -312,6 +312,7 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         (late if id(node) in inside_functions else early).update(OURS.intersection(names))
+    early.discard(module_name(path))                    # data.py, run as a script, imports itself
     return early, late
 
 

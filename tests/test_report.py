@@ -339,11 +339,14 @@ def test_before_the_first_step(tmp_path, monkeypatch):
 
 def test_the_panels_of_source_layer(tmp_path, monkeypatch):
     lines = [source_layer(step) for step in range(1, 201)]
-    lines[49], lines[99]["layer"] = {
-        "step": 50,
-        "skipped": "the loss was not finite",
-        "ids": [],
-    }, None
+    lines[49], lines[99]["layer"] = (
+        {
+            "step": 50,
+            "skipped": "the loss was not finite",
+            "ids": [],
+        },
+        None,
+    )
     write_run(tmp_path, lines, steps=300)
     for name, average in ("before", 50), ("eval-0000100", 60):
         (tmp_path / f"{name}.json").write_text(json.dumps(heard(average, 80)))

@@ -1,4 +1,5 @@
 """Both real scripts on many ranks, with numbers that go wrong and with clips that vanish."""
+
 import json
 import math
 import os
@@ -23,14 +24,34 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"source_layer": train_source_layer, "cord": train_cord}
 STEPS = {"source_layer": train_source_layer.SourceLayerStep, "cord": train_cord.CordStep}
 # answers of 64 tokens at a low temperature: some rollouts give the text view's answer and some do not, so that the group reward teaches something
-USUAL = {"source_layer": ["--batch-size", "4", "--micro-batch", "1"],
-         "cord": ["--batch-size", "4", "--micro-batch", "3", "--max-new-tokens", "64", "--group-temperature", "0.8", "--lr", "3e-5"]}
-SAME = {"source_layer": ("loss", "top", "layer", "acoustic", "sft"), "cord": ("loss", "token", "group", "kl", "entropy", "reward", "signal", "length", "at_limit")}
+USUAL = {
+    "source_layer": ["--batch-size", "4", "--micro-batch", "1"],
+    "cord": [
+        "--batch-size",
+        "4",
+        "--micro-batch",
+        "3",
+        "--max-new-tokens",
+        "64",
+        "--group-temperature",
+        "0.8",
+        "--lr",
+        "3e-5",
+    ],
+}
+SAME = {
+    "source_layer": ("loss", "top", "layer", "acoustic", "sft"),
+    "cord": ("loss", "token", "group", "kl", "entropy", "reward", "signal", "length", "at_limit"),
+}
 
 
 def write(script, folder, n=8):
     folder.mkdir(parents=True, exist_ok=True)
-    return test_train_source_layer.write_world(folder, n) if script == "source_layer" else test_train_cord.write_spoken(folder, n)
+    return (
+        test_train_source_layer.write_world(folder, n)
+        if script == "source_layer"
+        else test_train_cord.write_spoken(folder, n)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +64,24 @@ def flags(script, world, out, *more):
 
 
 def run(script, world, out, *more, ranks=1, **environment):
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *start, str(ROOT / f"train_{script}.py"), *flags(script, world, out, *more)], cwd=ROOT, text=True, capture_output=True,
-                          timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            *start,
+            str(ROOT / f"train_{script}.py"),
+            *flags(script, world, out, *more),
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return log_of(out)
 
@@ -63,6 +99,7 @@ def equal(ones, others, names, rel):
 
 # ------------------------------------------------------------- 1. many ranks -------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def alone(worlds, tmp_path_factory):
     """{script: folder of a run of ten steps by one process}, made when first asked for."""
@@ -73,6 +110,7 @@ def alone(worlds, tmp_path_factory):
             made[script] = tmp_path_factory.mktemp(f"alone-{script}")
             run(script, worlds[script], made[script], "--max-steps", 10, "--save-every", 5)
         return made[script]
+
     return of
 
 
@@ -82,27 +120,47 @@ def test_two_processes_equal_one(script, worlds, alone, tmp_path):
     log = run(script, worlds[script], tmp_path, "--max-steps", 10, ranks=2)
     equal(log_of(alone(script)), log, SAME[script], 1e-5)
     if script == "cord":
-        assert sum(line["signal"] for line in log) > 0 and len({line["length"] for line in log}) > 1          # the reward taught, on rollouts of many lengths
-    one, two = (safetensors.torch.load_file(folder / "step-0000010" / "model.safetensors") for folder in (alone(script), tmp_path))
+        assert (
+            sum(line["signal"] for line in log) > 0 and len({line["length"] for line in log}) > 1
+        )  # the reward taught, on rollouts of many lengths
+    one, two = (
+        safetensors.torch.load_file(folder / "step-0000010" / "model.safetensors")
+        for folder in (alone(script), tmp_path)
+    )
     for name in one:
         assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-5, name
 
 
-SHARDED = [("source_layer", []), ("source_layer", ["--checkpoint-activations", "--train", "decoder", "--text-kd", "skip:3"]), ("source_layer", ["--lora", "4"]),
-           ("source_layer", ["--text-kd", "none", "--no-acoustic-kd"]), ("cord", []), ("cord", ["--checkpoint-activations", "--train", "all"]),
-           ("cord", ["--lora", "4"]), ("cord", ["--teacher", "current"]), ("cord", ["--token-loss", "sft", "--group-size", "0"]), ("cord", ["--token-loss", "none"])]
+SHARDED = [
+    ("source_layer", []),
+    ("source_layer", ["--checkpoint-activations", "--train", "decoder", "--text-kd", "skip:3"]),
+    ("source_layer", ["--lora", "4"]),
+    ("source_layer", ["--text-kd", "none", "--no-acoustic-kd"]),
+    ("cord", []),
+    ("cord", ["--checkpoint-activations", "--train", "all"]),
+    ("cord", ["--lora", "4"]),
+    ("cord", ["--teacher", "current"]),
+    ("cord", ["--token-loss", "sft", "--group-size", "0"]),
+    ("cord", ["--token-loss", "none"]),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, more", SHARDED, ids=[" ".join([script, *more]) for script, more in SHARDED])
+@pytest.mark.parametrize(
+    "script, more", SHARDED, ids=[" ".join([script, *more]) for script, more in SHARDED]
+)
 def test_sharded_equals_not(script, more, worlds, tmp_path):
     """FSDP2 on two gloo processes against one process, float32, five steps."""
     one = run(script, worlds[script], tmp_path / "one", "--max-steps", 5, *more)
     two = run(script, worlds[script], tmp_path / "two", "--max-steps", 5, "--shard", *more, ranks=2)
     equal(one, two, [name for name in (*SAME[script], "grad_norm") if name in one[0]], 1e-4)
     name = "adapter_model.safetensors" if "--lora" in more else "model.safetensors"
-    one, two = (safetensors.torch.load_file(tmp_path / n / "step-0000005" / name) for n in ("one", "two"))
-    assert one.keys() == two.keys() and all((one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-5 for name in one)
+    one, two = (
+        safetensors.torch.load_file(tmp_path / n / "step-0000005" / name) for n in ("one", "two")
+    )
+    assert one.keys() == two.keys() and all(
+        (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-5 for name in one
+    )
 
 
 @pytest.mark.slow
@@ -113,21 +171,51 @@ def test_sharded_16_bit_weights_train_save_and_go_on(script, worlds, tmp_path):
     whole = run(script, worlds[script], tmp_path / "ddp", *more, ranks=2)
     sharded = run(script, worlds[script], tmp_path / "fsdp", *more, "--shard", ranks=2)
     equal(whole, sharded, ["loss"], 0.02)
-    again = run(script, worlds[script], tmp_path / "again", *more, "--shard", "--resume", tmp_path / "fsdp" / "step-0000002", ranks=2)
+    again = run(
+        script,
+        worlds[script],
+        tmp_path / "again",
+        *more,
+        "--shard",
+        "--resume",
+        tmp_path / "fsdp" / "step-0000002",
+        ranks=2,
+    )
     equal(sharded[2:], again, ["loss", "grad_norm"], 1e-6)
 
 
 def on_two_ranks(code, folder):
-    (folder / "ranks.py").write_text("import torch\nfrom plumbing import checkpoints, ranks, run\nrank, world, device = ranks.start_distributed()\n" + code + "\nopen(f'{rank}.fine', 'w')\nranks.stop_distributed()\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"], cwd=folder, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and (folder / "0.fine").exists() and (folder / "1.fine").exists(), done.stderr[:2000] + done.stderr[-2000:]
+    (folder / "ranks.py").write_text(
+        "import torch\nfrom plumbing import checkpoints, ranks, run\nrank, world, device = ranks.start_distributed()\n"
+        + code
+        + "\nopen(f'{rank}.fine', 'w')\nranks.stop_distributed()\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "ranks.py",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and (folder / "0.fine").exists() and (folder / "1.fine").exists(), (
+        done.stderr[:2000] + done.stderr[-2000:]
+    )
 
 
 def test_a_shard_is_a_share(worlds, tmp_path):
     """What a rank holds of a sharded model is its part of it; `whole` and `full` give it back, and inside `whole` ranks may run it differently often: they wait for
     none. What goes into it keeps its type."""
-    on_two_ranks(f"""
+    on_two_ranks(
+        f"""
 import data, mini.world, models, rollout
 from torch.distributed.tensor import DTensor
 model, processor = models.load_audio_model(mini.world.MINI / "student")
@@ -160,13 +248,16 @@ class Step(torch.nn.Linear):
 step = ranks.shard(Step(2, 2), compute=torch.bfloat16)
 step({{"advantage": torch.ones(2)}}).backward()
 assert step.weight.grad.dtype == torch.float32
-""", tmp_path)
+""",
+        tmp_path,
+    )
     with pytest.raises(SystemExit, match="--shard shares .* torchrun --nproc_per_node N"):
         train_cord.main(["--shard", "--data", "any.jsonl"])
 
 
 def test_a_folder_that_is_not_the_same_for_all_is_refused(tmp_path):
-    on_two_ranks("""
+    on_two_ranks(
+        """
 checkpoints.claim("shared")
 try:
     checkpoints.claim(f"of-rank-{rank}")
@@ -175,10 +266,13 @@ except SystemExit as error:
 else:
     raise AssertionError
 assert ranks.of_rank_zero(rank + 7) == 7
-""", tmp_path)
+""",
+        tmp_path,
+    )
 
 
 # ------------------------------------------------------- 2. numbers that go wrong --------------------------------------------------------
+
 
 def spoil(monkeypatch, script, steps, value=math.nan):
     """The loss of these steps (counted from 1) is multiplied by `value`."""
@@ -211,7 +305,8 @@ def test_a_step_with_a_spoilt_loss_is_left_out(script, worlds, tmp_path, monkeyp
     assert len(two["ids"]) == 4 and "loss" in three
     one, two, three = (
         safetensors.torch.load_file(tmp_path / f"step-000000{n}" / "model.safetensors")
-        for n in (1, 2, 3))
+        for n in (1, 2, 3)
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(two[name], three[name]) for name in one)
     assert "step 2 is left out: its loss is nan" in capsys.readouterr().out
@@ -234,8 +329,9 @@ def test_a_gradient_that_is_not_finite_spoils_a_step_too(worlds, tmp_path, monke
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_five_in_a_row_stop_the_run_with_a_checkpoint(script, worlds, tmp_path, monkeypatch,
-                                                      capsys):
+def test_five_in_a_row_stop_the_run_with_a_checkpoint(
+    script, worlds, tmp_path, monkeypatch, capsys
+):
     spoil(monkeypatch, script, set(range(2, 20)), math.inf)
     with pytest.raises(SystemExit):
         SCRIPTS[script].main(flags(script, worlds[script], tmp_path, "--max-steps", 20))
@@ -259,10 +355,12 @@ def test_out_of_memory_has_a_hint(worlds, tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------------- 3. bad data
 
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_clip_that_vanishes_stops_the_run_with_a_checkpoint(script, workers, tmp_path,
-                                                              monkeypatch, capsys):
+def test_a_clip_that_vanishes_stops_the_run_with_a_checkpoint(
+    script, workers, tmp_path, monkeypatch, capsys
+):
     """The sentence names the manifest's line; a mended clip, and the run goes on."""
     world = write(script, tmp_path / "world")
     clip, right = world.parent / "3.wav", plumbing_run.Run.log

@@ -1,4 +1,5 @@
 """AdamW for bfloat16 weights against torch's float32 AdamW: the figures in split_adamw.py, the 16 bits, and a resume."""
+
 import json
 
 import pytest
@@ -21,8 +22,8 @@ def kahan(p, update, state):
 
 def stochastic(p, update, state):
     """Rounded up or down at random, by how near either is."""
-    bits = (p.float() + update).view(torch.int32) + torch.randint(2 ** 16, p.shape, dtype=torch.int32)
-    p.copy_((bits & -2 ** 16).view(torch.float32))
+    bits = (p.float() + update).view(torch.int32) + torch.randint(2**16, p.shape, dtype=torch.int32)
+    p.copy_((bits & -(2**16)).view(torch.float32))
 
 
 def walk(kind, size, updates=400, lr=1e-5):
@@ -34,18 +35,26 @@ def walk(kind, size, updates=400, lr=1e-5):
         optimizer = torch.optim.AdamW([shadow], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         for i in range(updates):
             before = shadow.detach().clone()
-            shadow.grad = 1e-3 * (torch.randn(20_000, generator=torch.Generator().manual_seed(i)) + slope)
+            shadow.grad = 1e-3 * (
+                torch.randn(20_000, generator=torch.Generator().manual_seed(i)) + slope
+            )
             optimizer.step()
             kind(p, shadow.detach() - before, state)
         return p.float() - start.float()
     torch.manual_seed(0)
     start, slope = (size * torch.randn(20_000)).bfloat16(), 0.3 * torch.randn(20_000)
     p = torch.nn.Parameter(start.float() if kind == "float32" else start.clone())
-    optimizer = (SplitAdamW if kind == "split" else torch.optim.AdamW)([p], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = (SplitAdamW if kind == "split" else torch.optim.AdamW)(
+        [p], lr=lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     for i in range(updates):
-        p.grad = (1e-3 * (torch.randn(20_000, generator=torch.Generator().manual_seed(i)) + slope)).to(p.dtype)
+        p.grad = (
+            1e-3 * (torch.randn(20_000, generator=torch.Generator().manual_seed(i)) + slope)
+        ).to(p.dtype)
         optimizer.step()
-    return (join(p.detach(), optimizer.state[p]["low"]) if kind == "split" else p.detach().float()) - start.float()
+    return (
+        join(p.detach(), optimizer.state[p]["low"]) if kind == "split" else p.detach().float()
+    ) - start.float()
 
 
 @pytest.mark.parametrize("size", [0.02, 1.0])
@@ -53,14 +62,19 @@ def test_it_walks_as_float32_does_and_plain_bfloat16_stands_still(size):
     exact, ours, plain = (walk(kind, size) for kind in ("float32", "split", "bfloat16"))
     assert (ours - exact).norm() < 0.003 * exact.norm()
     assert (plain - exact).norm() > 0.9 * exact.norm()
-    off = [((walk(kind, size) - exact).norm() / exact.norm()).item() for kind in (kahan, stochastic)]
+    off = [
+        ((walk(kind, size) - exact).norm() / exact.norm()).item() for kind in (kahan, stochastic)
+    ]
     assert off == pytest.approx({0.02: [0.03, 0.29], 1.0: [0.80, 2.0]}[size], rel=0.1)
 
 
 def test_in_float32_it_is_torchs_adamw():
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.ones(7, 5)) for _ in range(2)]
-    optimizers = [kind([p], lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1) for kind, p in zip((SplitAdamW, torch.optim.AdamW), weights)]
+    optimizers = [
+        kind([p], lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+        for kind, p in zip((SplitAdamW, torch.optim.AdamW), weights)
+    ]
     for _ in range(20):
         gradient = torch.randn(7, 5)
         for p, optimizer in zip(weights, optimizers):
@@ -70,12 +84,27 @@ def test_in_float32_it_is_torchs_adamw():
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False, min_value=-2.0 ** 127, max_value=2.0 ** 127), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.floats(
+            width=32,
+            allow_nan=False,
+            allow_infinity=False,
+            allow_subnormal=False,
+            min_value=-(2.0**127),
+            max_value=2.0**127,
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_join_gives_back_what_split_took(values):
     x = torch.tensor(values)
     high, low = split(x)
     assert high.dtype == low.dtype == torch.bfloat16 and torch.equal(high, x.bfloat16())
-    assert ((join(high, low).view(torch.int32) - x.view(torch.int32)).abs() <= 1).all()             # one unit in the last place, for ties
+    assert (
+        (join(high, low).view(torch.int32) - x.view(torch.int32)).abs() <= 1
+    ).all()  # one unit in the last place, for ties
 
 
 def test_what_float32_weights_left_goes_on_with_its_16_bits():
@@ -89,7 +118,9 @@ def test_what_float32_weights_left_goes_on_with_its_16_bits():
     for _ in range(20):
         q.grad = torch.ones(50).bfloat16()
         new.step()
-    torch.testing.assert_close(join(q.detach(), new.state[q]["low"]), torch.full((50,), 1 - 20e-5), rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        join(q.detach(), new.state[q]["low"]), torch.full((50,), 1 - 20e-5), rtol=0, atol=5e-6
+    )
 
 
 def test_what_it_cannot_do_is_refused():
@@ -98,7 +129,9 @@ def test_what_it_cannot_do_is_refused():
     SplitAdamW([torch.nn.Parameter(torch.ones(3))], betas=(0.9, 0.999))
     with pytest.raises(ValueError, match="float16"):
         SplitAdamW([torch.nn.Parameter(torch.ones(3).half())])
-    odd = torch.nn.Parameter(torch.ones(3, 4).bfloat16().T)                  # in another order in memory: loud, not silently left alone
+    odd = torch.nn.Parameter(
+        torch.ones(3, 4).bfloat16().T
+    )  # in another order in memory: loud, not silently left alone
     odd.grad = torch.ones(4, 3).bfloat16()
     with pytest.raises(RuntimeError, match="view"):
         SplitAdamW([odd]).step()
@@ -112,6 +145,7 @@ def test_pieces_make_no_difference(monkeypatch):
 
 def test_its_state_survives_a_save(tmp_path):
     """To the last bit, the 16 bits too: load_state_dict casts what it loads to the parameter's type."""
+
     def run(resume_at):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(100).bfloat16())
@@ -125,6 +159,7 @@ def test_its_state_survives_a_save(tmp_path):
             p.grad = torch.randn(100, generator=torch.Generator().manual_seed(i)).bfloat16()
             optimizer.step()
         return join(p.detach(), optimizer.state[p]["low"])
+
     assert torch.equal(run(None), run(4))
 
 
@@ -132,9 +167,36 @@ def test_its_state_survives_a_save(tmp_path):
 def test_training_with_16_bit_weights_follows_float32_and_resumes(tmp_path):
     world = write_world(tmp_path)
     for weights in ("float32", "bfloat16"):
-        main(small_run(world, tmp_path / weights, "--weights", weights, "--max-steps", "8", "--save-every", "4"))
+        main(
+            small_run(
+                world,
+                tmp_path / weights,
+                "--weights",
+                weights,
+                "--max-steps",
+                "8",
+                "--save-every",
+                "4",
+            )
+        )
     exact, ours = log_of(tmp_path / "float32"), log_of(tmp_path / "bfloat16")
     assert [line["sft"] for line in ours] == pytest.approx([line["sft"] for line in exact], rel=0.1)
-    assert json.loads((tmp_path / "bfloat16" / "step-0000008" / "config.json").read_text())["dtype"] == "bfloat16"
-    main(small_run(world, tmp_path / "again", "--weights", "bfloat16", "--max-steps", "8", "--resume", str(tmp_path / "bfloat16" / "step-0000004")))
-    assert [line["loss"] for line in log_of(tmp_path / "again")] == [line["loss"] for line in ours[4:]]
+    assert (
+        json.loads((tmp_path / "bfloat16" / "step-0000008" / "config.json").read_text())["dtype"]
+        == "bfloat16"
+    )
+    main(
+        small_run(
+            world,
+            tmp_path / "again",
+            "--weights",
+            "bfloat16",
+            "--max-steps",
+            "8",
+            "--resume",
+            str(tmp_path / "bfloat16" / "step-0000004"),
+        )
+    )
+    assert [line["loss"] for line in log_of(tmp_path / "again")] == [
+        line["loss"] for line in ours[4:]
+    ]

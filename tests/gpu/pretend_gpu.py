@@ -10,6 +10,7 @@ make runs as it is written), streams, memory, speed.
 How: a tensor subclass around a CPU tensor, a dispatch mode for what makes tensors, and stand-ins for what torch.cuda asks the driver. Autograd's engine asks
 libcuda and c10 themselves: a library of a few lines answers them, compiled here by g++ and loaded before torch (LD_PRELOAD, so Linux alone).
 """
+
 import contextlib
 import ctypes
 import importlib.util
@@ -21,7 +22,9 @@ import tempfile
 from pathlib import Path
 
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))
-LINKED = Path(importlib.util.find_spec("torch").origin).parent / "lib/libcaffe2_nvrtc.so"        # not in a wheel that is for CPUs alone
+LINKED = (
+    Path(importlib.util.find_spec("torch").origin).parent / "lib/libcaffe2_nvrtc.so"
+)  # not in a wheel that is for CPUs alone
 LIBRARY = """
 extern "C" { static int there = 0; void pretend(int n) { there = n; } int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { *flags = 0, *active = 0; return 0; } }
 namespace c10 { namespace cuda { signed char device_count() noexcept { return there; } signed char device_count_ensure_non_zero() { return there; } } }
@@ -30,17 +33,47 @@ namespace c10 { namespace cuda { signed char device_count() noexcept { return th
 
 def build(folder):
     """The library: c10::cuda::device_count, and every function of the driver that torch links to (none but one is called)."""
-    names = {line.split()[-1].partition("@")[0] for line in subprocess.run(["nm", "-D", LINKED], capture_output=True, text=True, check=True).stdout.splitlines() if " U cu" in line}
-    rest = "".join(f'extern "C" int {name}() {{ return 999; }}\n' for name in sorted(names - {"cuDevicePrimaryCtxGetState"}))
+    names = {
+        line.split()[-1].partition("@")[0]
+        for line in subprocess.run(
+            ["nm", "-D", LINKED], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        if " U cu" in line
+    }
+    rest = "".join(
+        f'extern "C" int {name}() {{ return 999; }}\n'
+        for name in sorted(names - {"cuDevicePrimaryCtxGetState"})
+    )
     (folder / "cuda.cpp").write_text(LIBRARY + rest)
-    subprocess.run(["g++", "-nostdlib", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", folder / "cuda.cpp"], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-nostdlib",
+            "-shared",
+            "-fPIC",
+            "-Wl,-soname,libcuda.so.1",
+            "-o",
+            folder / "libcuda.so.1",
+            folder / "cuda.cpp",
+        ],
+        check=True,
+    )
     return folder / "libcuda.so.1"
 
 
 if __name__ == "__main__" and "PRETENDED" not in os.environ:
     with tempfile.TemporaryDirectory() as made:
         library = str(build(Path(made)))
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, "LD_PRELOAD": f"{library} {os.environ.get('LD_PRELOAD', '')}", "PRETENDED": library}).returncode)
+        sys.exit(
+            subprocess.run(
+                [sys.executable, *sys.argv],
+                env={
+                    **os.environ,
+                    "LD_PRELOAD": f"{library} {os.environ.get('LD_PRELOAD', '')}",
+                    "PRETENDED": library,
+                },
+            ).returncode
+        )
 
 import torch
 import torch.distributed as dist
@@ -51,7 +84,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 COPIES, JOINS = {aten.copy_.default, aten._to_copy.default}, {aten.cat.default, aten.stack.default}
-BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}       # the indices may be a CPU's
+BY_INDEX = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}  # the indices may be a CPU's
 
 
 class OnGPU(torch.Tensor):
@@ -59,8 +97,15 @@ class OnGPU(torch.Tensor):
 
     @staticmethod
     def __new__(cls, tensor):
-        made = torch.Tensor._make_wrapper_subclass(cls, tensor.size(), strides=tensor.stride(), storage_offset=tensor.storage_offset(), dtype=tensor.dtype, layout=tensor.layout,
-                                                   device=torch.device("cuda", LOCAL))
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            tensor.size(),
+            strides=tensor.stride(),
+            storage_offset=tensor.storage_offset(),
+            dtype=tensor.dtype,
+            layout=tensor.layout,
+            device=torch.device("cuda", LOCAL),
+        )
         made.held = tensor.detach()
         return made
 
@@ -76,7 +121,9 @@ class OnGPU(torch.Tensor):
             with torch.no_grad():
                 memo[id(self)] = OnGPU(self.held.clone())
             memo[id(self)].requires_grad_(self.requires_grad)
-            vars(memo[id(self)]).update({name: value for name, value in vars(self).items() if name != "held"})
+            vars(memo[id(self)]).update(
+                {name: value for name, value in vars(self).items() if name != "held"}
+            )
         return memo[id(self)]
 
     @property
@@ -112,7 +159,9 @@ class Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        ours = is_gpu(kwargs.get("device")) or any(isinstance(x, OnGPU) for x in tree_leaves((args, kwargs)))
+        ours = is_gpu(kwargs.get("device")) or any(
+            isinstance(x, OnGPU) for x in tree_leaves((args, kwargs))
+        )
         return run(func, args, kwargs) if ours else func(*args, **kwargs)
 
 
@@ -125,31 +174,60 @@ def run(func, args, kwargs):
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     there, here = ([x for x in tensors if isinstance(x, OnGPU) == gpu] for gpu in (True, False))
     if func in BY_INDEX:
-        wrong = there and not isinstance(args[0], OnGPU) or isinstance(args[0], OnGPU) and any(x.dim() and not isinstance(x, OnGPU) for x in args[2:3])
-    else:                                               # a single number may come from a CPU, but not to be joined
+        wrong = (
+            there
+            and not isinstance(args[0], OnGPU)
+            or isinstance(args[0], OnGPU)
+            and any(x.dim() and not isinstance(x, OnGPU) for x in args[2:3])
+        )
+    else:  # a single number may come from a CPU, but not to be joined
         wrong = there and any(x.dim() or func in JOINS for x in here) and func not in COPIES
     if wrong:
-        raise RuntimeError(f"{func} between devices: {', '.join(f'{list(x.shape)} on the {x.device.type}' for x in tensors)}")
+        raise RuntimeError(
+            f"{func} between devices: {', '.join(f'{list(x.shape)} on the {x.device.type}' for x in tensors)}"
+        )
     to = kwargs.get("device")
-    inside = lambda x: x.held if isinstance(x, OnGPU) else torch.device("cpu") if isinstance(x, torch.device) and is_gpu(x) else x
-    a, k = tree_map(inside, (args, {name: value for name, value in kwargs.items() if name != "pin_memory"}))
-    if func is aten.mm.dtype:                           # products of 16 bits with sums of 32: a CPU has none
+    inside = lambda x: (
+        x.held
+        if isinstance(x, OnGPU)
+        else torch.device("cpu")
+        if isinstance(x, torch.device) and is_gpu(x)
+        else x
+    )
+    a, k = tree_map(
+        inside, (args, {name: value for name, value in kwargs.items() if name != "pin_memory"})
+    )
+    if func is aten.mm.dtype:  # products of 16 bits with sums of 32: a CPU has none
         out = torch.mm(a[0].float(), a[1].float())
     elif func is aten.addmm.dtype_out:
-        if not a[0].dtype == k["out"].dtype == torch.float32 or not a[1].dtype == a[2].dtype == torch.bfloat16:
+        if (
+            not a[0].dtype == k["out"].dtype == torch.float32
+            or not a[1].dtype == a[2].dtype == torch.bfloat16
+        ):
             raise TypeError("only float32 + bfloat16 x bfloat16 is one product on a GPU")
         out = k["out"].copy_(torch.addmm(a[0], a[1].float(), a[2].float()))
     else:
         out = func(*a, **k)
-    gpu = is_gpu(to) if to is not None else isinstance(args[0], OnGPU) if func is aten.copy_.default else bool(there)
+    gpu = (
+        is_gpu(to)
+        if to is not None
+        else isinstance(args[0], OnGPU)
+        if func is aten.copy_.default
+        else bool(there)
+    )
     if not gpu:
         return out
     out = tree_map(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, out)
-    return out if func.namespace == "c10d" or to is not None else return_and_correct_aliasing(func, args, kwargs, out)
+    return (
+        out
+        if func.namespace == "c10d" or to is not None
+        else return_and_correct_aliasing(func, args, kwargs, out)
+    )
 
 
 class Anything:
     """A stream or an event."""
+
     device_type = "cuda"
 
     def __init__(self, *_, **__):
@@ -162,19 +240,47 @@ class Anything:
 def on_the_gpu(collective):
     def checked(tensor, *more, **how):
         if not isinstance(tensor, OnGPU):
-            raise RuntimeError(f"NCCL cannot {collective.__name__} a CPU's tensor of {list(tensor.shape)}")
+            raise RuntimeError(
+                f"NCCL cannot {collective.__name__} a CPU's tensor of {list(tensor.shape)}"
+            )
         return collective(tensor, *more, **how)
+
     return checked
 
 
 def install():
-    torch._C._ensureCUDADeviceGuardSet()                # a guard that does nothing, as long as no device is known
-    ctypes.CDLL(os.environ["PRETENDED"]).pretend(8)     # more than one: the engine counts beyond this process's own
-    torch._C._set_only_lift_cpu_tensors(True)           # no tensor is made on the device itself, but on the CPU, and moved, where we see it
-    answers = dict(is_available=True, is_initialized=True, _lazy_init=None, set_device=None, current_device=LOCAL, device_count=LOCAL + 1, get_device_name="no GPU", synchronize=None,
-                   get_device_capability=(9, 0), empty_cache=None, mem_get_info=(70 << 30, 80 << 30), memory_allocated=1 << 30, memory_reserved=1 << 30, max_memory_allocated=1 << 30,
-                   reset_peak_memory_stats=None, manual_seed=None, manual_seed_all=None, is_current_stream_capturing=False, is_bf16_supported=True, get_rng_state_all=[],
-                   set_rng_state_all=None, current_stream=Anything(), stream=contextlib.nullcontext())
+    torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, as long as no device is known
+    ctypes.CDLL(os.environ["PRETENDED"]).pretend(
+        8
+    )  # more than one: the engine counts beyond this process's own
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # no tensor is made on the device itself, but on the CPU, and moved, where we see it
+    answers = dict(
+        is_available=True,
+        is_initialized=True,
+        _lazy_init=None,
+        set_device=None,
+        current_device=LOCAL,
+        device_count=LOCAL + 1,
+        get_device_name="no GPU",
+        synchronize=None,
+        get_device_capability=(9, 0),
+        empty_cache=None,
+        mem_get_info=(70 << 30, 80 << 30),
+        memory_allocated=1 << 30,
+        memory_reserved=1 << 30,
+        max_memory_allocated=1 << 30,
+        reset_peak_memory_stats=None,
+        manual_seed=None,
+        manual_seed_all=None,
+        is_current_stream_capturing=False,
+        is_bf16_supported=True,
+        get_rng_state_all=[],
+        set_rng_state_all=None,
+        current_stream=Anything(),
+        stream=contextlib.nullcontext(),
+    )
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.Stream = torch.cuda.Event = torch.Stream = torch.Event = Anything
@@ -188,7 +294,7 @@ def install():
     dist.init_process_group = lambda backend, **how: start({"nccl": "gloo"}[backend], **how)
     dist.get_backend = lambda *_: "nccl"
     dist.all_reduce, dist.broadcast = map(on_the_gpu, (dist.all_reduce, dist.broadcast))
-    for module in (fsdp_param, fsdp_param_group):       # nothing is freed between layers
+    for module in (fsdp_param, fsdp_param_group):  # nothing is freed between layers
         for name in {"alloc_storage", "free_storage"} & vars(module).keys():
             setattr(module, name, lambda tensor: None)
 

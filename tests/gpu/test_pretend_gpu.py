@@ -1,4 +1,5 @@
 """What is written for GPUs, run on a GPU that is not there (pretend_gpu.py): both scripts, on one and, sharded, on two, and what a GPU would refuse."""
+
 import json
 import os
 import shutil
@@ -12,8 +13,13 @@ import pytest
 
 from pretend_gpu import LINKED
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or not shutil.which("nm") or not LINKED.exists(),
-                                reason="the pretended driver is compiled by g++, for Linux and a torch that knows CUDA")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux"
+    or not shutil.which("g++")
+    or not shutil.which("nm")
+    or not LINKED.exists(),
+    reason="the pretended driver is compiled by g++, for Linux and a torch that knows CUDA",
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,11 +29,39 @@ def run(script, *flags, gpu, ranks=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    started, said, hidden = [], [tempfile.TemporaryFile("w+") for _ in range(ranks)], {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    started, said, hidden = (
+        [],
+        [tempfile.TemporaryFile("w+") for _ in range(ranks)],
+        {} if gpu else {"CUDA_VISIBLE_DEVICES": ""},
+    )
     for rank in range(ranks):
-        group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks > 1 else {}
-        started.append(subprocess.Popen([sys.executable, *([str(ROOT / "tests/gpu/pretend_gpu.py")] if gpu else []), str(script), *map(str, flags)], text=True, cwd=ROOT,
-                                        stdout=said[rank], stderr=subprocess.STDOUT, env={**os.environ, **group, **hidden, "OMP_NUM_THREADS": "1"}))
+        group = (
+            dict(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                LOCAL_WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            if ranks > 1
+            else {}
+        )
+        started.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    *([str(ROOT / "tests/gpu/pretend_gpu.py")] if gpu else []),
+                    str(script),
+                    *map(str, flags),
+                ],
+                text=True,
+                cwd=ROOT,
+                stdout=said[rank],
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **group, **hidden, "OMP_NUM_THREADS": "1"},
+            )
+        )
     try:
         codes = [process.wait(timeout=400) for process in started]
     finally:
@@ -45,7 +79,10 @@ def losses_of(script, out, *flags, **where):
 
 
 # for bfloat16; CORD's few rollouts may go another way at a word that is as likely as the next
-TOLERANCE = {"train_source_layer.py": dict.fromkeys(("loss", "top", "sft", "layer", "grad_norm"), 0.05), "train_cord.py": {"kl": 0.2, "entropy": 0.2}}
+TOLERANCE = {
+    "train_source_layer.py": dict.fromkeys(("loss", "top", "sft", "layer", "grad_norm"), 0.05),
+    "train_cord.py": {"kl": 0.2, "entropy": 0.2},
+}
 
 
 def nearly_equal(script, one, other):
@@ -54,17 +91,38 @@ def nearly_equal(script, one, other):
             assert a[name] == pytest.approx(b[name], rel=tolerance), (a["step"], name)
 
 
-@pytest.mark.parametrize("script, flags", [("train_source_layer.py", ()), ("train_cord.py", ("--batch-size", "4", "--weights", "bfloat16"))])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_source_layer.py", ()),
+        ("train_cord.py", ("--batch-size", "4", "--weights", "bfloat16")),
+    ],
+)
 def test_a_gpu_says_what_a_cpu_says(script, flags, tmp_path):
-    nearly_equal(script, losses_of(script, tmp_path / "gpu", *flags, gpu=True), losses_of(script, tmp_path / "cpu", *flags, gpu=False))
+    nearly_equal(
+        script,
+        losses_of(script, tmp_path / "gpu", *flags, gpu=True),
+        losses_of(script, tmp_path / "cpu", *flags, gpu=False),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags", [("train_source_layer.py", ("--weights", "bfloat16")), ("train_source_layer.py", ("--lora", "4")), ("train_cord.py", ("--batch-size", "4")),
-                                           ("train_cord.py", ("--batch-size", "4", "--lora", "4"))])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_source_layer.py", ("--weights", "bfloat16")),
+        ("train_source_layer.py", ("--lora", "4")),
+        ("train_cord.py", ("--batch-size", "4")),
+        ("train_cord.py", ("--batch-size", "4", "--lora", "4")),
+    ],
+)
 def test_two_gpus_say_what_one_says(script, flags, tmp_path):
     """Sharded. NCCL is gloo here, but takes no tensor of a CPU's."""
-    nearly_equal(script, losses_of(script, tmp_path / "two", *flags, "--shard", gpu=True, ranks=2), losses_of(script, tmp_path / "one", *flags, gpu=True))
+    nearly_equal(
+        script,
+        losses_of(script, tmp_path / "two", *flags, "--shard", gpu=True, ranks=2),
+        losses_of(script, tmp_path / "one", *flags, gpu=True),
+    )
 
 
 def test_what_a_gpu_would_refuse_is_refused(tmp_path):
