@@ -334,7 +334,7 @@ def encode_prompts(examples, processor, tokenizer, *, words, max_seconds=None) -
 
 
 def noise_prompts(processor, waves) -> Prompts:
-    """Waves [samples] in prompts that ask what they are: what models.check listens to."""
+    """Waves [samples] in prompts that ask what they are: what hearing.check listens to."""
     texts = [audio_prompt(processor, "What is that?")] * len(waves)
     ids, features = audio_inputs(processor, texts, waves)
     return Prompts([], ids, [], features)

@@ -41,12 +41,13 @@ import torch
 import data
 import judge
 import models
-from judge import extract_choice, voicebench_letter
-from plumbing import ranks, tables
+from judge import extract_choice
+from plumbing import hearing, ranks, tables
 from plumbing.files import make_folder, write_json
 from plumbing.predictions import TAKEN, VIEWS, differences, earlier_verdicts, flat, lettered
 from plumbing.predictions import merged, question_key, read_baseline, read_predictions
 from plumbing.predictions import read_results, stems, unspoken, write_samples
+from plumbing.voicebench import voicebench_letter
 from plumbing.whole import newest_checkpoint
 from rollout import generate
 
@@ -477,7 +478,7 @@ def by_letters(samples, guess):
 def load(args, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, processor = models.load_audio_model(args.model, dtype=dtype)
-    models.check(model.to(device), processor)
+    hearing.check(model.to(device), processor)
     return model, processor
 
 

@@ -27,13 +27,11 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import transformers
-from torch.overrides import TorchFunctionMode
 
 import data
 from plumbing import hub
@@ -43,7 +41,8 @@ MINI = Path(__file__).resolve().parent / "mini"     # the embedded default: stud
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
 
 
-# ---------------------------------------- 1. its parts ------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 1. Its parts
 
 def decoder(model):
     """The text LLM without its head, alone or inside an audio language model: a module with
@@ -126,7 +125,8 @@ def read(model, **inputs):
     return decoder(model)(**inputs, use_cache=False).last_hidden_state
 
 
-# ----------------------------------------- 2. loading -------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 2. Loading
 
 def load_audio_model(path, *, dtype=torch.float32):
     """A directory or hub id of a model, a directory of a LoRA adapter (which is added into its
@@ -227,9 +227,10 @@ def _load(path, description, auto_classes, reader_class, dtype):
             output_loading_info=True)
         model.reader_files = hub.reader_files(path)
         if adapter:
-            peft = _peft()
+            peft = import_peft()
             peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
-            fill(model, adapter)
+            from plumbing import saving         # here, because it imports this file
+            saving.fill(model, adapter)
             merge_lora(model)
             model.name_or_path = str(adapter)
         # Granite Speech brings an adapter of its own, and transformers puts it on
@@ -300,206 +301,8 @@ def frozen_copy(model, dtype):
     return cast(copy.deepcopy(model, copies), dtype)
 
 
-# --------------------------------------- 3. does it hear? ---------------------------------------
-
-def check(model, processor, *, shared_prompts=False):
-    """Ask a model the questions of the opening, on noise of 1 and 1.5 seconds -> the parameters
-    that get a gradient from what it hears (a list). Raises SystemExit with what is wrong.
-
-    shared_prompts: also whether two rollouts in one sequence are what each is alone."""
-    noise = torch.Generator().manual_seed(0)
-    waves = [(0.1 * torch.randn(n, generator=noise)).numpy() for n in (16_000, 24_000)]
-    prompts = data.noise_prompts(processor, waves)
-    view = data.audio_view(prompts, [0, 1], [[1, 2], [3]], processor).to(model.device)
-    if shared_prompts:
-        _check_window(model)
-    with torch.no_grad(), _as_trained(model):
-        _check_hearing(model, view, prompts.features)
-    used = _with_gradient(model, view.inputs)
-    with _in_float32(model, used):
-        _check_head(model, view.inputs)
-        if shared_prompts:
-            _check_sharing(model, processor, prompts)
-    return used
-
-
-class Scatters(TorchFunctionMode):
-    """While it is on, notes wherever audio is scattered into a prompt's embeddings how many numbers
-    wait and how many places there are for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []                                      # [(values, places)]
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.masked_scatter:
-            embeds, mask, source = args
-            self.seen.append((source.numel(), int(mask.expand_as(embeds).sum())))
-        return function(*args, **(kwargs or {}))
-
-
-def _check_hearing(model, view, features):
-    name = type(model).__name__
-    try:
-        with Scatters() as scatters:
-            hidden = hear(model, **view.inputs)             # [2, seq, hidden]
-    except (ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"{name} does not take what its processor makes of a clip ({reason}); "
-                         "take both from one checkpoint") from None
-    if not scatters.seen:
-        raise SystemExit(f"{name} does not scatter the sound into the prompt's embeddings "
-                         "(masked_scatter), so nothing here can tell whether it hears; take a "
-                         "family of README's table")
-    if any(values != places for values, places in scatters.seen):
-        raise SystemExit(f"{name} does not put the sound where the prompt's placeholders are "
-                         f"((values, places): {scatters.seen}); take model and processor from one "
-                         "checkpoint")
-
-    # The same clips backwards must change the hidden states at the audio tokens
-    backwards = dict(view.inputs)
-    for key, x in view.inputs.items():
-        if key in features and x.is_floating_point():
-            backwards[key] = x.flip(-1)
-    same = (hear(model, **backwards) == hidden).flatten(0, 1)           # [2 * seq, hidden]
-    if same[view.audio_positions].all(-1).any():
-        raise SystemExit(f"{name} does not hear: other sound in the same prompt leaves hidden "
-                         "states at its audio tokens as they are")
-
-
-def _with_gradient(model, inputs):
-    # -> the parameters that get a gradient. DDP would wait for the others for ever
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    model.requires_grad_(True)
-    with _as_trained(model):
-        nodes = [hear(model, **inputs).sum().grad_fn]
-
-    # Down the graph to its leaves: nothing is computed, no gradient is made
-    used = {id(p) for p in model.get_output_embeddings().parameters()}
-    visited = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            used.add(id(node.variable))
-        nodes += [parent for parent, _ in node.next_functions]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return [p for p in model.parameters() if id(p) in used]
-
-
-def _check_head(model, inputs):
-    # Logits = hidden states times the head, with positions as transformers counts them by itself
-    plain = {key: x for key, x in inputs.items() if key != "position_ids"}
-    real = inputs["attention_mask"].bool()                              # [2, seq]
-    hidden = hear(model, **inputs)[real]                                # [tokens, hidden]
-    logits = _forward(model, plain).logits[real]                        # [tokens, 512 or so]
-    if not _close(logits, hidden @ head_weight(model).T):
-        raise SystemExit(_odd_head(model))
-
-
-def _check_sharing(model, processor, prompts):
-    def hidden_of(rows, responses):
-        view = data.audio_view(prompts, rows, responses, processor).to(model.device)
-        hidden = hear(model, **view.inputs).flatten(0, 1)
-        return hidden[view.predict_positions]                           # [5, hidden]
-
-    # Only neighbours share a prompt: each response alone, then two of prompt 0 in one sequence
-    alone = hidden_of([0, 1, 0], [[1, 2], [3], [4, 5]])
-    joint = hidden_of([0, 0, 1], [[1, 2], [4, 5], [3]])
-    if not _close(alone[[0, 1, 3, 4, 2]], joint):
-        raise SystemExit(f"{type(model).__name__}'s attention does not take a mask of its own, so "
-                         "that a prompt's rollouts cannot share it, as CORD has them do; take a "
-                         "family of README's table")
-
-
-def _check_window(model):
-    # Rollouts that share a prompt bring one mask for all layers: a window would be lost
-    config = decoder(model).config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        partial = set(layer_types) != {"full_attention"}
-    else:
-        longest = getattr(config, "max_position_embeddings", math.inf)
-        window = getattr(config, "sliding_window", None) or longest
-        partial = getattr(config, "use_sliding_window", True) and window < longest
-    if partial:
-        raise SystemExit(f"{type(model).__name__} has layers that do not see the whole prompt "
-                         "(layer_types or sliding_window in its config), so that a prompt's "
-                         "rollouts cannot share it, as CORD has them do; take a model with full "
-                         "attention in every layer")
-
-
-def check_teacher(model):
-    """Is a text LLM's head a matrix alone? Raises SystemExit if not: Granite scales its logits,
-    Gemma caps them."""
-    with _in_float32(model, list(model.parameters())):
-        ids = torch.arange(8, device=model.device)[None]                # [1, 8]
-        hidden = read(model, input_ids=ids)                             # [1, 8, hidden]
-        if not _close(model(ids).logits, hidden @ head_weight(model).T):
-            raise SystemExit(_odd_head(model))
-
-
-@contextlib.contextmanager
-def _in_float32(model, parameters):
-    """Inside, `model` computes exactly, and little: the first two layers of its decoder and 512
-    rows of its head, in float32 without autocast and gradient.
-
-    In bfloat16 two right ways to the same numbers differ by some per cent at the end of a deep
-    model, and so would a wrong one. parameters: those that matter. They come back as they were;
-    meanwhile tower, projector and two layers are there twice, about 4 GB more for a 7B model."""
-    text, head = decoder(model), model.get_output_embeddings()
-    if getattr(text.config, "final_logit_softcapping", None):
-        raise SystemExit(_odd_head(model))
-    weight = head_weight(model).detach()
-    rows = weight[::max(1, len(weight) // 512)].float()                 # [512 or so, hidden]
-    small_head = nn.Linear(*rows.T.shape, bias=False, device="meta")
-    small_head.weight = nn.Parameter(rows)
-    layers, embeddings = text.layers, text.get_input_embeddings()
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    to_cast = {id(tensor) for tensor in [*parameters, *buffers]}
-    originals = {}
-
-    # The embeddings stay in their type, because they are large; what they give becomes float32
-    hook = embeddings.register_forward_hook(lambda module, given, out: out.float())
-    text.layers = layers[:2]
-    model.set_output_embeddings(small_head)
-    try:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if id(tensor) in to_cast and tensor is not embeddings.weight:
-                originals[tensor] = tensor.data
-                tensor.data = tensor.data.float()
-        # cuDNN's convolutions may round to TF32
-        with (torch.no_grad(), torch.autocast(model.device.type, enabled=False),
-              torch.backends.cudnn.flags(enabled=False)):
-            yield
-    finally:
-        for tensor, original in originals.items():
-            tensor.data = original
-        text.layers = layers
-        model.set_output_embeddings(head)
-        hook.remove()
-
-
-def _as_trained(model):
-    # The autocast of both scripts: on a GPU, or with 16-bit weights
-    half = model.device.type == "cuda" or model.dtype == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
-
-
-def _close(a, b):
-    return (a - b).norm() <= 1e-4 * b.norm()                            # float32 keeps 1e-6
-
-
-def _odd_head(model):
-    return (f"{type(model).__name__} does not get its logits by its head's matrix alone (it scales "
-            "or caps them), or counts positions in a way of its own; losses.py would learn another "
-            "distribution: take another model")
-
-
-# ------------------------------------- 4. what of it learns -------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 3. What of it learns
 
 def choose_trained(student, train, used, *, frozen=(), lora=0):
     """What learns. train: "decoder" = decoder, head and projector; "all" = the audio tower too; of
@@ -540,7 +343,7 @@ def add_lora(student, rank):
             targets.append(name)
     # Not transformers' add_adapter: Granite Speech's generate() switches an adapter that it knows
     # of off whenever no audio is given, as behind a cache
-    peft = _peft()
+    peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets,
                              base_model_name_or_path=str(student.name_or_path))
     peft.inject_adapter_in_model(config, student)
@@ -578,7 +381,7 @@ def merge_lora(model):
             model.set_submodule(name, module.get_base_layer())
 
 
-def _peft():
+def import_peft():
     try:
         import peft
     except ImportError:
@@ -586,111 +389,11 @@ def _peft():
     return peft
 
 
-# ------------------------------------------ 5. saving -------------------------------------------
-
-def save(model, processor, folder, state=None):
-    """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config,
-    tokenizer, processor and chat template. With LoRA the adapter alone, as peft saves it. state:
-    the model's state_dict, where it had to be gathered from many ranks.
-
-    Tokenizer and processor are the base's own files, byte for byte: nothing here changes them, and
-    what transformers 5 writes 4 cannot read."""
-    state = model.state_dict() if state is None else state
-    folder = Path(folder)
-    if has_lora(model):
-        _save_adapter(model, folder, state)
-    else:
-        _save_weights(model, folder, state)
-    files = getattr(model, "reader_files", None)
-    if not files:
-        processor.save_pretrained(folder)
-        return
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def _save_adapter(model, folder, state):
-    import safetensors.torch
-    matrices = _peft().get_peft_model_state_dict(model, state_dict=state)
-    named = {f"base_model.model.{name}": x.contiguous() for name, x in matrices.items()}
-    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)
-
-
-def _save_weights(model, folder, state):
-    # On the CPU: the hub's layout of experts is a copy
-    state = {name: tensor.cpu() for name, tensor in state.items()}
-    tied = head_is_embedding(model)
-    if tied:
-        state = {name: x for name, x in state.items() if not name.endswith("lm_head.weight")}
-
-    state = hub.hub_names(model, state)
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder, state_dict=state, save_original_format=False,
-                          max_shard_size="5GB")
-    transformers.utils.logging.enable_progress_bar()
-    config = folder / "config.json"
-    config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")
-
-
-def head_is_embedding(model):
-    """Are head and input embeddings one matrix? It is saved once then."""
-    embedding = decoder(model).get_input_embeddings().weight
-    same = model.get_output_embeddings().weight is embedding
-    return same and model.config.get_text_config().tie_word_embeddings
-
-
-def fill(model, folder):
-    """A saved model's weights, or its adapter's, into this one in place. Raises OSError,
-    RuntimeError or ValueError where they do not fit."""
-    hub.check_weights(folder)
-    if has_lora(model):
-        _fill_adapter(model, Path(folder) / "adapter_model.safetensors")
-        return
-    # Through the class, because the hub's names are not the module's own; with this model's
-    # config: without a config.json the class would build its default of 7B
-    saved, loading = type(model).from_pretrained(
-        folder, config=copy.deepcopy(model.config), dtype=model.dtype, use_safetensors=True,
-        output_loading_info=True)
-    for kind in ("missing", "unexpected"):
-        names = sorted(loading[f"{kind}_keys"])
-        if names:
-            raise ValueError(f"{len(names)} tensors are {kind}, such as {names[0]}")
-    model.load_state_dict(saved.state_dict())
-
-
-def _fill_adapter(model, file):
-    import safetensors.torch
-    saved = {}
-    for name, matrix in safetensors.torch.load_file(file).items():
-        saved[name.removeprefix("base_model.model.")] = matrix
-    ours = _peft().get_peft_model_state_dict(model)
-    if saved.keys() != ours.keys():
-        raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
-    _peft().set_peft_model_state_dict(model, saved)
-
-
-def write_card(folder, *, base, script, flags, results=None):
-    """README.md beside the weights: the base, the flags, and what the model scored (a table, as
-    text). Nothing where there is no folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return
-    library = "peft" if (folder / ADAPTER).exists() else "transformers"
-    lines = ["---", f"base_model: {base}", f"library_name: {library}"]
-    lines += ["tags: [audio, distillation]", "---"]
-    lines += [f"# {folder.resolve().parent.name}, {folder.name}", ""]
-    lines += [f"{base}, trained further by `{script}` with these flags:", "", "```"]
-    lines += [f"{name}: {value}" for name, value in flags.items() if value is not None]
-    lines += ["```"]
-    if results:
-        lines += ["", "## Results, before and after", "", "```", results, "```"]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 # ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
+    from plumbing import hearing, saving        # here, because they import this file
+
     parser = argparse.ArgumentParser(description="Check an audio language model as the training "
                                                  "scripts do, and print its parts.")
     parser.add_argument("model", help="folder or hub id")
@@ -702,7 +405,7 @@ def main(argv=None):
         raise SystemExit(f"--save {args.save}: is there already; name a new folder")
 
     model, processor = load_audio_model(args.model, dtype="auto")
-    used = {id(p) for p in check(model, processor, shared_prompts=True)}
+    used = {id(p) for p in hearing.check(model, processor, shared_prompts=True)}
     config = decoder(model).config
     print(f"{type(model).__name__}: {config.num_hidden_layers} layers of width "
           f"{config.hidden_size}; placeholder {processor.audio_token}; "
@@ -723,17 +426,11 @@ def main(argv=None):
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()]
         print("vocabulary:", ", ".join(counts))
     if args.save:
-        save_new(model, processor, args.save)
-
-
-def save_new(model, reader, folder):
-    """Make a folder and save a model there."""
-    Path(folder).mkdir(parents=True)
-    save(model, reader, folder)
-    print(f"{folder}: {model.num_parameters():,} parameters saved")
+        saving.save_new(model, processor, args.save)
 
 
 if __name__ == "__main__":
+    from models import main         # not a second copy of this module: plumbing/ imports `models`
     try:
         main()
     except data.DataError as error:

@@ -39,7 +39,7 @@ import evaluate
 import judge
 import models
 import rollout
-from plumbing import ranks
+from plumbing import hearing, ranks
 from plumbing.check import about_clips
 from plumbing.files import write_json
 from plumbing.whole import newest_checkpoint
@@ -304,7 +304,7 @@ def main(argv=None):
     if {e.id for e in examples} - written(out, name) - written(failed, name):
         model, processor = models.load_audio_model(args.model, dtype=dtype)
         seconds = data.check_audio(examples)
-        models.check(model.to(device), processor)
+        hearing.check(model.to(device), processor)
         say(f"{about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
         tried_again = textualize(
             examples, records, model, processor, out, name=name, rank=rank,

@@ -64,7 +64,7 @@ import judge
 import losses
 import models
 import rollout
-from plumbing import checkpoints, plots, ranks
+from plumbing import checkpoints, hearing, plots, ranks, saving
 from plumbing.check import about_clips
 from plumbing.files import append_jsonl
 from plumbing.optimizer import SplitAdamW, parameter_groups
@@ -417,7 +417,7 @@ def train(args, run):
     tokenizer = processor.tokenizer
     verdicts = judge.load(args.judge, run.device)
     student.to(run.device).set_attn_implementation("sdpa")      # takes the mask of shared prompts
-    used = models.check(student, processor, shared_prompts=True)
+    used = hearing.check(student, processor, shared_prompts=True)
     models.choose_trained(student, args.train, used, lora=args.lora)
 
     # 5.3 The step, and the teacher inside it
@@ -489,7 +489,7 @@ def train(args, run):
     optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, cord, optimizer)
-    card = functools.partial(models.write_card, base=args.student, script="train_cord.py",
+    card = functools.partial(saving.write_card, base=args.student, script="train_cord.py",
                              flags=vars(args))
     run.checkpoint_parts = dict(model=student, processor=processor, beside={}, module=cord,
                                 optimizer=optimizer, card=card)

@@ -59,7 +59,7 @@ import fused
 import layer_map
 import losses
 import models
-from plumbing import checkpoints, plots, ranks, tables
+from plumbing import checkpoints, hearing, plots, ranks, saving, tables
 from plumbing.check import about_clips
 from plumbing.optimizer import SplitAdamW, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
@@ -334,7 +334,7 @@ def train(args, run):
     dtype = frozen_dtype if args.lora else getattr(torch, args.weights)
     args.student = checkpoints.newest_of(args.student, "student", args.out)
     student, processor = models.load_audio_model(args.student, dtype=dtype)
-    used = models.check(student.to(run.device), processor)
+    used = hearing.check(student.to(run.device), processor)
 
     # 4.3 Its snapshot, which remembers what audio tokens looked like before training
     snapshot = None
@@ -356,7 +356,7 @@ def train(args, run):
     teacher = tokenizer = shared_ids = student_to_teacher = None
     if args.text_kd != "none":
         teacher, tokenizer = models.load_text_model(args.teacher, dtype=frozen_dtype)
-        models.check_teacher(teacher.to(run.device).requires_grad_(False))
+        hearing.check_teacher(teacher.to(run.device).requires_grad_(False))
         if args.shard:
             ranks.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
         student_ids, teacher_ids, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
@@ -438,7 +438,7 @@ def train(args, run):
     optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, step_module, optimizer)
-    card = functools.partial(models.write_card, base=args.student, script="train_source_layer.py",
+    card = functools.partial(saving.write_card, base=args.student, script="train_source_layer.py",
                              flags=vars(args))
     run.checkpoint_parts = dict(model=student, processor=processor, beside=beside,
                                 module=step_module, optimizer=optimizer, card=card)

@@ -28,7 +28,7 @@ import layer_map
 import losses
 import models
 import rollout
-from plumbing import whole
+from plumbing import hearing, whole
 from plumbing.files import make_folder, write_json, writing
 from plumbing.plots import pyplot
 from plumbing.predictions import read_json
@@ -515,7 +515,7 @@ def run_layers(args, out):
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     teacher, tokenizer = models.load_text_model(teacher_name, dtype=dtype)
-    models.check_teacher(teacher.to("cuda" if gpu else "cpu"))
+    hearing.check_teacher(teacher.to("cuda" if gpu else "cpu"))
 
     def states_of(name):
         student, processor = load(name)

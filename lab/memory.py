@@ -142,7 +142,7 @@ def choose_trained(args, flags, student):
 
 
 def of_use(student):
-    """What models.check would find by running the model: everything but Omni's vision tower."""
+    """What hearing.check would find by running the model: everything but Omni's vision tower."""
     return [p for name, p in student.named_parameters() if "visual" not in name.split(".")]
 
 

@@ -158,10 +158,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if Path(args.save).exists():
         raise SystemExit(f"--save {args.save}: is there already; name a new folder")
-    import models
+    from plumbing import saving
     make = random_teacher if args.model in TEACHERS else random_student
     model, reader = make(args.model, args.layers, torch.bfloat16)
-    models.save_new(model, reader, args.save)
+    saving.save_new(model, reader, args.save)
 
 
 if __name__ == "__main__":

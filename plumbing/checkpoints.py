@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorag
                                           HuggingFaceStorageWriter)
 
 import models
-from plumbing import ranks, whole
+from plumbing import ranks, saving, whole
 from plumbing.files import flush, make_folder, read_json, writing
 
 try:
@@ -75,7 +75,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
         states = {name: _gathered(part, on_rank_zero) for name, part in beside.items()}
         with _failing_together():
             if on_rank_zero:
-                models.save(model, processor, partial, weights)
+                saving.save(model, processor, partial, weights)
                 for name, state in states.items():
                     save_file(state, partial / name)
         del weights, states
@@ -308,7 +308,7 @@ def load_model(path, model, beside=(), load=None):
     beside: {file name: module}, filled by load(module, file). Raises SystemExit where one does not
     fit."""
     with _fitting(path):
-        models.fill(model, path)
+        saving.fill(model, path)
         for name, module in dict(beside).items():
             load(module, Path(path) / name)
 

@@ -279,7 +279,7 @@ def near_run(out, other, rel):
 
 
 def eat_before(name, step, path, rank):
-    """Before a function ("models.save") does its work for the step-th time on that rank, somebody
+    """Before a function ("saving.save") does its work for the step-th time on that rank, somebody
     else fills the disk with a file at `path`.
 
     None: no small disk could be mounted. Then it says that it has no room, or, where it is not

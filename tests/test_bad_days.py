@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bad_days
-from plumbing import checkpoints, whole
+from plumbing import checkpoints, saving, whole
 from plumbing.files import append_jsonl, open_log, read_json, write_json
 import evaluate
 import layer_map
@@ -527,11 +527,11 @@ def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     "ranks, moment, eater",
     [
-        (1, "models.save", 0),
+        (1, "saving.save", 0),
         pytest.param(1, "dcp.save", 0, marks=pytest.mark.slow),
         *(
             pytest.param(2, moment, eater, marks=pytest.mark.slow)
-            for moment, eater in [("models.save", 0), ("dcp.save", 1)]
+            for moment, eater in [("saving.save", 0), ("dcp.save", 1)]
         ),
     ],
 )
@@ -771,7 +771,7 @@ def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
     trained = models.load_audio_model(folder)[0]
     (folder / "config.json").unlink()
     model = models.load_audio_model(mini.world.MINI / "student")[0]
-    models.fill(model, folder)
+    saving.fill(model, folder)
     assert all(
         torch.equal(ours, theirs)
         for ours, theirs in zip(
@@ -782,7 +782,7 @@ def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
     del layers[-1]
     model.config.text_config.num_hidden_layers = len(layers)
     with pytest.raises(ValueError, match="tensors are unexpected, such as"):
-        models.fill(model, folder)
+        saving.fill(model, folder)
 
 
 def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):

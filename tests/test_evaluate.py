@@ -28,8 +28,9 @@ import rollout
 import sampler
 from plumbing import plots, tables
 from plumbing.predictions import read_predictions
+from plumbing.voicebench import voicebench_letter
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
-from judge import extract_choice, voicebench_letter
+from judge import extract_choice
 
 ROOT = Path(__file__).parent.parent
 METALS = ["gold", "silver", "white gold", "a ring"]
@@ -1133,7 +1134,7 @@ def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples)
     planted = {}
     clean, noise = write("clean", 4), write("noise", 1)
     monkeypatch.setattr(evaluate, "generate", said)
-    monkeypatch.setattr(evaluate.models, "check", lambda *_: None)
+    monkeypatch.setattr(evaluate.hearing, "check", lambda *_: None)
     model = type("Model", (), {"to": lambda self, device: self})()
     monkeypatch.setattr(evaluate.models, "load_audio_model", lambda *_, **__: (model, None))
     command = ["--task", "aqa", "--model", "x", "--out", tmp_path / "out", "--data"]

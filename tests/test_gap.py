@@ -13,6 +13,7 @@ import evaluate
 from lab import inside
 import mini.world
 import models
+from plumbing import hearing
 import rollout
 from test_train_cord import write_spoken
 
@@ -162,7 +163,7 @@ class Planted:
 
     def __init__(self, folder, monkeypatch, capsys):
         self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
-        monkeypatch.setattr(models, "check", lambda *_: None)
+        monkeypatch.setattr(hearing, "check", lambda *_: None)
         model = type("Model", (), {"to": lambda self, device: self})()
         monkeypatch.setattr(models, "load_audio_model", lambda *_, **__: (model, None))
 
@@ -327,7 +328,7 @@ def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
             asked[0].where.split("/")[-1].split(".")[0]
         ],
     )
-    monkeypatch.setattr(models, "check", lambda *_: None)
+    monkeypatch.setattr(hearing, "check", lambda *_: None)
     monkeypatch.setattr(
         models,
         "load_audio_model",

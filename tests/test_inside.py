@@ -233,9 +233,9 @@ def test_features_on_the_mini_models_and_a_teacher_nobody_named(world, tmp_path,
     assert (tmp_path / "features.png").exists() and "planted" in capsys.readouterr().out
 
 
-def test_readme_shows_what_was_seen():
-    readme = (ROOT / "README.md").read_text()
+def test_the_results_page_shows_what_was_seen():
+    page = (ROOT / "docs" / "results_source_layer.md").read_text()
     for name, lines in (("features", inside.features_lines), ("layers", inside.layers_lines)):
-        assert f"docs/figures/{name}.png" in readme
+        assert f"(figures/{name}.png)" in page
         for line in lines(json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text())):
-            assert line in readme, f"README lacks a line of {name}: {line}"
+            assert line in page, f"the page lacks a line of {name}: {line}"

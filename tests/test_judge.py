@@ -13,7 +13,8 @@ import data
 import judge
 import mini.world
 import models
-from judge import agree, number, open_answer
+from judge import agree, open_answer
+from plumbing.quantities import number
 
 
 def example(question="", choices=(), transcript="two plus two"):

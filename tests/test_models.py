@@ -41,7 +41,7 @@ import train_cord
 import train_source_layer
 from conftest import TEACHER_TEMPLATE
 from lab import shapes
-from plumbing import hub
+from plumbing import hearing, hub, saving
 from plumbing.check import about_clips
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ NEVER = {
 def test_check_finds_what_never_gets_a_gradient(name, loaded):
     model, processor = loaded[name]
     before = [p.requires_grad for p in model.parameters()]
-    used = {id(p) for p in models.check(model, processor, shared_prompts=True)}
+    used = {id(p) for p in hearing.check(model, processor, shared_prompts=True)}
     unused = [
         n.removeprefix("model.") for n, p in model.named_parameters() if id(p) not in used
     ]  # the newest Omnis keep all inside model
@@ -257,7 +257,7 @@ def test_both_scripts_run(name, lora, folders, world, tmp_path):
         assert (
             out / "step-0000002" / ("adapter_model.safetensors" if lora else "model.safetensors")
         ).is_file() and (out / "results.json").is_file()
-        models.check(
+        hearing.check(
             *models.load_audio_model(out / "step-0000002")
         )  # what was saved is a student again; an adapter with its base
 
@@ -279,7 +279,7 @@ def adapted(loaded):
     it."""
     model, processor = copy.deepcopy(loaded["qwen2_audio"][0]), loaded["qwen2_audio"][1]
     before = copy.deepcopy(model)
-    models.choose_trained(model, "decoder", models.check(model, processor))
+    models.choose_trained(model, "decoder", hearing.check(model, processor))
     torch.manual_seed(0)
     models.add_lora(model, 4)
     stir(model)
@@ -348,7 +348,7 @@ def test_snapshot_and_teacher_are_read_with_the_adapter_off(adapted, folders, ex
 def test_an_adapter_on_an_adapter_is_refused(adapted, folders, tmp_path):
     model, processor, before = adapted
     (tmp_path / "first").mkdir()
-    models.save(model, processor, tmp_path / "first")
+    saving.save(model, processor, tmp_path / "first")
     again = models.load_audio_model(tmp_path / "first")[0]
     models.choose_trained(again, "decoder", list(again.parameters()))
     refused(
@@ -369,10 +369,10 @@ def test_an_adapter_on_an_adapter_is_refused(adapted, folders, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_familys_adapter_merges_into_a_model_that_loads(name, loaded, tmp_path):
     model, processor = copy.deepcopy(loaded[name][0]), loaded[name][1]
-    models.choose_trained(model, "all", models.check(model, processor), lora=2)
+    models.choose_trained(model, "all", hearing.check(model, processor), lora=2)
     stir(model)
     (tmp_path / "adapter").mkdir()
-    models.save(model, processor, tmp_path / "adapter")
+    saving.save(model, processor, tmp_path / "adapter")
     models.main([str(tmp_path / "adapter"), "--save", str(tmp_path / "merged")])
     models.merge_lora(model)
     merged = models.load_audio_model(tmp_path / "merged")[0].state_dict()
@@ -396,7 +396,7 @@ def test_granites_own_adapter_becomes_its_weights(loaded, folders, tmp_path):
     models.choose_trained(model, "decoder", list(model.parameters()), lora=2)
     stir(model)
     (tmp_path / "adapter").mkdir()
-    models.save(model, processor, tmp_path / "adapter")
+    saving.save(model, processor, tmp_path / "adapter")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / file, folder / file)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -410,7 +410,7 @@ def test_granites_own_adapter_becomes_its_weights(loaded, folders, tmp_path):
         for key, x in model.state_dict().items()
     )
     (tmp_path / "again").mkdir()
-    models.save(found, processor, tmp_path / "again")
+    saving.save(found, processor, tmp_path / "again")
     assert all(
         torch.equal(x, found.state_dict()[key])
         for key, x in models.load_audio_model(tmp_path / "again")[0].state_dict().items()
@@ -426,7 +426,7 @@ def test_merged_is_equal_and_an_adapter_loads_with_and_without_peft(
     with torch.no_grad():
         right = model(**plain).logits
         (tmp_path / "adapter").mkdir()
-        models.save(model, processor, tmp_path / "adapter")
+        saving.save(model, processor, tmp_path / "adapter")
         assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 0.5 * (
             folders["qwen2_audio"][0] / "model.safetensors"
         ).stat().st_size
@@ -441,13 +441,13 @@ def test_merged_is_equal_and_an_adapter_loads_with_and_without_peft(
         fresh = copy.deepcopy(before)
         models.choose_trained(fresh, "decoder", list(fresh.parameters()))
         models.add_lora(fresh, 4)
-        models.fill(fresh, tmp_path / "adapter")
+        saving.fill(fresh, tmp_path / "adapter")
         assert torch.equal(fresh(**plain).logits, right)
         models.merge_lora(model)
         assert not models.has_lora(model)
         torch.testing.assert_close(model(**plain).logits, right, atol=1e-4, rtol=1e-4)
         (tmp_path / "merged").mkdir()
-        models.save(model, processor, tmp_path / "merged")
+        saving.save(model, processor, tmp_path / "merged")
         torch.testing.assert_close(
             models.load_audio_model(tmp_path / "merged")[0](**plain).logits,
             right,
@@ -458,7 +458,7 @@ def test_merged_is_equal_and_an_adapter_loads_with_and_without_peft(
     models.choose_trained(other, "all", list(other.parameters()))
     models.add_lora(other, 4)
     with pytest.raises(ValueError, match="an adapter of 44 matrices does not fit one of"):
-        models.fill(other, tmp_path / "adapter")
+        saving.fill(other, tmp_path / "adapter")
 
 
 # --------------------------------------------- saving ---------------------------------------------
@@ -511,7 +511,7 @@ def test_saved_under_the_hubs_names_and_equal_in_a_fresh_process(loaded, example
     for name, (model, processor) in loaded.items():
         folder = tmp_path / name
         folder.mkdir()
-        models.save(model, processor, folder)
+        saving.save(model, processor, folder)
         with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
             names = set(file.keys())
         assert set(HUB[name]) <= names and not any("model.model.model" in n for n in names), name
@@ -567,7 +567,7 @@ def test_tokenizer_and_processor_are_the_bases_own_files(adapter, folders, tmp_p
         models.choose_trained(model, "decoder", list(model.parameters()), lora=2)
     shutil.rmtree(base)
     (tmp_path / "saved").mkdir()
-    models.save(model, processor, tmp_path / "saved")
+    saving.save(model, processor, tmp_path / "saved")
     after = {
         path.name: path.read_bytes()
         for path in (tmp_path / "saved").iterdir()
@@ -585,7 +585,7 @@ def test_tokenizer_and_processor_are_the_bases_own_files(adapter, folders, tmp_p
     )
     if not adapter:  # a checkpoint is a base in its turn
         (tmp_path / "again").mkdir()
-        models.save(*models.load_audio_model(tmp_path / "saved"), tmp_path / "again")
+        saving.save(*models.load_audio_model(tmp_path / "saved"), tmp_path / "again")
         assert all(
             (tmp_path / "again" / name).read_bytes() == content for name, content in before.items()
         )
@@ -604,7 +604,7 @@ def test_an_omni_is_saved_as_the_whole_of_which_it_is_the_thinker(
     """By these names AutoConfig and vLLM's registry know it; and our own loader reads it back, to
     go on too."""
     model, processor = loaded[name]
-    models.save(model, processor, tmp_path)
+    saving.save(model, processor, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["model_type"], config["architectures"], config["enable_audio_output"]) == (
         whole,
@@ -616,7 +616,7 @@ def test_an_omni_is_saved_as_the_whole_of_which_it_is_the_thinker(
     again, filled = models.load_audio_model(tmp_path)[0], copy.deepcopy(model)
     with torch.no_grad():
         models.head_weight(filled).zero_()
-    models.fill(filled, tmp_path)
+    saving.fill(filled, tmp_path)
     for key, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor) and torch.equal(
             filled.state_dict()[key], tensor
@@ -661,7 +661,7 @@ def test_what_is_saved_loads_with_transformers_alone(name, loaded, tmp_path):
     """README's command for another environment, in this one: no tensor is left over, and the logits
     are ours."""
     model, processor = loaded[name]
-    models.save(model, processor, tmp_path)
+    saving.save(model, processor, tmp_path)
     done = subprocess.run(
         [sys.executable, "-I", str(ROOT / "tests/loads_elsewhere.py"), str(tmp_path)],
         capture_output=True,
@@ -691,12 +691,12 @@ def test_large_models_are_saved_in_shards_of_5_gb(loaded, tmp_path, monkeypatch)
         self.config.save_pretrained(folder)
 
     monkeypatch.setattr(type(model), "save_pretrained", save)
-    models.save(model, processor, tmp_path)
+    saving.save(model, processor, tmp_path)
     assert asked["max_shard_size"] == "5GB" and asked["state_dict"]
 
 
 def test_the_card_says_what_the_model_is(tmp_path):
-    models.write_card(
+    saving.write_card(
         tmp_path,
         base="Qwen/Qwen2-Audio-7B-Instruct",
         script="train_cord.py",
@@ -725,7 +725,7 @@ def test_a_model_that_does_not_hear_is_refused(loaded):
     )
     refused(
         "does not hear: other sound in the same prompt leaves hidden states",
-        models.check,
+        hearing.check,
         model,
         processor,
     )
@@ -734,7 +734,7 @@ def test_a_model_that_does_not_hear_is_refused(loaded):
         lambda module, a, k: (a, {**k, "input_features": None}), with_kwargs=True
     )  # as with the keyword audios=
     refused(
-        "does not scatter the sound into the prompt's embeddings", models.check, deaf, processor
+        "does not scatter the sound into the prompt's embeddings", hearing.check, deaf, processor
     )
 
 
@@ -752,7 +752,7 @@ def test_too_few_placeholders_are_noticed(name, loaded, monkeypatch):
     monkeypatch.setattr(data, "audio_inputs", one_less)
     refused(
         "does not put the sound where|does not take what its processor makes of a clip",
-        models.check,
+        hearing.check,
         model,
         processor,
     )
@@ -988,7 +988,7 @@ def test_a_checkpoint_with_wrong_tensors_is_named(folders, tmp_path):
     )
     refused(r"tensors 2 unexpected \(extra.x, extra.y\)", models.load_audio_model, more)
     with pytest.raises(ValueError, match=f"1 tensors are missing, such as {own}"):
-        models.fill(
+        saving.fill(
             models.load_audio_model(source)[0], lost
         )  # a resume would go on with random ones
     torn = altered(source, tmp_path / "torn")
@@ -1025,9 +1025,9 @@ def test_a_whole_omni_gives_its_thinker(folders, loaded, tmp_path):
     assert model.state_dict().keys() == ours.keys() and all(
         torch.equal(x, ours[name]) for name, x in model.state_dict().items()
     )
-    models.check(model, processor)
+    hearing.check(model, processor)
     (tmp_path / "saved").mkdir()
-    models.save(model, processor, tmp_path / "saved")
+    saving.save(model, processor, tmp_path / "saved")
     with safetensors.safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"thinker"} and not any(
             "thinker.thinker" in name for name in file.keys()
@@ -1074,7 +1074,7 @@ def test_an_index_that_names_other_files_is_refused(shard, folders, loaded, tmp_
     )
     refused(
         "wants .*, which is no safetensors file inside this folder",
-        models.fill,
+        saving.fill,
         copy.deepcopy(loaded["qwen2_audio"][0]),
         folder,
     )
@@ -1170,7 +1170,7 @@ def test_an_adapter_in_a_pickle_is_refused(adapted, folders, tmp_path, capfd):
 
     model, processor, _ = adapted
     (tmp_path / "alone").mkdir()
-    models.save(model, processor, tmp_path / "alone")
+    saving.save(model, processor, tmp_path / "alone")
     (tmp_path / "alone" / "adapter_model.safetensors").unlink()
     beside = altered(folders["granite_speech"][0], tmp_path / "beside")
     config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
@@ -1208,7 +1208,7 @@ def test_a_processor_without_a_template_of_its_own_is_refused(tmp_path):
         WhisperFeatureExtractor(feature_size=16, chunk_length=30), words
     ).save_pretrained(tmp_path)
     with pytest.raises(data.DataError, match="does not put one audio placeholder"):
-        models.check(*models.load_audio_model(tmp_path))
+        hearing.check(*models.load_audio_model(tmp_path))
 
 
 def test_names_that_cannot_be_had(folders, tmp_path, monkeypatch):
@@ -1319,13 +1319,13 @@ def test_heads_that_do_more_than_multiply_are_refused(folders, loaded, tmp_path)
     ).save_pretrained(tmp_path / "granite")
     refused(
         "does not get its logits by its head's matrix alone",
-        models.check_teacher,
+        hearing.check_teacher,
         models.load_text_model(tmp_path / "granite")[0],
     )
-    models.check_teacher(models.load_text_model(folders["qwen2_audio"][1])[0])
+    hearing.check_teacher(models.load_text_model(folders["qwen2_audio"][1])[0])
     model = copy.deepcopy(loaded["qwen2_audio"][0])
     model.lm_head.bias = torch.nn.Parameter(torch.ones(len(model.lm_head.weight)))
-    refused("has a bias", models.check, model, loaded["qwen2_audio"][1])
+    refused("has a bias", hearing.check, model, loaded["qwen2_audio"][1])
 
 
 def test_rollouts_cannot_share_a_prompt_where_attention_takes_no_mask(loaded, monkeypatch):
@@ -1344,7 +1344,7 @@ def test_rollouts_cannot_share_a_prompt_where_attention_takes_no_mask(loaded, mo
         )
 
     monkeypatch.setattr(data, "audio_view", blind)
-    refused("does not take a mask of its own", models.check, model, processor, shared_prompts=True)
+    refused("does not take a mask of its own", hearing.check, model, processor, shared_prompts=True)
 
 
 def deep(model, **text):
@@ -1372,7 +1372,7 @@ def test_a_good_model_in_16_bits_passes_and_comes_back_as_it_was(loaded):
     before, head = {
         name: x.clone() for name, x in model.state_dict().items()
     }, model.get_output_embeddings()
-    models.check(model, processor, shared_prompts=True)
+    hearing.check(model, processor, shared_prompts=True)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(
         torch.equal(x, before[name]) and x.dtype == before[name].dtype for name, x in after.items()
@@ -1396,9 +1396,9 @@ def test_rollouts_that_would_see_each_other_are_noticed(loaded, monkeypatch):
             mask = torch.ones(seq, seq, dtype=torch.bool).tril().expand_as(mask)
         return replace(made, inputs={**made.inputs, "attention_mask": mask})
 
-    models.check(model, processor, shared_prompts=True)
+    hearing.check(model, processor, shared_prompts=True)
     monkeypatch.setattr(data, "audio_view", causal)
-    refused("does not take a mask of its own", models.check, model, processor, shared_prompts=True)
+    refused("does not take a mask of its own", hearing.check, model, processor, shared_prompts=True)
 
 
 def test_capped_logits_are_refused(loaded):
@@ -1411,12 +1411,12 @@ def test_capped_logits_are_refused(loaded):
         torch.manual_seed(0)
         teacher = Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=cap)).eval()
         if cap:
-            refused("scales or caps them", models.check_teacher, teacher)
+            refused("scales or caps them", hearing.check_teacher, teacher)
         else:
-            models.check_teacher(teacher)
+            hearing.check_teacher(teacher)
     capped = copy.deepcopy(loaded["qwen2_audio"][0])
     capped.config.text_config.final_logit_softcapping = 30.0
-    refused("scales or caps them", models.check, capped, loaded["qwen2_audio"][1])
+    refused("scales or caps them", hearing.check, capped, loaded["qwen2_audio"][1])
 
 
 def test_rollouts_cannot_share_a_prompt_that_a_layer_does_not_see_whole(loaded):
@@ -1429,17 +1429,17 @@ def test_rollouts_cannot_share_a_prompt_that_a_layer_does_not_see_whole(loaded):
         use_sliding_window=True,
         sliding_window=8,
     )
-    refused(match, models.check, model, processor, shared_prompts=True)
-    models.check(model, processor)  # paper A shares no prompts
+    refused(match, hearing.check, model, processor, shared_prompts=True)
+    hearing.check(model, processor)  # paper A shares no prompts
 
     old = copy.deepcopy(whole)  # a config that does not list its layers
     config = models.decoder(old).config
     config.layer_types, config.use_sliding_window, config.sliding_window = None, True, 8
-    refused(match, models.check, old, processor, shared_prompts=True)
+    refused(match, hearing.check, old, processor, shared_prompts=True)
     config.sliding_window = config.max_position_embeddings  # a window that no sequence fills
-    models._check_window(old)
+    hearing._check_window(old)
     config.sliding_window, config.use_sliding_window = 8, False
-    models._check_window(old)
+    hearing._check_window(old)
 
 
 # ------------------------------------------ vocabularies ------------------------------------------

@@ -1,4 +1,5 @@
-"""README's recipes, command after command, from files as they are downloaded to a row of a table: with small files, the mini models and no GPU."""
+"""The recipes of docs/recipes.md, command after command, from files as they are downloaded to a row
+of a table: with small files, the mini models and no GPU."""
 
 import functools
 import json
@@ -19,9 +20,9 @@ import train_source_layer
 from mini.world import MINI
 from test_import_datasets import clip, write_parquet
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 SCRIPTS = {
-    module.__name__: module.main
+    module.__name__.rpartition(".")[2]: module.main
     for module in (
         evaluate,
         import_datasets,
@@ -36,7 +37,7 @@ SCRIPTS = {
 
 def recipe(title):
     """The commands below a heading, one list of words each."""
-    text = README.split(f"### {title}\n")[1].split("\n#")[0]
+    text = RECIPES.split(f"\n## {title}\n")[1].split("\n#")[0]
     return [
         shlex.split(line)
         for line in re.sub(r"\\\n\s*", " ", text).splitlines()
@@ -53,11 +54,15 @@ SMALL = {
 
 
 def run(command, small=SMALL, **changes):
-    """A README command in this process, with other flags where they are given, two steps where it trains, and small models for the real ones."""
+    """A recipe's command in this process, with other flags where they are given, two steps where it
+    trains, and small models for the real ones."""
     command = command[:]
     if command[0] == "torchrun":
         del command[1:3]
-    script, arguments = Path(command[1]).stem, [str(small.get(word, word)) for word in command[2:]]
+    if command[1] == "-m":
+        del command[1]
+    script = command[1].removesuffix(".py").rpartition(".")[2]
+    arguments = [str(small.get(word, word)) for word in command[2:]]
     for flag, value in changes.items():
         flag = "--" + flag.replace("_", "-")
         if flag in arguments:
@@ -152,7 +157,7 @@ def downloads(tmp_path, monkeypatch):
 def test_paper_a(downloads):
     done = [
         run(command, max_new_tokens=16, lora=4, batch_size=4)
-        for command in recipe("Paper A, from the download to a row of its table")
+        for command in recipe("Paper A: from download to table")
         if command[0] != "hf"
     ]
     assert done == ["import_datasets"] * 3 + ["textualize", "train_source_layer", "evaluate"]
@@ -167,7 +172,7 @@ def test_paper_a(downloads):
 
 
 def test_paper_b(downloads):
-    commands = recipe("Paper B")
+    commands = recipe("Paper B: from download to table")
     done = [
         run(command, max_new_tokens=16, lora=4, batch_size=4)
         for command in commands
@@ -188,7 +193,7 @@ def test_paper_b(downloads):
 
 
 def test_what_a_recipe_downloads_is_what_it_uses():
-    for title in ("Paper A, from the download to a row of its table", "Paper B"):
+    for title in ("Paper A: from download to table", "Paper B: from download to table"):
         commands = recipe(title)
         text = " ".join(" ".join(command) for command in commands if command[0] != "hf")
         for command in commands:
@@ -215,13 +220,13 @@ def test_the_walk_without_a_download(downloads, monkeypatch):
     )
     for name, value in dict(d_model=32, encoder_attention_heads=2, encoder_ffn_dim=32).items():
         monkeypatch.setitem(shapes.EARS, name, value)
-    walk = recipe("One GPU, little memory, none")
+    walk = recipe("Without a GPU and without a download")
     assert [run(command, small={}) for command in walk[:3]] == ["shapes"] * 3 and Path(
         "Qwen/Qwen2.5-Omni-7B/model.safetensors"
     ).is_file()
     papers = [
         command
-        for title in ("Paper A, from the download to a row of its table", "Paper B")
+        for title in ("Paper A: from download to table", "Paper B: from download to table")
         for command in recipe(title)
     ]
     words = [

@@ -1,0 +1,117 @@
+"""Models on disk: saved as the hub has them, filled in again, and the card beside them."""
+
+import copy
+import json
+from pathlib import Path
+
+import transformers
+
+import models
+from plumbing import hub
+
+
+def save(model, processor, folder, state=None):
+    """Weights under the hub's own names as safetensors of at most 5 GB, config, generation config,
+    tokenizer, processor and chat template. With LoRA the adapter alone, as peft saves it. state:
+    the model's state_dict, where it had to be gathered from many ranks.
+
+    Tokenizer and processor are the base's own files, byte for byte: nothing here changes them, and
+    what transformers 5 writes 4 cannot read."""
+    state = model.state_dict() if state is None else state
+    folder = Path(folder)
+    if models.has_lora(model):
+        _save_adapter(model, folder, state)
+    else:
+        _save_weights(model, folder, state)
+    files = getattr(model, "reader_files", None)
+    if not files:
+        processor.save_pretrained(folder)
+        return
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def _save_adapter(model, folder, state):
+    import safetensors.torch
+    matrices = models.import_peft().get_peft_model_state_dict(model, state_dict=state)
+    named = {f"base_model.model.{name}": x.contiguous() for name, x in matrices.items()}
+    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def _save_weights(model, folder, state):
+    # On the CPU: the hub's layout of experts is a copy
+    state = {name: tensor.cpu() for name, tensor in state.items()}
+    tied = head_is_embedding(model)
+    if tied:
+        state = {name: x for name, x in state.items() if not name.endswith("lm_head.weight")}
+
+    state = hub.hub_names(model, state)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder, state_dict=state, save_original_format=False,
+                          max_shard_size="5GB")
+    transformers.utils.logging.enable_progress_bar()
+    config = folder / "config.json"
+    config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")
+
+
+def head_is_embedding(model):
+    """Are head and input embeddings one matrix? It is saved once then."""
+    embedding = models.decoder(model).get_input_embeddings().weight
+    same = model.get_output_embeddings().weight is embedding
+    return same and model.config.get_text_config().tie_word_embeddings
+
+
+def fill(model, folder):
+    """A saved model's weights, or its adapter's, into this one in place. Raises OSError,
+    RuntimeError or ValueError where they do not fit."""
+    hub.check_weights(folder)
+    if models.has_lora(model):
+        _fill_adapter(model, Path(folder) / "adapter_model.safetensors")
+        return
+    # Through the class, because the hub's names are not the module's own; with this model's
+    # config: without a config.json the class would build its default of 7B
+    saved, loading = type(model).from_pretrained(
+        folder, config=copy.deepcopy(model.config), dtype=model.dtype, use_safetensors=True,
+        output_loading_info=True)
+    for kind in ("missing", "unexpected"):
+        names = sorted(loading[f"{kind}_keys"])
+        if names:
+            raise ValueError(f"{len(names)} tensors are {kind}, such as {names[0]}")
+    model.load_state_dict(saved.state_dict())
+
+
+def _fill_adapter(model, file):
+    import safetensors.torch
+    saved = {}
+    for name, matrix in safetensors.torch.load_file(file).items():
+        saved[name.removeprefix("base_model.model.")] = matrix
+    ours = models.import_peft().get_peft_model_state_dict(model)
+    if saved.keys() != ours.keys():
+        raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
+    models.import_peft().set_peft_model_state_dict(model, saved)
+
+
+def write_card(folder, *, base, script, flags, results=None):
+    """README.md beside the weights: the base, the flags, and what the model scored (a table, as
+    text). Nothing where there is no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    library = "peft" if (folder / models.ADAPTER).exists() else "transformers"
+    lines = ["---", f"base_model: {base}", f"library_name: {library}"]
+    lines += ["tags: [audio, distillation]", "---"]
+    lines += [f"# {folder.resolve().parent.name}, {folder.name}", ""]
+    lines += [f"{base}, trained further by `{script}` with these flags:", "", "```"]
+    lines += [f"{name}: {value}" for name, value in flags.items() if value is not None]
+    lines += ["```"]
+    if results:
+        lines += ["", "## Results, before and after", "", "```", results, "```"]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def save_new(model, reader, folder):
+    """Make a folder and save a model there."""
+    Path(folder).mkdir(parents=True)
+    save(model, reader, folder)
+    print(f"{folder}: {model.num_parameters():,} parameters saved")
