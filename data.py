@@ -697,6 +697,7 @@ def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Ten
     """The first `cut` seconds of a WAV, FLAC, OGG or MP3 file as float32 [samples]: 16 kHz, mono
     (mean of the channels), 1.0 is full scale. Raises DataError."""
     import torchaudio
+
     from plumbing import check
 
     clip = check.clip_name(path, where)
@@ -758,5 +759,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import main           # not a second copy of this module: plumbing/ imports `data`
+    from data import main  # not a second copy of this module: plumbing/ imports `data`
     main()

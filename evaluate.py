@@ -44,9 +44,22 @@ import models
 from judge import extract_choice
 from plumbing import hearing, ranks, tables
 from plumbing.files import make_folder, write_json
-from plumbing.predictions import TAKEN, VIEWS, differences, earlier_verdicts, flat, lettered
-from plumbing.predictions import merged, question_key, read_baseline, read_predictions
-from plumbing.predictions import read_results, stems, unspoken, write_samples
+from plumbing.predictions import (
+    TAKEN,
+    VIEWS,
+    differences,
+    earlier_verdicts,
+    flat,
+    lettered,
+    merged,
+    question_key,
+    read_baseline,
+    read_predictions,
+    read_results,
+    stems,
+    unspoken,
+    write_samples,
+)
 from plumbing.voicebench import voicebench_letter
 from plumbing.whole import newest_checkpoint
 from rollout import generate

@@ -25,7 +25,6 @@ import math
 
 import torch
 
-
 # -------------------------------------------------------------------------------------------------
 # 1. The idea, in 25 lines that run (tests/test_fused.py): CORD's L_tok without weights, that is
 #    the mean reverse KL, and what its backward pass would give

@@ -27,8 +27,17 @@ import torch
 
 import data
 import models
-from plumbing.quantities import BEHIND_WORDS, REASON, in_digits, number, plain, same_value
-from plumbing.quantities import sentences, spelling, value
+from plumbing.quantities import (
+    BEHIND_WORDS,
+    REASON,
+    in_digits,
+    number,
+    plain,
+    same_value,
+    sentences,
+    spelling,
+    value,
+)
 
 # ------------------------------------------------------------------------------------------------
 # 1. Where does the answer stand?
@@ -117,8 +126,8 @@ CONCLUSION = re.compile(
 CLAUSE = re.compile(r"[,;:.!?\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies a choice that follows it in the same clause, and one that stands before it
 DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! (?:a|any) doubt)|cannot"
-                    r"|(?<!other )than|instead of|unlike|except|anything but|thought (?:it|this|that)"
-                    r"|wrong to"
+                    r"|(?<!other )than|instead of|unlike|except|anything but"
+                    r"|thought (?:it|this|that)|wrong to"
                     r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
 THOUGHT = re.compile(r"\bthought\s+(?:(?:the|an?)\s+)?$", re.I)
 # "What comes after the bell is a dog"; but "a dog barks after the bell" names two

@@ -37,7 +37,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 # -------------------------------------------------------------------------------------------------
 # 1. The map
 
@@ -236,7 +235,7 @@ def load(module, path):
     """Fill Projections or Statistics from their safetensors file beside a checkpoint.
 
     ValueError if made for other layers or widths."""
-    from safetensors.torch import load_file     # here, so that this file needs torch alone
+    from safetensors.torch import load_file  # here, so that this file needs torch alone
 
     saved, ours = load_file(path), module.state_dict()
     shapes = [{name: x.shape for name, x in state.items()} for state in (saved, ours)]

@@ -229,7 +229,7 @@ def _load(path, description, auto_classes, reader_class, dtype):
         if adapter:
             peft = import_peft()
             peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
-            from plumbing import saving         # here, because it imports this file
+            from plumbing import saving  # here, because it imports this file
             saving.fill(model, adapter)
             merge_lora(model)
             model.name_or_path = str(adapter)
@@ -392,7 +392,7 @@ def import_peft():
 # ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    from plumbing import hearing, saving        # here, because they import this file
+    from plumbing import hearing, saving  # here, because they import this file
 
     parser = argparse.ArgumentParser(description="Check an audio language model as the training "
                                                  "scripts do, and print its parts.")
@@ -430,7 +430,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from models import main         # not a second copy of this module: plumbing/ imports `models`
+    from models import main  # not a second copy of this module: plumbing/ imports `models`
     try:
         main()
     except data.DataError as error:

@@ -27,7 +27,6 @@ import data
 import models
 from sampler import chooser
 
-
 # -------------------------------------------------------------------------------------------------
 # 1. generate() as it is
 
@@ -37,8 +36,8 @@ def plain_decoding(model):
     gradients, in bfloat16 on a GPU or if the weights are.
 
     What it is not told, generate() would fill from the checkpoint's own settings
-    (repetition_penalty, top_p, ...): lend it empty ones. A model in training mode would drop units, and with gradient
-    checkpointing its cache."""
+    (repetition_penalty, top_p, ...): lend it empty ones. A model in training mode would drop units,
+    and with gradient checkpointing its cache."""
     settings = model.generation_config
     training = [module for module in model.modules() if module.training]
     half = model.device.type == "cuda" or model.dtype == torch.bfloat16

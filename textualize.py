@@ -158,7 +158,8 @@ def textualize(examples, records, model, processor, out, *, prompts, grounding, 
 
     together = torch.distributed.is_initialized()
     chunk = batch_size * (torch.distributed.get_world_size() if together else 1)
-    with tqdm(total=len(examples), initial=len(examples) - len(todo), desc="descriptions", unit="clip",
+    before = len(examples) - len(todo)
+    with tqdm(total=len(examples), initial=before, desc="descriptions", unit="clip",
               disable=rank > 0) as bar:
         for start in range(0, len(todo), chunk):
             rows = todo[start:start + chunk]        # rollout.generate gives each rank its share

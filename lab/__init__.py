@@ -1,1 +1,1 @@
-"""What you run to study the method: experiments, looks inside, reports, benchmarks, shapes, memory."""
+"""What you run to study the method: experiments, looks inside, reports, benchmarks, memory."""

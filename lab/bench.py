@@ -41,20 +41,19 @@ import soundfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from plumbing import run
-
-from plumbing.optimizer import parameter_groups
 import data
 import fused
 import losses
-from lab import memory
 import mini.world
 import models
 import rollout
 import sampler
-from plumbing import optimizer as split_adamw
 import train_cord
 import train_source_layer
+from lab import memory
+from plumbing import optimizer as split_adamw
+from plumbing import run
+from plumbing.optimizer import parameter_groups
 
 
 def the_device():

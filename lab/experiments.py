@@ -35,11 +35,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.files import write_json
 import evaluate
 import mini.world
 import train_cord
 import train_source_layer
+from plumbing.files import write_json
 
 HERE = Path(__file__).resolve().parent.parent
 RUNS = Path("runs") / "experiments"

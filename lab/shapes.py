@@ -66,7 +66,7 @@ TEACHERS = {
         num_attention_heads=32, num_key_value_heads=8, head_dim=128)}
 
 
-def word_tokenizer(specials, template, named={}, words=151_600):
+def word_tokenizer(specials, template, named=None, words=151_600):
     """One token a word, "w0" to "w151599": as many words as the real tokenizers have tokens."""
     import tokenizers
     vocabulary = {f"w{i}": i for i in range(words)} | {"?": words}
@@ -75,7 +75,7 @@ def word_tokenizer(specials, template, named={}, words=151_600):
     tokenizer.add_special_tokens(specials)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        extra_special_tokens=named)
+        extra_special_tokens=named or {})
     fast.chat_template = template
     return fast
 

@@ -31,8 +31,18 @@ from tqdm import tqdm
 
 import data
 from lab.shapes import STUDENT_SPECIALS, STUDENT_TEMPLATE, TEACHER_SPECIALS, TEACHER_TEMPLATE
-from mini.world import CACHE, KEPT, MAX_SECONDS, MINI, SAMPLE_RATE, SPLITS, TAUGHT, WORLD
-from mini.world import build, make_record
+from mini.world import (
+    CACHE,
+    KEPT,
+    MAX_SECONDS,
+    MINI,
+    SAMPLE_RATE,
+    SPLITS,
+    TAUGHT,
+    WORLD,
+    build,
+    make_record,
+)
 from models import load_audio_model, load_text_model
 
 # Kinds that are still wrong after 50,000 texts: one token in fifty says which name goes with which

@@ -58,7 +58,7 @@ def read_frames(file, count, clip):
 
 def open_audio(path, *, where=None, max_seconds=None):
     """-> soundfile's open file, once its header makes sense. Raises DataError."""
-    import soundfile                    # see data.py's imports
+    import soundfile  # see data.py's imports
 
     path, clip = Path(path), clip_name(path, where)
     if not path.is_file():

@@ -22,8 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import (CheckpointException, HuggingFaceStorageReader,
-                                          HuggingFaceStorageWriter)
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 import models
 from plumbing import ranks, saving, whole

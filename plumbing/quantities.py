@@ -163,7 +163,8 @@ BRACKETS = re.compile(r"(?<=[\w%])\s\((?!or\b)[^()]*\)")
 DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 # A number that only says of what, or when: "each of the 3 friends", "in 5 days"
 CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from"
-                     r"|at|by|per)|'s)\s+[$£€]?\d[\d.,/]*(?![\w.,/:])(?!\s*(?:to|and|-|–)\s*\d)", re.I)
+                     r"|at|by|per)|'s)\s+[$£€]?\d[\d.,/]*(?![\w.,/:])"
+                     r"(?!\s*(?:to|and|-|–)\s*\d)", re.I)
 # Behind the first number, no part of the answer: "366 downloads in 3 months", "5, so she has 3
 # more"
 ASIDE = re.compile(

@@ -289,7 +289,9 @@ class Run:
             return
 
         # What data.py imports where it uses it: here once, before the fork, not in every worker
-        import jinja2, soundfile, torchaudio            # noqa: E401, F401
+        import jinja2  # noqa: F401, I001
+        import soundfile            # noqa: F401
+        import torchaudio           # noqa: F401
 
         # Workers get their examples from here and never touch the list of all: counting
         # references to its parts would copy it, page by page

@@ -40,10 +40,10 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from plumbing import ranks
-from plumbing.files import append_jsonl, write_json
 import data
 from data import SAMPLE_RATE  # what every audio tower in the project hears
+from plumbing import ranks
+from plumbing.files import append_jsonl, write_json
 from prepare.verbalise import verbalise
 
 # ------------------------------------------------------------------------------------------------

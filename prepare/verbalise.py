@@ -436,7 +436,7 @@ def items_or_none(arguments):
     return None
 
 
-def formula(items):
+def formula(items):  # noqa: C901
     """Items of a formula -> words. A fraction, a root or an exponent of several parts says where
     it ends."""
     items = [

@@ -1,7 +1,8 @@
 """Runs of the real scripts that are started, watched, hit and compared, for test_bad_days.py.
 
-A run is a subprocess of the script, torchrun with it, or its main() in a fork of a process that has imported everything already (forkserver): that
-one starts in a second, so that forty kills fit into a test."""
+A run is a subprocess of the script, torchrun with it, or its main() in a fork of a process that has
+imported everything already (forkserver): that one starts in a second, so that forty kills fit into
+a test."""
 
 import importlib
 import json
@@ -34,7 +35,8 @@ TIMES = {
     "memory_gb",
     "host_gb",
 }
-MARK = "BAD_DAYS_RUN"  # an environment variable of its own for every subprocess: what it starts carries it too
+# an environment variable of its own for every subprocess: what it starts carries it too
+MARK = "BAD_DAYS_RUN"
 
 os.environ.update(
     OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
@@ -62,7 +64,8 @@ class Run:
         return [p.poll() if isinstance(p, subprocess.Popen) else p.exitcode for p in self.processes]
 
     def wait(self, seconds=240):
-        """-> the exit status (with many ranks: the first that is not 0). Too long: everything is killed, and the test fails."""
+        """-> the exit status (with many ranks: the first that is not 0). Too long: everything is
+        killed, and the test fails."""
         until = time.monotonic() + seconds
         while None in self.codes():
             if time.monotonic() > until:
@@ -73,7 +76,8 @@ class Run:
 
 
 def enter(script, argv, said, env, habit):
-    """What a fork does: the script, in a session of its own. habit: a function of this module that is called first."""
+    """What a fork does: the script, in a session of its own. habit: a function of this module that
+    is called first."""
     os.setsid()
     number = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(number, 1), os.dup2(number, 2)
@@ -89,7 +93,8 @@ def enter(script, argv, said, env, habit):
 
 
 def fork(script, argv, out, ranks=1, habit=None):
-    """main(argv) in a forked process, or in one for each rank, with the environment that torchrun would give them."""
+    """main(argv) in a forked process, or in one for each rank, with the environment that torchrun
+    would give them."""
     run, env = Run(out, said_of(out)), {}
     for rank in range(ranks):
         if ranks > 1:
@@ -134,11 +139,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-# --------------------------------------------------------- what a run does ------------------------------------------------------------
+# -------------------- what a run does ------------------------------------------------------------
 
 
 def family(run):
-    """{pid: command} of what a run has started and still lives: its sessions, and whoever carries its mark, though their parent may be gone."""
+    """{pid: command} of what a run has started and still lives: its sessions, and whoever carries
+    its mark, though their parent may be gone."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -161,7 +167,8 @@ def family(run):
 
 
 def ranks_of(run):
-    """{rank: pid} of the ranks under torchrun: the processes that have RANK and are no fork of another rank."""
+    """{rank: pid} of the ranks under torchrun: the processes that have RANK and are no fork of
+    another rank."""
     found = {}
     for pid in family(run):
         try:
@@ -191,7 +198,8 @@ def end(run):
 
 
 def until(condition, run=None, seconds=240):
-    """Wait until condition() holds -> its value. A run that ends before, or too long a time, fails the test; run None: what is waited for may come at its end."""
+    """Wait until condition() holds -> its value. A run that ends before, or too long a time, fails
+    the test; run None: what is waited for may come at its end."""
     limit = time.monotonic() + seconds
     while not (value := condition()):
         if run is not None and None not in run.codes():
@@ -235,7 +243,8 @@ def steps(out):
 
 
 def content(out, step):
-    """{name: bytes} of everything that a checkpoint holds: files, and the optimizer's tensors one by one (their order in the file is that in which they came
+    """{name: bytes} of everything that a checkpoint holds: files, and the optimizer's tensors one
+    by one (their order in the file is that in which they came
     to be). Not the card, which names flags, and the scores."""
     folder, found = Path(out) / f"step-{step:07d}", {}
     for path in sorted(folder.rglob("*")):
@@ -275,7 +284,7 @@ def near_run(out, other, rel):
             )
 
 
-# -------------------------------------------------------- habits of a fork ------------------------------------------------------------
+# -------------------- habits of a fork -----------------------------------------------------------
 
 
 def eat_before(name, step, path, rank):

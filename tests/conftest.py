@@ -1,4 +1,5 @@
-"""Tiny stand-ins with the real architectures: a student that hears (Qwen2-Audio), tokenizers with chat templates, and audio files."""
+"""Tiny stand-ins with the real architectures: a student that hears (Qwen2-Audio), tokenizers with
+chat templates, and audio files."""
 
 import math
 import os
@@ -27,16 +28,16 @@ SENTENCES = [
     "<THINK><PLANNING></PLANNING><CAPTION></CAPTION><REASONING></REASONING><SUMMARY></SUMMARY></THINK><RESPONSE></RESPONSE>",
 ]
 STUDENT_TEMPLATE = (  # Qwen2-Audio's: one line per clip, contents as text or as parts
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"  # noqa: E501
     "{% else %}{% for part in message['content'] %}{% if 'audio' in part or 'audio_url' in part %}"
-    "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"  # noqa: E501
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEACHER_TEMPLATE = (  # Qwen3's: an empty think block where thinking is switched off
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}<|im_end|>\n"
+    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}<|im_end|>\n"  # noqa: E501
     "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"  # noqa: E501
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
@@ -77,7 +78,8 @@ def tiny_processor():
 
 @pytest.fixture(scope="session")
 def tiny_teacher_tokenizer():
-    """The same BPE, but <|object_ref_start|> at the id of <|AUDIO|>, and <think> as one token, as Qwen3 has beside Qwen2.5-Omni."""
+    """The same BPE, but <|object_ref_start|> at the id of <|AUDIO|>, and <think> as one token, as
+    Qwen3 has beside Qwen2.5-Omni."""
     special = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -129,7 +131,8 @@ def tiny_student_model(tiny_processor):
 
 @pytest.fixture(scope="session")
 def make_wav():
-    """make_wav(path, seconds=1.0, rate=16000, channels=1, frequency=440.0, **soundfile options) writes a tone of amplitude 0.5."""
+    """make_wav(path, seconds=1.0, rate=16000, channels=1, frequency=440.0, **soundfile options)
+    writes a tone of amplitude 0.5."""
 
     def make(path, seconds=1.0, rate=16_000, channels=1, frequency=440.0, **options):
         time = torch.arange(round(seconds * rate), dtype=torch.float64) / rate

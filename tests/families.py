@@ -6,6 +6,7 @@ teacher that speaks its chat format.
 """
 
 import torch
+from conftest import STUDENT_TEMPLATE, TEACHER_TEMPLATE, bpe
 from transformers import (
     AudioFlamingo3Config,
     AudioFlamingo3ForConditionalGeneration,
@@ -32,7 +33,6 @@ from transformers import (
 )
 
 import models
-from conftest import STUDENT_TEMPLATE, TEACHER_TEMPLATE, bpe
 
 OMNI_TEMPLATE = STUDENT_TEMPLATE.replace("Audio 1: ", "").replace(
     "<|audio_eos|>\\n", "<|audio_eos|>"

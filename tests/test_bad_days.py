@@ -1,4 +1,5 @@
-"""Nothing is lost on bad days: runs that are killed, asked to stop, or find the disk full go on to the last bit of what an undisturbed run gives."""
+"""Nothing is lost on bad days: runs that are killed, asked to stop, or find the disk full go on to
+the last bit of what an undisturbed run gives."""
 
 import json
 import os
@@ -10,16 +11,9 @@ import subprocess
 import sys
 import time
 
+import bad_days
 import pytest
 import torch
-
-import bad_days
-from plumbing import checkpoints, saving, whole
-from plumbing.files import append_jsonl, open_log, read_json, write_json
-import evaluate
-import layer_map
-import mini.world
-import models
 from bad_days import (
     end,
     family,
@@ -35,6 +29,13 @@ from bad_days import (
 )
 from test_train_cord import write_spoken
 from test_train_source_layer import write_world
+
+import evaluate
+import layer_map
+import mini.world
+import models
+from plumbing import checkpoints, saving, whole
+from plumbing.files import append_jsonl, open_log, read_json, write_json
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 SCRIPTS = ("source", "cord")
@@ -89,7 +90,8 @@ def flags(worlds):
 
 @pytest.fixture(scope="session")
 def undisturbed(flags, tmp_path_factory):
-    """undisturbed(script, steps, *more, ranks=1, evaluate=False) -> the folder of a run that nothing happened to; made once. wait=False: only begun."""
+    """undisturbed(script, steps, *more, ranks=1, evaluate=False) -> the folder of a run that
+    nothing happened to; made once. wait=False: only begun."""
     made = {}
 
     def of(script, steps, *more, ranks=1, evaluate=False, wait=True):
@@ -108,7 +110,7 @@ def undisturbed(flags, tmp_path_factory):
     return of
 
 
-# ------------------------------------------------------------- killed ----------------------------------------------------------------
+# -------------------- killed ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -131,7 +133,8 @@ LONG = 40  # steps; two kills in three cost at most two of them
 
 
 def moments(numbers, evaluate):
-    """What KILLS kills wait for, in an order of chance: (name, how many steps of its own, seconds more)."""
+    """What KILLS kills wait for, in an order of chance: (name, how many steps of its own, seconds
+    more)."""
     names = ["while it starts"] * 4 + ["while a checkpoint is written"] * 8
     names += ["while it is evaluated"] * 4 * evaluate
     names += ["somewhere"] * (KILLS - len(names))
@@ -142,7 +145,8 @@ def moments(numbers, evaluate):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
-    """Killed 24 times, at moments of chance and at those that hurt most: losses, samples, evaluations and weights are those of a run that was left alone."""
+    """Killed 24 times, at moments of chance and at those that hurt most: losses, samples,
+    evaluations and weights are those of a run that was left alone."""
     evaluate = [
         "--eval-every",
         "2",
@@ -168,7 +172,8 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
         if name == "while it starts":
             time.sleep(2.5 * seconds)
         elif name == "while a checkpoint is written":
-            # of the first, the second or the third step; then at any moment of the tenth of a second that it takes
+            # of the first, the second or the third step; then at any moment of the tenth of a
+            # second that it takes
             until(
                 lambda: (
                     any(int(path.name[8:]) > more for path in out.glob("partial-0*"))
@@ -208,7 +213,7 @@ def test_many_kills_in_a_row(script, flags, undisturbed, tmp_path):
         none_survive(run)
 
 
-# -------------------------------------------------------- killed under torchrun -------------------------------------------------------
+# -------------------- killed under torchrun ------------------------------------------------------
 
 TWO = ("--standalone", "--nproc_per_node", "2")
 OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as README says beside --max-restarts
@@ -223,10 +228,11 @@ OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as README says beside
 def test_torchrun_starts_again_when_a_rank_is_killed(
     script, more, late, flags, undisturbed, tmp_path, monkeypatch
 ):
-    """With --resume auto a restart finds the newest checkpoint. The other rank, which waits for the dead one, does not hang; nor does a
-    rank that starts again early take the address that a dead one has left in torchrun's store for that of one who is late."""
+    """With --resume auto a restart finds the newest checkpoint. The other rank, which waits for the
+    dead one, does not hang; nor does a rank that starts again early take the address that a dead
+    one has left in torchrun's store for that of one who is late."""
     (tmp_path / "sitecustomize.py").write_text(
-        f"import os, time\nif os.environ.get('RANK') == '{late}' and os.environ['TORCHELASTIC_RESTART_COUNT'] > '0':\n    time.sleep(6)\n"
+        f"import os, time\nif os.environ.get('RANK') == '{late}' and os.environ['TORCHELASTIC_RESTART_COUNT'] > '0':\n    time.sleep(6)\n"  # noqa: E501
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv(*OWN_STORE)
@@ -279,7 +285,8 @@ def test_two_nodes_start_again_though_only_one_of_them_counts(
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_is_made_up_for(flags, undisturbed, tmp_path):
-    """The checkpoint is there, what it scored is not: else the best of a run might never be known."""
+    """The checkpoint is there, what it scored is not: else the best of a run might never be
+    known."""
     more, out = (
         ["--eval-every", "2", "--max-new-tokens", "8", "--eval-batch", "1", "--keep", "4"],
         tmp_path / "run",
@@ -331,7 +338,7 @@ def test_a_data_worker_that_dies_is_named(script, flags, undisturbed, tmp_path):
     none_survive(run)
 
 
-# ---------------------------------------------------------- asked to stop ---------------------------------------------------------------
+# -------------------- asked to stop --------------------------------------------------------------
 
 
 def goes_on(script, flags, out, whole, last, *more, ranks=1, evaluate=False):
@@ -361,7 +368,8 @@ def goes_on(script, flags, out, whole, last, *more, ranks=1, evaluate=False):
 def test_asked_to_stop_it_saves_and_says_where(
     script, number, to_all, flags, undisturbed, tmp_path
 ):
-    """A preemption signals the process; a terminal everything that it runs, data workers included."""
+    """A preemption signals the process; a terminal everything that it runs, data workers
+    included."""
     out = tmp_path / "run"
     run = fork(script, flags(script, out, "--max-steps", "6", "--save-every", "100"), out)
     until(lambda: len(lines(out)) >= 2, run)
@@ -460,7 +468,7 @@ def test_one_rank_alone_is_asked(flags, undisturbed, tmp_path):
     none_survive(run)
 
 
-# --------------------------------------------------------------- the disk ----------------------------------------------------------------
+# -------------------- the disk -------------------------------------------------------------------
 
 SIZE = 66 << 20  # two of the source script's checkpoints of 30 MB
 
@@ -538,7 +546,8 @@ def test_a_disk_that_is_full_already(ranks, disk, flags, undisturbed, tmp_path):
 def test_a_disk_that_fills_while_a_checkpoint_is_written(
     ranks, moment, eater, disk, flags, undisturbed, tmp_path
 ):
-    """There was room when it began; then somebody else took it, before the model or before the optimizer was written."""
+    """There was room when it began; then somebody else took it, before the model or before the
+    optimizer was written."""
     out = (disk or tmp_path) / "run"
     argv = flags("source", out, "--max-steps", "3", "--keep", "1")
     run = fork(
@@ -614,7 +623,7 @@ def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
     assert sorted(path.name for path in folder.glob("*.json")) == ["eval-0000002.json"]
 
 
-# ----------------------------------------------------- other ranks, other folders ---------------------------------------------------------
+# -------------------- other ranks, other folders -------------------------------------------------
 
 
 @pytest.mark.slow
@@ -633,7 +642,8 @@ def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
     ids=["source", "cord", "source-shard", "cord-shard"],
 )
 def test_another_number_of_ranks_goes_on(script, ways, rel, flags, undisturbed, tmp_path):
-    """Three starts of two steps each, however many ranks hold the weights and the optimizer, are one run of six."""
+    """Three starts of two steps each, however many ranks hold the weights and the optimizer, are
+    one run of six."""
     out = tmp_path / "run"
     undisturbed(script, 6, "--workers", "0", wait=False)
     for number, (ranks, more) in enumerate(ways, 1):
@@ -658,7 +668,8 @@ def test_another_number_of_ranks_goes_on(script, ways, rel, flags, undisturbed, 
 
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
-    """--resume DIR: no checkpoint, another script's, another model's, of other flags, one that lost a file: one sentence each, and no half of a run's folder."""
+    """--resume DIR: no checkpoint, another script's, another model's, of other flags, one that lost
+    a file: one sentence each, and no half of a run's folder."""
     source, cord = (undisturbed(script, 4) / "step-0000004" for script in SCRIPTS)
     (tmp_path / "nothing").mkdir()
     for name in ("model.safetensors", "projections.safetensors", "optimizer", "cut"):
@@ -704,7 +715,7 @@ def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
     assert not odd, "\n\n".join(f"{name}: {code}\n{said}" for name, (code, said) in odd.items())
 
 
-# ------------------------------------------------------ checkpoints that are not whole ----------------------------------------------------
+# -------------------- checkpoints that are not whole ---------------------------------------------
 
 DAMAGE = {
     "config.json": ("config.json", None, "config.json is missing"),
@@ -730,7 +741,8 @@ def damage(checkpoint, name):
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tmp_path, capsys):
-    """--resume DIR refuses it and says why; auto says why, and takes the one before; without any other it stops."""
+    """--resume DIR refuses it and says why; auto says why, and takes the one before; without any
+    other it stops."""
     whole, folder = undisturbed("source", 4), tmp_path / "run"
     shutil.copytree(whole, folder)
     newest, before = folder / "step-0000004", folder / "step-0000003"
@@ -765,7 +777,8 @@ def said_by(out):
 
 
 def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
-    """Without config.json transformers would build its default of 7B; and a deeper model's weights do not fit, whatever is missing."""
+    """Without config.json transformers would build its default of 7B; and a deeper model's weights
+    do not fit, whatever is missing."""
     folder = tmp_path / "step"
     shutil.copytree(undisturbed("source", 4) / "step-0000004", folder)
     trained = models.load_audio_model(folder)[0]
@@ -846,12 +859,13 @@ def test_a_run_that_starts_from_a_runs_folder_notes_which_checkpoint(flags, undi
     assert json.loads((out / "config.json").read_text())["student"] == str(base / "step-0000004")
 
 
-# ------------------------------------------------------------ two runs, one folder --------------------------------------------------------
+# -------------------- two runs, one folder -------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_run_is_kept_out(ranks, flags, tmp_path):
-    """Another run into the same --out, or the same one started twice, is refused for as long as the first one lives, and not a moment longer."""
+    """Another run into the same --out, or the same one started twice, is refused for as long as the
+    first one lives, and not a moment longer."""
     out = tmp_path / "run"
     argv = flags("source", out, "--max-steps", "1000")
     first = fork("source", argv, out)
@@ -889,7 +903,7 @@ def test_of_two_that_go_on_at_once_one_does(flags, undisturbed, tmp_path):
     )
 
 
-# --------------------------------------------------------------- files of a run ------------------------------------------------------------
+# -------------------- files of a run -------------------------------------------------------------
 
 
 def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -1000,7 +1014,8 @@ def test_a_run_goes_on_from_the_student_that_it_began_with(tmp_path):
 
 
 def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
-    """root may write anywhere, so that the system's answer is put in; and in /proc nobody makes a folder."""
+    """root may write anywhere, so that the system's answer is put in; and in /proc nobody makes a
+    folder."""
     with pytest.raises(
         SystemExit, match=r"^/proc/run cannot be written \(\[Errno 2\].*give another --out"
     ):
@@ -1008,7 +1023,7 @@ def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, how: False)
     with pytest.raises(
         SystemExit,
-        match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out",
+        match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out",  # noqa: E501
     ):
         checkpoints.claim(tmp_path / "run")
     with pytest.raises(SystemExit, match="run cannot be written"):

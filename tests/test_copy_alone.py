@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 BLOCK = """
 import sys
 for name in ("transformers safetensors peft soundfile scipy sklearn matplotlib pyarrow pylatexenc "
-             "num2words espeakng_loader soxr tqdm tokenizers huggingface_hub accelerate data losses "
-             "fused layer_map sampler rollout judge models plumbing mini lab prepare").split():
+             "num2words espeakng_loader soxr tqdm tokenizers huggingface_hub accelerate data "
+             "losses fused layer_map sampler rollout judge models plumbing mini lab prepare").split():
     if name != NAME:
         sys.modules[name] = None
-"""
+"""  # noqa: E501
 
 RUN = {
     "losses.py": """

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from conftest import SENTENCES, STUDENT_TEMPLATE, TEACHER_TEMPLATE, bpe
 from hypothesis import given, settings, strategies
 from torch.nn.functional import cross_entropy
 
 import data
 from plumbing.check import about_clips
-from conftest import SENTENCES, STUDENT_TEMPLATE, TEACHER_TEMPLATE, bpe
 
 END = "<|im_end|>"
 

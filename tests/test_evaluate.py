@@ -1,4 +1,5 @@
-"""From text to numbers: extraction, MMAU's rule, unweighted accuracy, intervals, decoding, the command line."""
+"""From text to numbers: extraction, MMAU's rule, unweighted accuracy, intervals, decoding, the
+command line."""
 
 import json
 import os
@@ -26,21 +27,21 @@ import evaluate
 import judge
 import rollout
 import sampler
+from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
+from judge import extract_choice
 from plumbing import plots, tables
 from plumbing.predictions import read_predictions
 from plumbing.voicebench import voicebench_letter
-from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
-from judge import extract_choice
 
 ROOT = Path(__file__).parent.parent
 METALS = ["gold", "silver", "white gold", "a ring"]
 TRACE = (
-    "<THINK><PLANNING>p</PLANNING><CAPTION>silver, (B)</CAPTION><REASONING>The answer is silver.</REASONING>"
+    "<THINK><PLANNING>p</PLANNING><CAPTION>silver, (B)</CAPTION><REASONING>The answer is silver.</REASONING>"  # noqa: E501
     "<SUMMARY>s</SUMMARY></THINK>"
 )
 
 
-# ------------------------------------------------------- what was chosen -------------------------------------------------------
+# -------------------- what was chosen ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_extraction_does_not_depend_on_the_order_of_choices():
                 assert extract_choice(f"{TRACE}<RESPONSE>{output}</RESPONSE>", shuffled) == choice
 
 
-# ------------------------------------------------------- MMAU's rule -------------------------------------------------------
+# -------------------- MMAU's rule ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(
         assert re.search(r"^    Semantic Layer +50.00 +0.00   of 2$", capsys.readouterr().out, re.M)
 
 
-# ------------------------------------------------------- VoiceBench's rule -------------------------------------------------------
+# -------------------- VoiceBench's rule ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_voicebench_letter(output, letter):
     assert voicebench_letter(output) == letter
 
 
-PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answer? Select one of the following:\nA. gold\nB. silver\nC. white gold\nD. a ring"
+PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answer? Select one of the following:\nA. gold\nB. silver\nC. white gold\nD. a ring"  # noqa: E501
 
 
 @pytest.mark.parametrize(
@@ -457,7 +458,7 @@ def test_voicebenchs_own_file(tmp_path, monkeypatch, capsys):
         score()
 
 
-# ------------------------------------------------------- unweighted accuracy -------------------------------------------------------
+# -------------------- unweighted accuracy --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -529,7 +530,7 @@ def test_confusion_keeps_what_had_no_answer():
         score_ser(["bored"], ["sad"], CLASSES)
 
 
-# ------------------------------------------------------- intervals -------------------------------------------------------
+# -------------------- intervals ------------------------------------------------------------------
 
 
 def test_wilson_against_known_values():
@@ -619,7 +620,7 @@ def test_paired_bootstrap_refuses(a, b):
         paired_bootstrap(a, b)
 
 
-# ------------------------------------------------------- decoding -------------------------------------------------------
+# -------------------- decoding -------------------------------------------------------------------
 
 
 def test_chooser_samples_what_transformers_would():
@@ -668,7 +669,8 @@ def test_chooser_is_keyed_by_seed_name_and_position():
 
 
 def test_every_row_of_the_full_softmax_has_its_own_temperature():
-    """Chi-square of 40,000 draws a temperature against the softmax, banned ids left out; one call for both, rows mixed."""
+    """Chi-square of 40,000 draws a temperature against the softmax, banned ids left out; one call
+    for both, rows mixed."""
     torch.manual_seed(1)
     logits, rows = 2 * torch.randn(40), 40_000
     heat = [0.7, 1.5] * rows
@@ -934,7 +936,7 @@ def test_two_ranks_share_the_work_and_say_what_one_says(
         assert [len(said[0]), len(said[1])] == sizes
 
 
-# ------------------------------------------------------- all of it -------------------------------------------------------
+# -------------------- all of it ------------------------------------------------------------------
 
 
 def test_evaluate_model(monkeypatch, examples):
@@ -992,7 +994,8 @@ def test_evaluate_model_refuses_what_it_cannot_score(examples):
 
 
 def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_path):
-    """From the manifest to the tables, the paired comparison, the table of a training run and its figure."""
+    """From the manifest to the tables, the paired comparison, the table of a training run and its
+    figure."""
 
     def results(right):
         rows = [
@@ -1034,7 +1037,7 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
-# ------------------------------------------------------- the command line -------------------------------------------------------
+# -------------------- the command line -----------------------------------------------------------
 
 
 def run_main(monkeypatch, *arguments):

@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import evaluate
-from plumbing import tables
-from lab import experiments
-import mini.world
-import train_cord
-import train_source_layer
-from lab.experiments import BASELINE, CORD, EXPERIMENTS, FULL, NO_ACOUSTIC, PAPER_A
 from test_gap import views
 from test_train_cord import write_spoken
 from test_train_source_layer import write_world
+
+import evaluate
+import mini.world
+import train_cord
+import train_source_layer
+from lab import experiments
+from lab.experiments import BASELINE, CORD, EXPERIMENTS, FULL, NO_ACOUSTIC, PAPER_A
+from plumbing import tables
 
 ROOT = Path(__file__).parent.parent
 README = "\n".join(

@@ -1,4 +1,5 @@
-"""The fused losses against the formulas in float64, against Liger-Kernel and TRL, by gradcheck, and what they must not do: hold a [tokens, vocab]
+"""The fused losses against the formulas in float64, against Liger-Kernel and TRL, by gradcheck, and
+what they must not do: hold a [tokens, vocab]
 matrix, run the teacher where no KL is, compute a gradient that nobody wants, say NaN."""
 
 import inspect
@@ -13,7 +14,8 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +38,8 @@ def way(request):
 
 
 def model(kind, tokens, vocab, width, generator, scale=1.0, twin=None):
-    """hidden [tokens, width] and weight [vocab, width], float32. Logits of 1e4 are made so that float32 holds them exactly: hidden states that pick one
+    """hidden [tokens, width] and weight [vocab, width], float32. Logits of 1e4 are made so that
+    float32 holds them exactly: hidden states that pick one
     column of the weight. twin: the student, of whom a teacher may be a copy or the opposite."""
     random = lambda *shape: torch.randn(*shape, generator=generator)
     if kind in ("random", "close", "identical"):
@@ -67,8 +70,10 @@ def double(x):
 
 
 def compare(fused, formula, args, how, tolerance, chunk, scale=1.0):
-    """Norm-wise relative errors below tolerance. Floors, for what is nearly zero itself: what float32 can know of logits that large, 2^-20 of them, in
-    nats; for gradients the same share of that of -log q alone, of the least likely tokens. scale: what the loss weighs, against that mean."""
+    """Norm-wise relative errors below tolerance. Floors, for what is nearly zero itself: what
+    float32 can know of logits that large, 2^-20 of them, in nats; for gradients the same share of
+    that of -log q alone, of the least likely tokens. scale: what the loss weighs, against that
+    mean."""
     floor = (
         2**-20
         * scale
@@ -188,7 +193,8 @@ def test_cord_equals_its_formula(
     args = [x.to(dtype) for x in (*student, hidden[carries_kl], weight)]
     labels = torch.randint(2, vocab, (sum(counts),), generator=generator)
     alpha, beta, top_share = weights
-    # Which tokens are the largest is a jump: two that float32 cannot tell apart may change places. Equal or well apart here: all of random, none of identical.
+    # Which tokens are the largest is a jump: two that float32 cannot tell apart may change places.
+    # Equal or well apart here: all of random, none of identical.
     compare(
         fused.cord,
         losses.cord,
@@ -344,7 +350,7 @@ def test_gradcheck_cord_and_hidden(divergence_beta):
     assert torch.autograd.gradcheck(lambda h: fused.hidden_jsd(h, other), hidden)
 
 
-# ------------------------------------------------------------- other libraries ----------------------------------------------------------
+# -------------------- other libraries ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
@@ -364,7 +370,8 @@ def test_against_liger(beta, temperature):
         compiled=False,
         chunk_size=16,
     )
-    # Liger divides the student's and the teacher's logits by the temperature for the JSD, as we do, and takes the cross-entropy at 1
+    # Liger divides the student's and the teacher's logits by the temperature for the JSD, as we do,
+    # and takes the cross-entropy at 1
     theirs = gradients(lambda h, w, *more: (liger(h, w, *more),), *student, *teacher, labels)
     ours = gradients(
         fused.jsd_ce,
@@ -405,11 +412,12 @@ def test_the_formula_against_trl(beta):
     )
 
 
-# ------------------------------------------------------ what must and must not happen ---------------------------------------------------
+# -------------------- what must and must not happen ----------------------------------------------
 
 
 class Watch(TorchDispatchMode):
-    """Records the largest output of any operation and the rows of every matrix product with a given number of columns."""
+    """Records the largest output of any operation and the rows of every matrix product with a given
+    number of columns."""
 
     def __init__(self):
         super().__init__()
@@ -645,7 +653,8 @@ def test_bad_arguments_are_named():
 
 
 def test_autocast_rounds_neither_inputs_nor_logits():
-    """Two distributions that are nearly the same: fused, under autocast, beside the formula in float64, and what autocast's own logits would give."""
+    """Two distributions that are nearly the same: fused, under autocast, beside the formula in
+    float64, and what autocast's own logits would give."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32), 0.5 * torch.randn(4000, 32)
     other, labels, how = (
@@ -687,7 +696,8 @@ def test_float16_hidden_states_and_a_large_loss_scale():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_path_has_the_right_shapes_and_types(dtype, monkeypatch):
-    """No GPU at hand: fake tensors on a fake CUDA device go the same way, and every operation checks its types."""
+    """No GPU at hand: fake tensors on a fake CUDA device go the same way, and every operation
+    checks its types."""
     monkeypatch.setattr(fused, "_compiled", lambda work: work)
     monkeypatch.setattr(
         torch,
@@ -737,7 +747,7 @@ def test_chunks_by_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 + free - free // 2 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 30)
     sizes = []
-    for free in (1, 8, 40, 80):
+    for free in (1, 8, 40, 80):         # noqa: B007 (the fakes above read it)
         sizes.append(fused._rows_per_chunk(None, 151_936, torch.device("cuda")))
     assert (
         sizes == sorted(sizes)

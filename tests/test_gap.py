@@ -1,4 +1,5 @@
-"""Paper B's evaluation: the audio-text gap by hand-computed cases, the real command on real views, and the KL analysis on planted divergences."""
+"""Paper B's evaluation: the audio-text gap by hand-computed cases, the real command on real views,
+and the KL analysis on planted divergences."""
 
 import json
 import re
@@ -7,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from test_train_cord import write_spoken
 
 import data
 import evaluate
-from lab import inside
 import mini.world
 import models
-from plumbing import hearing
 import rollout
-from test_train_cord import write_spoken
+from lab import inside
+from plumbing import hearing
 
 
 def views(text, audio, kind="sum"):
@@ -38,7 +39,8 @@ def test_gap_by_hand():
     )
     low, high = found["intervals"]["gap"]
     assert low < 50 < high and found["intervals"]["audio"] == evaluate.wilson(3, 10)
-    # paired: of ten questions six are lost by hearing and one is won, so the difference has variance (7 - 25/10) / 100 of a point squared
+    # paired: of ten questions six are lost by hearing and one is won, so the difference has
+    # variance (7 - 25/10) / 100 of a point squared
     assert high - low == pytest.approx(2 * 1.96 * 100 * (0.7 - 0.25) ** 0.5 / 10**0.5, rel=0.1)
 
 
@@ -305,7 +307,8 @@ def test_what_cannot_be_spoken_counts_as_wrong(planted):
 
 
 def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
-    """OBQA as it is spoken (the choices are in the sound, the answer is a letter), or with its choices as text; GSM8K as an open question."""
+    """OBQA as it is spoken (the choices are in the sound, the answer is a letter), or with its
+    choices as text; GSM8K as an open question."""
     rows = [json.loads(line) for line in write_spoken(tmp_path).read_text().splitlines()[:4]]
     spoken = "Which is yellow? A. gold B. silver C. tin D. iron"
     for name, fields in {
@@ -369,7 +372,7 @@ def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch, capsys):
     assert found["settings"]["temperature"] == 0 and found["settings"]["max_new_tokens"] == 2048
 
 
-# ------------------------------------------------------------ the KL analysis -----------------------------------------------------------
+# -------------------- the KL analysis ------------------------------------------------------------
 
 
 def test_kl_report_finds_what_was_planted():
@@ -406,7 +409,8 @@ def test_kl_report_finds_what_was_planted():
 
 
 def test_the_kl_command_before_and_after(tmp_path, capsys):
-    """The student against itself reading: mean D_t as train_cord.py's own step computes it on the same rollouts."""
+    """The student against itself reading: mean D_t as train_cord.py's own step computes it on the
+    same rollouts."""
     manifest = write_spoken(tmp_path)
     inside.main(
         [

@@ -15,11 +15,11 @@ import pytest
 import soundfile
 
 import data
-from prepare import import_datasets
 import judge
 import models
-from prepare.import_datasets import boxes, main, named, split_choices
 from mini.world import MINI
+from prepare import import_datasets
+from prepare.import_datasets import boxes, main, named, split_choices
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -87,7 +87,7 @@ def dropped(printed, reason, count, *places):
 # CoTA
 
 
-def cota_row(n, question="<audio>What rings?", response=TRACE.format("a bell"), **more):
+def cota_row(n, question="<audio>What rings?", response=TRACE.format("a bell"), **more):  # noqa: B008
     return {
         "id": f"c{n}",
         "query": question,

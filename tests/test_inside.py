@@ -1,4 +1,5 @@
-"""Looking inside: CKA against its definition, attention and gradients on planted cases, and the real command on real models."""
+"""Looking inside: CKA against its definition, attention and gradients on planted cases, and the
+real command on real models."""
 
 import itertools
 import json
@@ -10,23 +11,24 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from test_train_source_layer import small_run, write_world
 
 import data
-from lab import inside
 import layer_map
 import losses
 import mini.world
 import models
-from test_train_source_layer import small_run, write_world
+from lab import inside
 
 ROOT = Path(__file__).parent.parent
 
 
-# ------------------------------------------------------------------- CKA --------------------------------------------------------------
+# -------------------- CKA ------------------------------------------------------------------------
 
 
 def hsic_by_definition(k, l):
-    """The U-statistic: the mean of K_ij L_ij + K_ij L_qr - 2 K_ij L_iq over all ordered quadruples of different tokens."""
+    """The U-statistic: the mean of K_ij L_ij + K_ij L_qr - 2 K_ij L_iq over all ordered quadruples
+    of different tokens."""
     terms = [
         k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q])
         for i, j, q, r in itertools.permutations(range(len(k)), 4)
@@ -64,7 +66,7 @@ def test_cka_knows_a_rotation_and_is_not_fooled_by_width():
         inside.cka([x[:3]], [x[:3]])
 
 
-# ----------------------------------------------------------------- attention ----------------------------------------------------------
+# -------------------- attention ------------------------------------------------------------------
 
 
 def test_attention_on_the_own_token():
@@ -83,7 +85,7 @@ def test_attention_on_the_own_token():
     assert share == pytest.approx(chance)
 
 
-# ----------------------------------------------------------------- gradients ----------------------------------------------------------
+# -------------------- gradients ------------------------------------------------------------------
 
 
 def test_a_planted_feature_takes_the_raw_gradient_and_nothing_of_the_standardised():
@@ -109,7 +111,7 @@ def test_a_planted_feature_takes_the_raw_gradient_and_nothing_of_the_standardise
     torch.testing.assert_close(shares, slope / slope.sum())
 
 
-# ---------------------------------------------------------------- real models ---------------------------------------------------------
+# -------------------- real models ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import time
 from fractions import Fraction
-
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,8 @@ def test_open_answers(said, reference, same):
     assert agree(said, reference) is same and agree(reference, said) is same
 
 
-# What models write under GSM8K's and NuminaMath's problems -> does it say the reference's answer? Symbolic algebra is out of reach, so "no" there.
+# What models write under GSM8K's and NuminaMath's problems -> does it say the reference's answer?
+# Symbolic algebra is out of reach, so "no" there.
 MATH = r"""
 #### 18 | 18 | yes
 so $18 every day.⏎#### 1,234 | 1234 | yes
@@ -268,7 +268,7 @@ def test_the_answers_own_statement_decides(said, chosen):
         ("15 minutes", "900 seconds", True),
         ("$12", "£12", False),
         (
-            "Half of the 26 letters is 26 / 2 = 13.0 letters.\nShe has written 52 + 13 = 65 letters.",
+            "Half of the 26 letters is 26 / 2 = 13.0 letters.\nShe has written 52 + 13 = 65 letters.",  # noqa: E501
             "65",
             True,
         ),
@@ -318,7 +318,8 @@ def test_the_last_box_counts_and_braces_match():
 
 
 def test_a_model_is_asked_with_both_answers_and_batches_do_not_matter(monkeypatch):
-    """With weights of our own making: the head prefers "yes" exactly when the hidden state says that the given answer has the token "four"."""
+    """With weights of our own making: the head prefers "yes" exactly when the hidden state says
+    that the given answer has the token "four"."""
     model, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
     seen = []
 
@@ -367,7 +368,8 @@ def test_the_rule_is_the_default_judge():
 
 
 def test_choices_that_stand_in_the_transcript_are_choices():
-    """VoiceBench's questions speak their options: the group reward reads them there, as the evaluation does."""
+    """VoiceBench's questions speak their options: the group reward reads them there, as the
+    evaluation does."""
     asked = example(transcript="What barks?\nA. a cat\nB. a dog\nC. rain\nD. thunder")
     asked.answer = "B"
     verdicts = judge.load("rule", torch.device("cpu"))

@@ -1,6 +1,8 @@
-"""layer_map.py: the map by hand-made lists, the tap against transformers' own hidden states, the projections against a planted map.
+"""layer_map.py: the map by hand-made lists, the tap against transformers' own hidden states, the
+projections against a planted map.
 
-The models are the real architectures, tiny and with random weights. Where a silent error lives it is planted, and must be caught.
+The models are the real architectures, tiny and with random weights. Where a silent error lives it
+is planted, and must be caught.
 """
 
 import copy
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import sklearn.preprocessing
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
-from hypothesis import given, settings, strategies as st
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 from transformers import (
     Qwen2AudioConfig,
@@ -28,7 +31,7 @@ from layer_map import Projections, Statistics, Tap, pairs
 AUDIO = 7  # the audio placeholder's id in the tiny models
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the map
 
 
@@ -109,7 +112,7 @@ def test_command_line(monkeypatch, capsys):
     assert "every 0" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tiny models
 
 
@@ -196,7 +199,8 @@ def audio_inputs():
 
 
 def check_against_transformers(hidden, model, decoder, inputs, positions):
-    """Every inner layer must equal transformers' hidden state; the last one must become it, and the logits, through the final norm."""
+    """Every inner layer must equal transformers' hidden state; the last one must become it, and the
+    logits, through the final norm."""
     with torch.no_grad():
         out = model(**inputs, output_hidden_states=True)
     last = len(decoder.layers)
@@ -210,7 +214,7 @@ def check_against_transformers(hidden, model, decoder, inputs, positions):
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the tap
 
 
@@ -289,7 +293,8 @@ def test_tap_keeps_only_what_was_asked_for():
 
 
 def gradients(model, decoder, views, checkpointing, **kwargs):
-    """All views forward, THEN one backward of a loss on tapped states and logits: checkpointing must keep its recomputations apart."""
+    """All views forward, THEN one backward of a loss on tapped states and logits: checkpointing
+    must keep its recomputations apart."""
     model = copy.deepcopy(model).train()
     if checkpointing:
         enable = (
@@ -303,7 +308,7 @@ def gradients(model, decoder, views, checkpointing, **kwargs):
     for index, (inputs, positions) in enumerate(views):
         with tap.at(**positions) as hidden:
             logits = model(**inputs).logits
-            for name, layers in hidden.items():
+            for name, layers in hidden.items():  # noqa: B007
                 for number, kept in layers.items():
                     loss = loss + (index + number) * kept.square().mean()
             loss = loss + logits.flatten(0, 1)[positions["response"]].square().mean()
@@ -326,7 +331,8 @@ def test_checkpointing_gives_the_same_gradients(early_stop):
         torch.testing.assert_close(
             gradients(text_model(), decoder, [first, second], True, use_reentrant=False), plain
         )
-    # transformers' own hidden states give the same: the tap's gradient is the right one, not only the same twice
+    # transformers' own hidden states give the same: the tap's gradient is the right one, not only
+    # the same twice
     model = text_model().train()
     loss = 0
     into_norm = []
@@ -405,7 +411,7 @@ def test_tap_refuses_misuse():
             ZeroDivisionError
         ):  # the block's own error comes through, and the tap is free again
             with tap.at(**positions):
-                1 / 0
+                1 / 0  # noqa: B018
         with tap.at(**positions) as hidden:
             copy.deepcopy(model)(**inputs)  # a copy (the snapshot) is not tapped
             model(**inputs)
@@ -413,7 +419,8 @@ def test_tap_refuses_misuse():
 
 
 def test_a_hook_that_gathers_naively_would_fail_under_checkpointing():
-    """Why the tap hides its gather: a plain one saves its positions on the first run and, after the block, not on the second."""
+    """Why the tap hides its gather: a plain one saves its positions on the first run and, after the
+    block, not on the second."""
     layer, x, now = (
         torch.nn.Linear(3, 3),
         torch.randn(1, 5, 3, requires_grad=True),
@@ -429,12 +436,13 @@ def test_a_hook_that_gathers_naively_would_fail_under_checkpointing():
         (kept[0].sum() + y.square().sum()).backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # projections and statistics
 
 
 def planted(tokens, student_width=12, teacher_width=20, outlier=300.0):
-    """Student features of very unequal size, a linear map, and the teacher's features that follow from it."""
+    """Student features of very unequal size, a linear map, and the teacher's features that follow
+    from it."""
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(tokens, student_width, generator=generator)
     student[:, 4] = outlier + 20 * student[:, 4]
@@ -479,7 +487,8 @@ def test_fit_against_numpy_least_squares():
 
 
 def test_the_ridge_keeps_a_small_batch_from_fitting_noise():
-    """As many tokens as features, where plain least squares interpolates: judge both on new tokens."""
+    """As many tokens as features, where plain least squares interpolates: judge both on new
+    tokens."""
     student, teacher, _ = planted(200, student_width=100, teacher_width=120)
     noisy = teacher + teacher.std(0) * torch.randn(
         teacher.shape, generator=torch.Generator().manual_seed(4)
@@ -505,7 +514,8 @@ def test_a_fitted_start_is_far_from_the_bound_and_a_random_one_is_not():
 
 
 def test_equal_widths_of_two_models_start_far_from_chance():
-    """Two decoders of one width that share no base: the identity would say no more of a token than of any other."""
+    """Two decoders of one width that share no base: the identity would say no more of a token than
+    of any other."""
     ids = torch.randint(10, 40, (64, 24), generator=torch.Generator().manual_seed(7))
     first = text_model()
     second = Qwen3ForCausalLM(first.config).eval()  # drawn after the first: other weights

@@ -1,6 +1,8 @@
-"""losses.py against formulas written again in numpy float64, against other libraries, and against its own promises.
+"""losses.py against formulas written again in numpy float64, against other libraries, and against
+its own promises.
 
-Where a silent error lives, the error is planted here too (`wrong = ...`) and must be caught by the same check.
+Where a silent error lives, the error is planted here too (`wrong = ...`) and must be caught by the
+same check.
 """
 
 import math
@@ -13,7 +15,8 @@ import sklearn.metrics
 import sklearn.preprocessing
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import losses
 
@@ -31,7 +34,8 @@ def pair(tokens=6, vocab=11, **kwargs):
 
 
 def formula(student, teacher, beta, tau=1.0):
-    """The generalised JSD straight from its definition, probabilities and all: numpy, float64, one token at a time."""
+    """The generalised JSD straight from its definition, probabilities and all: numpy, float64, one
+    token at a time."""
     rows = []
     for s, t in zip(np.asarray(student, dtype=np.float64), np.asarray(teacher, dtype=np.float64)):
         q = np.exp(s / tau - (s / tau).max())
@@ -48,7 +52,7 @@ def formula(student, teacher, beta, tau=1.0):
     return np.array(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # divergences between distributions
 
 
@@ -85,7 +89,8 @@ def test_kl_against_torch_and_jsd_against_scipy():
 @pytest.mark.parametrize("tau", [1.0, 0.6])
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradient_is_the_closed_form(beta, tau):
-    """d/dz_i of JSD_beta, forward and reverse KL in closed form: what the fused losses will rely on."""
+    """d/dz_i of JSD_beta, forward and reverse KL in closed form: what the fused losses will rely
+    on."""
     student, teacher = pair()
     student.requires_grad_()
     losses.token_divergence(student, teacher, beta=beta, temperature=tau).sum().backward()
@@ -221,7 +226,7 @@ def test_properties(rows, beta, shift, random):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what all losses share: denominators, no tokens, precision, who learns
 
 ALL = {
@@ -309,7 +314,7 @@ def test_bfloat16_arithmetic_would_be_caught():
     assert abs(wrong - exact) > 1e-3 * exact
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # unequal vocabularies
 
 
@@ -330,7 +335,8 @@ def test_logits_are_float32_under_autocast_too():
 
 @pytest.mark.parametrize("noise, kl, off", [(0.3, 0.04, 0.09), (0.09, 0.004, 0.30)])
 def test_what_logits_rounded_to_bfloat16_would_cost(noise, kl, off):
-    """The figures in head_logits: standard deviation 3, 20,000 words, two distributions that are nearly the same."""
+    """The figures in head_logits: standard deviation 3, 20,000 words, two distributions that are
+    nearly the same."""
     torch.manual_seed(0)
     teacher = 3 * torch.randn(64, 20_000)
     student = teacher + noise * torch.randn(64, 20_000)
@@ -382,7 +388,7 @@ def test_shared_logits_renormalise_over_the_shared_tokens():
         losses.shared_logits(student_logits, teacher_logits, student_ids, teacher_ids[:3])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # cross-entropy
 
 
@@ -420,7 +426,7 @@ def test_cross_entropy_with_masked_ids_and_nothing_to_learn():
         )  # -1 marks an unmapped token elsewhere: never silently label 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # hidden states
 
 
@@ -477,7 +483,8 @@ def test_hidden_properties(rows, length):
 
 
 def outlier_world(size=300.0, tokens=64, features=256):
-    """Hidden states like those of large decoders: one feature `size` times the others (and it varies as they do, relative to its size)."""
+    """Hidden states like those of large decoders: one feature `size` times the others (and it
+    varies as they do, relative to its size)."""
     teacher = logits(tokens, features, seed=5, scale=1)
     student = teacher + logits(tokens, features, seed=6, scale=0.5)
     for hidden, seed in ((teacher, 7), (student, 8)):
@@ -489,7 +496,8 @@ def share_of_the_outlier(loss, **standardised):
     student, teacher, _, _ = outlier_world()
     student.requires_grad_()
     loss(student, teacher, **standardised).backward()
-    # how far a step along the gradient moves each feature, in that feature's own standard deviations
+    # how far a step along the gradient moves each feature, in that feature's own standard
+    # deviations
     moved = (student.grad.abs() * teacher.std(0)).sum(0)
     return (moved[17] / moved.sum()).item(), student.grad
 
@@ -536,7 +544,7 @@ def test_what_a_small_difference_of_hidden_states_costs():
     assert mse / losses.hidden_jsd(student, teacher) == pytest.approx(8, rel=0.02)
 
 
-# --------------------------------------------------------- CORD: weights and advantages --------------------------------------------------
+# -------------------- CORD: weights and advantages -----------------------------------------------
 
 
 def weights(kl, lengths, **how):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_bench import rows, shrink
 
 import models
 from lab import memory, shapes
-from test_bench import rows, shrink
 
 ROOT = Path(__file__).parent.parent
 

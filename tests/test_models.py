@@ -12,12 +12,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
 import soundfile
 import torch
+from conftest import TEACHER_TEMPLATE
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -32,14 +34,12 @@ from transformers import (
 )
 
 import data
-import families
 import layer_map
 import models
 import rollout
 import sampler
 import train_cord
 import train_source_layer
-from conftest import TEACHER_TEMPLATE
 from lab import shapes
 from plumbing import hearing, hub, saving
 from plumbing.check import about_clips
@@ -1091,7 +1091,7 @@ def test_a_link_out_of_the_folder_is_refused(folders, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["model-of-another.safetensors", "shard-00001-model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("name", ["model-of-another.safetensors", "shard-00001-model-00001-of-00001.safetensors"])  # noqa: E501
 def test_no_file_of_the_folder_may_be_a_link_out_of_it(name, folders, tmp_path):
     """transformers 5.24 reads files called shard-... whether an index names them or not."""
     source = folders["qwen2_audio"][0]

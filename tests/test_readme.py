@@ -1,4 +1,5 @@
-"""Prose that rots: the commands of README, docs/ and the scripts' openings parse, the quoted numbers
+"""Prose that rots: the commands of README, docs/ and the scripts' openings parse, the quoted
+numbers
 are the measured ones, links and names resolve, and imports point down only."""
 import argparse
 import ast
@@ -97,7 +98,8 @@ def all_flags(parser):
 
 def test_there_are_commands_to_check():
     assert len(list(commands())) > 60
-    assert {"train_source_layer", "lab.experiments", "prepare.speak"} <= {m for _, m, _ in commands()}
+    assert {"train_source_layer", "lab.experiments", "prepare.speak"} <= {
+        module for _, module, _ in commands()}
 
 
 @pytest.mark.parametrize("module", sorted({module for _, module, _ in commands()}))
@@ -207,7 +209,8 @@ def test_readmes_table_of_paper_b():
 
 def test_readmes_sentences_are_those_of_the_results():
     """Three seeds in a row, as README quotes them, stand in the results pages too."""
-    results = " ".join((PAGES["docs/results_source_layer.md"] + PAGES["docs/results_cord.md"]).split())
+    results = PAGES["docs/results_source_layer.md"] + PAGES["docs/results_cord.md"]
+    results = " ".join(results.split())
     quoted = re.findall(r"[-+]?\d+\.\d, [-+]?\d+\.\d and [-+]?\d+\.\d", " ".join(README.split()))
     assert len(quoted) >= 5
     for three in quoted:
@@ -215,7 +218,8 @@ def test_readmes_sentences_are_those_of_the_results():
 
 
 def test_no_sentence_rests_on_an_interval_over_questions():
-    """Intervals stand in tables and in what a run prints, where their heading says what they are."""
+    """Intervals stand in tables and in what a run prints, where their heading says what they
+    are."""
     for where, text in PAGES.items():
         prose = [line for line in text.splitlines() if not line.startswith(("|", "    "))]
         found = re.search(r"\[[-+]?\d+\.\d, [-+]?\d+\.\d\]", "\n".join(prose))

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_import_datasets import clip, write_parquet
 
 import evaluate
-from prepare import import_datasets
-from lab import shapes
-from prepare import speak
 import textualize
 import train_cord
 import train_source_layer
+from lab import shapes
 from mini.world import MINI
-from test_import_datasets import clip, write_parquet
+from prepare import import_datasets, speak
 
 RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 SCRIPTS = {
@@ -73,7 +72,7 @@ def run(command, small=SMALL, **changes):
     return script
 
 
-TRACE = "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A bell rings.</CAPTION><REASONING>It is metal.</REASONING><SUMMARY>A bell.</SUMMARY></THINK><RESPONSE>{}</RESPONSE>"
+TRACE = "<THINK><PLANNING>Listen.</PLANNING><CAPTION>A bell rings.</CAPTION><REASONING>It is metal.</REASONING><SUMMARY>A bell.</SUMMARY></THINK><RESPONSE>{}</RESPONSE>"  # noqa: E501
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def downloads(tmp_path, monkeypatch):
     session = tmp_path / "IEMOCAP_full_release/Session5"
     (session / "dialog/EmoEvaluation").mkdir(parents=True)
     (session / "sentences/wav/Ses05F_impro01").mkdir(parents=True)
-    for i, emotion in enumerate(("ang", "sad", "neu", "exc")):
+    for i, emotion in enumerate(("ang", "sad", "neu", "exc")):  # noqa: B007
         (session / f"sentences/wav/Ses05F_impro01/Ses05F_impro01_F00{i}.wav").write_bytes(clip())
     (session / "dialog/EmoEvaluation/Ses05F_impro01.txt").write_text(
         "".join(
@@ -205,7 +204,8 @@ def test_what_a_recipe_downloads_is_what_it_uses():
 
 @pytest.mark.slow
 def test_the_walk_without_a_download(downloads, monkeypatch):
-    """Folders of the models' names from their shapes (here narrow ones, too), then both papers' training and evaluation by those names, letter by letter."""
+    """Folders of the models' names from their shapes (here narrow ones, too), then both papers'
+    training and evaluation by those names, letter by letter."""
     narrow = dict(
         hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1
     )

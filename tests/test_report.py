@@ -1,4 +1,5 @@
-"""What a run's folder says: in the middle, killed, resumed, skipped, finished, and when it is no run."""
+"""What a run's folder says: in the middle, killed, resumed, skipped, finished, and when it is no
+run."""
 
 import json
 import math
@@ -132,7 +133,7 @@ def drawn(folder, monkeypatch):
     }, kept[0].axes
 
 
-# ------------------------------------------------------- what is there -------------------------------------------------------
+# -------------------- what is there --------------------------------------------------------------
 
 
 def test_a_log_is_read_whatever_a_kill_left_of_it(tmp_path):
@@ -177,7 +178,8 @@ def test_a_folder_without_a_run_gets_one_sentence(tmp_path, content):
 
 
 def test_only_evaluations_that_this_run_made_count(tmp_path):
-    """Resumed from step 50 towards 100: the evaluation of step 60 will be made again, and the end is the one of an earlier, shorter run."""
+    """Resumed from step 50 towards 100: the evaluation of step 60 will be made again, and the end
+    is the one of an earlier, shorter run."""
     write_run(tmp_path, [source_layer(step) for step in range(1, 56)])
     for name, average in ("before", 50), ("eval-0000060", 70), ("eval-0000040", 60), ("after", 80):
         (tmp_path / f"{name}.json").write_text(json.dumps(heard(average, 90)))
@@ -210,7 +212,7 @@ def test_scores_of_both_scripts():
     ] == (20, [0, 100])
 
 
-# ------------------------------------------------------- in words -------------------------------------------------------
+# -------------------- in words -------------------------------------------------------------------
 
 
 def test_the_summary_of_a_run_in_its_middle(tmp_path):
@@ -250,14 +252,14 @@ def test_the_summary_of_a_run_in_its_middle(tmp_path):
     )  # 20 x 10 + 79 x 2 = 358; 900 x 2
     assert (
         said["sft"]
-        == f"{np.mean([1 / n for n in range(1, 10)]):.4g} -> {np.mean([1 / n for n in range(92, 101)]):.4g}"
+        == f"{np.mean([1 / n for n in range(1, 10)]):.4g} -> {np.mean([1 / n for n in range(92, 101)]):.4g}"  # noqa: E501
     )
     assert said["speed"] == "1,051 tokens per second, median" and said["waiting"].startswith(
         f"{100 * (20 + 79 * 0.5) / 358:.1f} % of"
     )
     assert (
         said["memory"]
-        == "4.00 GB of the process at the peak; host 8.00 -> 8.10 GB since the last start, +1000 MB a thousand steps"
+        == "4.00 GB of the process at the peak; host 8.00 -> 8.10 GB since the last start, +1000 MB a thousand steps"  # noqa: E501
     )
     assert (
         said["left out"] == "1 of the steps: 30; the first: the gradient was not finite"
@@ -272,7 +274,8 @@ def test_the_summary_of_a_run_in_its_middle(tmp_path):
 
 
 def test_the_host_memory_of_the_process_that_runs_now():
-    """100 MB a thousand steps, and 2 GB of caches at first; a resume at step 1000 begins anew, far below."""
+    """100 MB a thousand steps, and 2 GB of caches at first; a resume at step 1000 begins anew, far
+    below."""
     fills = lambda step: min(step, 50) * 0.04 + 1e-4 * step
     log = [
         {"step": step, "host_gb": 10 + 3 * (step < 1000) + fills(step - 1000 * (step >= 1000))}
@@ -334,7 +337,7 @@ def test_before_the_first_step(tmp_path, monkeypatch):
     assert len(drawn(tmp_path, monkeypatch)[0]) == 5
 
 
-# ------------------------------------------------------- in pictures -------------------------------------------------------
+# -------------------- in pictures ----------------------------------------------------------------
 
 
 def test_the_panels_of_source_layer(tmp_path, monkeypatch):
@@ -460,7 +463,7 @@ def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
     assert all((tmp_path / name / "run.png").stat().st_size > 10_000 for name in "ab")
 
 
-# ------------------------------------------------------- real runs -------------------------------------------------------
+# -------------------- real runs ------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+import rotten
 import torch
 
 import data
-import rotten
 from plumbing import check
 
 

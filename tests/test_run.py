@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import test_train_cord
+import test_train_source_layer
 import torch
 
 import data
-import test_train_cord
-import test_train_source_layer
 import train_cord
 import train_source_layer
 from plumbing import checkpoints
@@ -23,7 +23,8 @@ from plumbing import run as plumbing_run
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"source_layer": train_source_layer, "cord": train_cord}
 STEPS = {"source_layer": train_source_layer.SourceLayerStep, "cord": train_cord.CordStep}
-# answers of 64 tokens at a low temperature: some rollouts give the text view's answer and some do not, so that the group reward teaches something
+# answers of 64 tokens at a low temperature: some rollouts give the text view's answer and some do
+# not, so that the group reward teaches something
 USUAL = {
     "source_layer": ["--batch-size", "4", "--micro-batch", "1"],
     "cord": [
@@ -97,7 +98,7 @@ def equal(ones, others, names, rel):
             assert other[name] == pytest.approx(one[name], rel=rel, abs=1e-7), (one["step"], name)
 
 
-# ------------------------------------------------------------- 1. many ranks -------------------------------------------------------------
+# -------------------- 1. many ranks --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,8 @@ def alone(worlds, tmp_path_factory):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_equal_one(script, worlds, alone, tmp_path):
-    """Ten steps in float32: the same losses, CORD's rollouts to the token; weights that are equal to the last bit on both ranks (save_checkpoint looks)."""
+    """Ten steps in float32: the same losses, CORD's rollouts to the token; weights that are equal
+    to the last bit on both ranks (save_checkpoint looks)."""
     log = run(script, worlds[script], tmp_path, "--max-steps", 10, ranks=2)
     equal(log_of(alone(script)), log, SAME[script], 1e-5)
     if script == "cord":
@@ -166,7 +168,8 @@ def test_sharded_equals_not(script, more, worlds, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sharded_16_bit_weights_train_save_and_go_on(script, worlds, tmp_path):
-    """--weights bfloat16 --shard: the optimizer's 16 bits are each rank's own, a restart finds them, and DDP does about the same."""
+    """--weights bfloat16 --shard: the optimizer's 16 bits are each rank's own, a restart finds
+    them, and DDP does about the same."""
     more = ["--max-steps", 4, "--save-every", 2, "--weights", "bfloat16"]
     whole = run(script, worlds[script], tmp_path / "ddp", *more, ranks=2)
     sharded = run(script, worlds[script], tmp_path / "fsdp", *more, "--shard", ranks=2)
@@ -186,7 +189,7 @@ def test_sharded_16_bit_weights_train_save_and_go_on(script, worlds, tmp_path):
 
 def on_two_ranks(code, folder):
     (folder / "ranks.py").write_text(
-        "import torch\nfrom plumbing import checkpoints, ranks, run\nrank, world, device = ranks.start_distributed()\n"
+        "import torch\nfrom plumbing import checkpoints, ranks, run\nrank, world, device = ranks.start_distributed()\n"  # noqa: E501
         + code
         + "\nopen(f'{rank}.fine', 'w')\nranks.stop_distributed()\n"
     )
@@ -212,7 +215,8 @@ def on_two_ranks(code, folder):
 
 
 def test_a_shard_is_a_share(worlds, tmp_path):
-    """What a rank holds of a sharded model is its part of it; `whole` and `full` give it back, and inside `whole` ranks may run it differently often: they wait for
+    """What a rank holds of a sharded model is its part of it; `whole` and `full` give it back, and
+    inside `whole` ranks may run it differently often: they wait for
     none. What goes into it keeps its type."""
     on_two_ranks(
         f"""
@@ -230,14 +234,16 @@ assert all(torch.equal(ranks.full(p), before[name]) for name, p in model.named_p
 seen = ranks.whole(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
 assert len(seen) == len(before) and all(isinstance(p, DTensor) for p in model.parameters())
 assert ranks.whole(torch.nn.Linear(1, 1), lambda: 3) == 3
-assert ranks.whole(model, ask) == answers and len(answers) == 3                # rank 0 has two of the questions, rank 1 one
+# rank 0 has two of the questions, rank 1 one
+assert ranks.whole(model, ask) == answers and len(answers) == 3
 
 reader, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
 prompt, decoder = torch.tensor([tokenizer.encode("what animal do you hear")]), models.decoder(reader.requires_grad_(False))
 read = lambda: decoder(input_ids=prompt).last_hidden_state
 right = read()
 ranks.shard_reader(decoder, reader.get_output_embeddings())
-found = ranks.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]        # rank 0 has nothing to read inside `whole`, rank 1 much
+# rank 0 has nothing to read inside `whole`, rank 1 much
+found = ranks.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]
 assert len(found) == 2 + 3 * rank and all(torch.equal(one, right) for one in found)
 assert all(isinstance(p, DTensor) for p in decoder.parameters()) and not decoder._get_fsdp_state()._comm_ctx.post_forward_order
 
@@ -248,7 +254,7 @@ class Step(torch.nn.Linear):
 step = ranks.shard(Step(2, 2), compute=torch.bfloat16)
 step({{"advantage": torch.ones(2)}}).backward()
 assert step.weight.grad.dtype == torch.float32
-""",
+""",  # noqa: E501
         tmp_path,
     )
     with pytest.raises(SystemExit, match="--shard shares .* torchrun --nproc_per_node N"):
@@ -271,7 +277,7 @@ assert ranks.of_rank_zero(rank + 7) == 7
     )
 
 
-# ------------------------------------------------------- 2. numbers that go wrong --------------------------------------------------------
+# -------------------- 2. numbers that go wrong ---------------------------------------------------
 
 
 def spoil(monkeypatch, script, steps, value=math.nan):

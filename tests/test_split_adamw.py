@@ -1,10 +1,12 @@
-"""AdamW for bfloat16 weights against torch's float32 AdamW: the figures in split_adamw.py, the 16 bits, and a resume."""
+"""AdamW for bfloat16 weights against torch's float32 AdamW: the figures in split_adamw.py, the 16
+bits, and a resume."""
 
 import json
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plumbing import optimizer as split_adamw
 from plumbing.optimizer import SplitAdamW, join, split
@@ -27,7 +29,8 @@ def stochastic(p, update, state):
 
 
 def walk(kind, size, updates=400, lr=1e-5):
-    """How far weights of a size move under noisy gradients -> [n] float32. kahan, stochastic: what a float32 optimizer would do, added so."""
+    """How far weights of a size move under noisy gradients -> [n] float32. kahan, stochastic: what
+    a float32 optimizer would do, added so."""
     if callable(kind):
         torch.manual_seed(0)
         start, slope, state = (size * torch.randn(20_000)).bfloat16(), 0.3 * torch.randn(20_000), {}
@@ -144,7 +147,8 @@ def test_pieces_make_no_difference(monkeypatch):
 
 
 def test_its_state_survives_a_save(tmp_path):
-    """To the last bit, the 16 bits too: load_state_dict casts what it loads to the parameter's type."""
+    """To the last bit, the 16 bits too: load_state_dict casts what it loads to the parameter's
+    type."""
 
     def run(resume_at):
         torch.manual_seed(0)

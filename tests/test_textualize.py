@@ -1,4 +1,5 @@
-"""Descriptions: written by a real model, resumed after a kill, retried when broken, checked by the teacher, rated by people."""
+"""Descriptions: written by a real model, resumed after a kill, retried when broken, checked by the
+teacher, rated by people."""
 
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_train_source_layer import write_world
 
 import data
 import evaluate
@@ -18,7 +20,6 @@ import models
 import rollout
 import textualize
 from prepare import rating
-from test_train_source_layer import write_world
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +41,7 @@ def copy_of(world, folder):
     return folder / world.name
 
 
-# ----------------------------------------------------------------- prompts ------------------------------------------------------------
+# -------------------- prompts --------------------------------------------------------------------
 
 
 def test_each_kind_of_sound_is_asked_about_in_its_own_way_and_grounded(world):
@@ -102,7 +103,7 @@ def test_grounding_reaches_the_model(world, tmp_path, monkeypatch):
     assert first.reasoning["caption"] in heard[0].question and not heard[0].choices
 
 
-# ----------------------------------------------------------------- writing ------------------------------------------------------------
+# -------------------- writing --------------------------------------------------------------------
 
 
 def test_descriptions_are_what_the_model_says_greedily(world, described):
@@ -195,7 +196,8 @@ def test_two_ranks_write_what_one_writes(world, described, tmp_path):
 
 
 def test_each_rank_takes_a_batch_of_its_own(world, described, tmp_path):
-    """Two gloo processes, --batch-size 3: three clips at once on each of them, and the same file."""
+    """Two gloo processes, --batch-size 3: three clips at once on each of them, and the same
+    file."""
     path = copy_of(world, tmp_path / "w")
     (tmp_path / "counted.py").write_text(f"""
 import os, sys
@@ -309,7 +311,7 @@ def test_an_output_by_another_model_or_of_another_kind_is_refused(world, describ
     shutil.copy(described, path.with_name("world-described.jsonl"))
     with pytest.raises(
         data.DataError,
-        match="holds descriptions by .*student, grounding: none, not somebody, grounding: reasoning; give another --out",
+        match="holds descriptions by .*student, grounding: none, not somebody, grounding: reasoning; give another --out",  # noqa: E501
     ):
         textualize.main(["--data", str(path), "--model", "somebody"])
     with pytest.raises(data.DataError, match="is not what an earlier run of this command wrote"):
@@ -364,7 +366,7 @@ def test_training_takes_the_descriptions(described, tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
-# ------------------------------------------------------------------ check -------------------------------------------------------------
+# -------------------- check ----------------------------------------------------------------------
 
 
 def test_check_tells_good_descriptions_from_none(world, described, tmp_path):
@@ -388,7 +390,7 @@ def test_check_tells_good_descriptions_from_none(world, described, tmp_path):
     assert "true" not in textualize.check(nameless[:4], ours[:4], teacher, tokenizer, batch_size=16)
 
 
-# ------------------------------------------------------------------ rating ------------------------------------------------------------
+# -------------------- rating ---------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""CORD's real script: its loss against formulas computed apart from it, rollouts, two processes against one, killed against uninterrupted."""
+"""CORD's real script: its loss against formulas computed apart from it, rollouts, two processes
+against one, killed against uninterrupted."""
 
 import copy
 import dataclasses
@@ -34,12 +35,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_spoken(folder, n=6, **changes):
-    """A manifest of n spoken questions in the mini world's words. changes: keys to set in the second line (None: remove)."""
+    """A manifest of n spoken questions in the mini world's words. changes: keys to set in the
+    second line (None: remove)."""
     lines = []
     for i in range(n):
         record = mini.world.make_record("speech", i, "spoken", 7)
         record["audio"] = f"{i}.wav"
-        # a tone of its own for every clip in place of speech: nothing here depends on what is said, and espeak keeps state between sentences
+        # a tone of its own for every clip in place of speech: nothing here depends on what is said,
+        # and espeak keeps state between sentences
         tone = 0.3 * torch.sin(torch.arange(16_000 + 1600 * i) * (0.05 + 0.01 * i))
         soundfile.write(folder / record["audio"], tone.numpy(), 16_000)
         record = {key: value for key, value in record.items() if key not in ("recipe", "ctc")}
@@ -83,7 +86,7 @@ def small_run(world, out, *more):
     ]
 
 
-# --------------------------------------------------------------- rollouts --------------------------------------------------------------
+# -------------------- rollouts -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,8 @@ def test_rollouts_are_the_same_alone_and_batched(student, prompts, world):
 
 
 def test_every_rollout_hears_its_own_clip(student, prompts):
-    """Planted: nearly greedy rollouts of three clips must be what generate says to each clip alone; repeat instead of repeat_interleave fails."""
+    """Planted: nearly greedy rollouts of three clips must be what generate says to each clip alone;
+    repeat instead of repeat_interleave fails."""
     cold = rollout.roll_out(
         *student, prompts, [Kind(1e-4, kl=True)] * 2, key="0", max_new_tokens=20
     )
@@ -176,7 +180,8 @@ def test_a_rollout_that_ends_with_its_last_allowed_token_was_not_cut(student, pr
 
 
 def test_the_cache_is_used_though_training_checkpoints_its_activations(student, prompts):
-    """Gradient checkpointing switches transformers' cache off; while rolling out it is on again, and the prompt is run once for all rollouts."""
+    """Gradient checkpointing switches transformers' cache off; while rolling out it is on again,
+    and the prompt is run once for all rollouts."""
     model, processor = copy.deepcopy(student[0]), student[1]
     expected = [
         r.ids
@@ -257,7 +262,8 @@ def test_text_answers_are_cached_by_model_and_prompt(student, world, tmp_path, m
 def test_text_answers_have_a_batch_of_their_own_and_say_how_long(
     world, tmp_path, monkeypatch, capsys
 ):
-    """--text-batch at once, whatever --eval-batch is; with more than a batch of prompts (four batches) the whole time is said behind the first, once."""
+    """--text-batch at once, whatever --eval-batch is; with more than a batch of prompts (four
+    batches) the whole time is said behind the first, once."""
     sizes, clock, real = [], [0.0], rollout.generate
 
     def generate(model, processor, rows, **more):
@@ -276,12 +282,13 @@ def test_text_answers_have_a_batch_of_their_own_and_say_how_long(
     assert parse_flags([]).text_batch == 64
 
 
-# -------------------------------------------------------------- the loss ----------------------------------------------------------------
+# -------------------- the loss -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def everything(world):
-    """A student that has moved away from its frozen teacher, prompts, and scored rollouts of several kinds, in float64."""
+    """A student that has moved away from its frozen teacher, prompts, and scored rollouts of
+    several kinds, in float64."""
     model, processor = models.load_audio_model(mini.world.MINI / "student", dtype=torch.float64)
     args = parse_flags(["--alpha", "3", "--beta", "2.5"])
     step = CordStep(model, torch.tensor(rollout.banned_ids(model, processor.tokenizer)), args)
@@ -315,7 +322,8 @@ def total(step, batches, n_kl=N_KL):
 
 @pytest.mark.parametrize("form", [fused.cord, losses.cord])
 def test_the_loss_is_the_papers_formula(everything, form, monkeypatch):
-    """D_t, weights and log p again, one rollout at a time, unbatched, from transformers' own logits, with scipy."""
+    """D_t, weights and log p again, one rollout at a time, unbatched, from transformers' own
+    logits, with scipy."""
     model, processor, step, prompts, rollouts, args = everything
     monkeypatch.setattr(step, "cord", form)
     token = group = 0.0
@@ -372,7 +380,8 @@ def test_batches_of_any_size_add_up_to_the_same(everything):
 
 
 def test_rollouts_that_share_a_prompt_do_not_see_each_other(everything):
-    """Packed behind one prompt, the losses and gradients of rollouts run one by one; and nothing changes for one when another changes."""
+    """Packed behind one prompt, the losses and gradients of rollouts run one by one; and nothing
+    changes for one when another changes."""
     model, processor, step, prompts, rollouts, args = everything
     ids = torch.randint(100, 300, (9, 7)).tolist()
     packed, rows = (
@@ -554,7 +563,8 @@ def test_rewards_and_advantages(student, prompts):
 
 
 def test_a_reference_that_was_cut_gives_no_reward(prompts):
-    """Its rollouts are no part of the group loss, neither of its sum nor of its mean; the share is logged."""
+    """Its rollouts are no part of the group loss, neither of its sum nor of its mean; the share is
+    logged."""
     answers = {
         e.id: {"text": e.choices[0], "ended": row != 0} for row, e in enumerate(prompts.examples)
     }
@@ -609,7 +619,7 @@ def test_with_a_frozen_teacher_d_t_falls_on_a_fixed_batch(student, prompts):
     assert history[-1] < 0.5 * history[0] and history[0] > 0.05
 
 
-# --------------------------------------------------------------- the loop ---------------------------------------------------------------
+# -------------------- the loop -------------------------------------------------------------------
 
 TERMS = (
     "loss",
@@ -812,7 +822,8 @@ def test_another_rate_counts_after_a_resume(world, one_process, tmp_path):
 
 
 def test_a_folder_holds_one_run(world, one_process, tmp_path):
-    """A second run does not mix with a real one, what a dry run left goes, and an evaluation of other questions is not taken for this run's."""
+    """A second run does not mix with a real one, what a dry run left goes, and an evaluation of
+    other questions is not taken for this run's."""
     shutil.copytree(one_process, tmp_path / "run")
     with pytest.raises(
         SystemExit, match="holds the checkpoints of another run; go on with it by --resume auto"
@@ -836,7 +847,7 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path):
         main(small_run(world, tmp_path / "run", "--resume", str(one_process / "step-0000002")))
 
 
-# ---------------------------------------------------------------- bad input -------------------------------------------------------------
+# -------------------- bad input ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

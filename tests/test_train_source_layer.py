@@ -1,4 +1,5 @@
-"""The real script: its loss against formulas computed apart from it, two processes against one, killed against uninterrupted, bad input."""
+"""The real script: its loss against formulas computed apart from it, two processes against one,
+killed against uninterrupted, bad input."""
 
 import copy
 import json
@@ -15,7 +16,6 @@ import scipy.special
 import soundfile
 import torch
 
-from plumbing.optimizer import parameter_groups
 import data
 import fused
 import layer_map
@@ -24,6 +24,7 @@ import mini.world
 import models
 import train_source_layer
 from plumbing import checkpoints, tables
+from plumbing.optimizer import parameter_groups
 from plumbing.run import examples_of_step
 from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
 
@@ -31,7 +32,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_world(folder, n=8, **changes):
-    """A manifest of n sound and music clips in the mini world's words. changes: keys to set in the second line (None: remove)."""
+    """A manifest of n sound and music clips in the mini world's words. changes: keys to set in the
+    second line (None: remove)."""
     lines = []
     for i in range(n):
         record = mini.world.make_record(("sound", "music")[i % 2], i, "train", 7)
@@ -75,12 +77,13 @@ def small_run(world, out, *more):
     ]
 
 
-# ----------------------------------------------------------------- the loss -----------------------------------------------------------
+# -------------------- the loss -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def everything(world):
-    """Student, snapshot that differs from it, teacher, a batch, and the step module, all in float64."""
+    """Student, snapshot that differs from it, teacher, a batch, and the step module, all in
+    float64."""
     student, processor = models.load_audio_model(mini.world.MINI / "student", dtype=torch.float64)
     teacher, tokenizer = models.load_text_model(mini.world.MINI / "teacher", dtype=torch.float64)
     snapshot = copy.deepcopy(student)
@@ -111,7 +114,8 @@ def everything(world):
 
 
 def layer_outputs(layers, run):
-    """What each decoder layer returns during run(), by hooks of our own: before the final norm. -> {layer: [seq, hidden]}"""
+    """What each decoder layer returns during run(), by hooks of our own: before the final norm. ->
+    {layer: [seq, hidden]}"""
     got, handles = {}, []
     for number, layer in enumerate(layers, 1):
         handles.append(
@@ -140,7 +144,8 @@ FORMULAS = {
 @pytest.mark.parametrize("form", ["fused", "reference"])
 @pytest.mark.parametrize("divergence", FORMULAS)
 def test_the_loss_is_the_papers_formula(everything, divergence, form, monkeypatch):
-    """Every term recomputed one example at a time, unbatched, with transformers' own logits, hooks of our own, and scipy's divergence."""
+    """Every term recomputed one example at a time, unbatched, with transformers' own logits, hooks
+    of our own, and scipy's divergence."""
     (
         student,
         snapshot,
@@ -282,7 +287,7 @@ def test_the_snapshot_needs_no_question_and_no_response(everything):
         torch.testing.assert_close(cut["audio"][layer], full["audio"][layer], rtol=1e-6, atol=1e-6)
 
 
-# ----------------------------------------------------------------- the loop -----------------------------------------------------------
+# -------------------- the loop -------------------------------------------------------------------
 
 
 def test_every_example_once_an_epoch_and_the_same_batches_whatever_came_before():
@@ -432,7 +437,8 @@ def test_every_parameter_that_learns_is_in_one_group():
 
 
 def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
-    """--tower-lr, --lower-lr and --lr reach the optimizer: what each part moves by in AdamW's first step is its own rate."""
+    """--tower-lr, --lower-lr and --lr reach the optimizer: what each part moves by in AdamW's first
+    step is its own rate."""
     student, _ = models.load_audio_model(mini.world.MINI / "student")
     parts = {
         "tower": student.model.audio_tower.layers,
@@ -554,7 +560,7 @@ def test_every_row_of_table_1_trains(world, tmp_path, row, terms):
     assert all(np.isfinite(line[name]) for name in terms)
 
 
-# ---------------------------------------------------------------- bad input -----------------------------------------------------------
+# -------------------- bad input ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

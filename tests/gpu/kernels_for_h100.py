@@ -1,10 +1,12 @@
 """
-What torch.compile makes of fused._chunk for an H100, without one: how often a token's logits are read, and what is written, in the Triton code.
+What torch.compile makes of fused._chunk for an H100, without one: how often a token's logits are
+read, and what is written, in the Triton code.
 
     python tests/gpu/kernels_for_h100.py
 
-The logits of a chunk are two matrices of 1.2 GB, far more than any cache holds, so this count is the time between the products. Fake tensors stand
-for real ones, and what Inductor asks the driver is answered here; it stops when the code is written.
+The logits of a chunk are two matrices of 1.2 GB, far more than any cache holds, so this count is
+the time between the products. Fake tensors stand for real ones, and what Inductor asks the driver
+is answered here; it stops when the code is written.
 """
 
 import re

@@ -3,12 +3,14 @@ A GPU that is not there, so that the branches written for one run at all where t
 
     python tests/gpu/pretend_gpu.py train_cord.py --dry-run --out runs/pretended
 
-Every tensor that says "cuda" holds its numbers in main memory and computes there, under a GPU's autocast, beside a GPU's optimizer and FSDP. What a GPU would
-refuse is refused: an operation between the two devices, numpy() of a GPU's tensor, NCCL with a CPU's. Not seen: kernels (what torch.compile would
-make runs as it is written), streams, memory, speed.
+Every tensor that says "cuda" holds its numbers in main memory and computes there, under a GPU's
+autocast, beside a GPU's optimizer and FSDP. What a GPU would refuse is refused: an operation
+between the two devices, numpy() of a GPU's tensor, NCCL with a CPU's. Not seen: kernels (what
+torch.compile would make runs as it is written), streams, memory, speed.
 
-How: a tensor subclass around a CPU tensor, a dispatch mode for what makes tensors, and stand-ins for what torch.cuda asks the driver. Autograd's engine asks
-libcuda and c10 themselves: a library of a few lines answers them, compiled here by g++ and loaded before torch (LD_PRELOAD, so Linux alone).
+How: a tensor subclass around a CPU tensor, a dispatch mode for what makes tensors, and stand-ins
+for what torch.cuda asks the driver. Autograd's engine asks libcuda and c10 themselves: a library of
+a few lines answers them, compiled here by g++ and loaded before torch (LD_PRELOAD, so Linux alone).
 """
 
 import contextlib
@@ -28,11 +30,12 @@ LINKED = (
 LIBRARY = """
 extern "C" { static int there = 0; void pretend(int n) { there = n; } int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { *flags = 0, *active = 0; return 0; } }
 namespace c10 { namespace cuda { signed char device_count() noexcept { return there; } signed char device_count_ensure_non_zero() { return there; } } }
-"""
+"""  # noqa: E501
 
 
 def build(folder):
-    """The library: c10::cuda::device_count, and every function of the driver that torch links to (none but one is called)."""
+    """The library: c10::cuda::device_count, and every function of the driver that torch links to
+    (none but one is called)."""
     names = {
         line.split()[-1].partition("@")[0]
         for line in subprocess.run(
@@ -75,12 +78,12 @@ if __name__ == "__main__" and "PRETENDED" not in os.environ:
             ).returncode
         )
 
-import torch
-import torch.distributed as dist
-import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
-import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp_param_group
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param  # noqa: E402
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp_param_group  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 aten = torch.ops.aten
 COPIES, JOINS = {aten.copy_.default, aten._to_copy.default}, {aten.cat.default, aten.stack.default}
@@ -184,7 +187,7 @@ def run(func, args, kwargs):
         wrong = there and any(x.dim() or func in JOINS for x in here) and func not in COPIES
     if wrong:
         raise RuntimeError(
-            f"{func} between devices: {', '.join(f'{list(x.shape)} on the {x.device.type}' for x in tensors)}"
+            f"{func} between devices: {', '.join(f'{list(x.shape)} on the {x.device.type}' for x in tensors)}"  # noqa: E501
         )
     to = kwargs.get("device")
     inside = lambda x: (

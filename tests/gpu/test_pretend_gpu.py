@@ -1,4 +1,5 @@
-"""What is written for GPUs, run on a GPU that is not there (pretend_gpu.py): both scripts, on one and, sharded, on two, and what a GPU would refuse."""
+"""What is written for GPUs, run on a GPU that is not there (pretend_gpu.py): both scripts, on one
+and, sharded, on two, and what a GPU would refuse."""
 
 import json
 import os
@@ -10,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
 from pretend_gpu import LINKED
 
 pytestmark = pytest.mark.skipif(
@@ -129,7 +129,8 @@ def test_what_a_gpu_would_refuse_is_refused(tmp_path):
     (tmp_path / "wrong.py").write_text("""
 import torch, torch.distributed as dist
 there, here = torch.ones(3, device="cuda", requires_grad=True), torch.ones(3)
-(there * 2.0 + here.cuda() * here[0]).sum().backward()                  # numbers may come from anywhere
+# numbers may come from anywhere
+(there * 2.0 + here.cuda() * here[0]).sum().backward()
 assert there.grad.is_cuda and there.grad.tolist() == [2, 2, 2] and (there.detach().cpu() + here).tolist() == [2, 2, 2]
 layer = torch.nn.Linear(3, 2).to("cuda")
 with torch.autocast("cuda", torch.bfloat16):
@@ -140,6 +141,6 @@ for wrong in (lambda: there + here, lambda: torch.cat([there, here]), lambda: he
         wrong()
     except (RuntimeError, TypeError) as error:
         print("refused:", error)
-""")
+""")  # noqa: E501
     said = run(tmp_path / "wrong.py", gpu=True)
     assert said.count("refused:") == 9 and said.count("between devices") == 7, said
