@@ -42,24 +42,8 @@ import data
 import judge
 import models
 from judge import extract_choice
-from plumbing import hearing, ranks, tables
+from plumbing import hearing, predictions, ranks, tables
 from plumbing.files import make_folder, write_json
-from plumbing.predictions import (
-    TAKEN,
-    VIEWS,
-    differences,
-    earlier_verdicts,
-    flat,
-    lettered,
-    merged,
-    question_key,
-    read_baseline,
-    read_predictions,
-    read_results,
-    stems,
-    unspoken,
-    write_samples,
-)
 from plumbing.voicebench import voicebench_letter
 from plumbing.whole import newest_checkpoint
 from rollout import generate
@@ -299,7 +283,7 @@ def evaluate_model(model, processor, examples, *, splits=(), **decoding):
     groups = [("main", examples), *splits]
     everything = sum((list(examples) for _, examples in groups), [])
     for e in everything:
-        if e.task in TAKEN:
+        if e.task in predictions.TAKEN:
             raise data.DataError(f"{e.where}: the task {e.task!r} has the name of one of the "
                                  "results; rename it")
         if not e.choices:
@@ -375,7 +359,8 @@ def table_of(correct):
     text = correct["text"]
     audio = correct["audio"]
     kinds = {kind: gap_of(text[kind], audio[kind]) for kind in text}
-    return {**gap_of(flat(text), flat(audio)), "kinds": kinds, "correct": correct}
+    both = gap_of(predictions.flat(text), predictions.flat(audio))
+    return {**both, "kinds": kinds, "correct": correct}
 
 
 def gap_reduction(before, after):
@@ -400,7 +385,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
                              "measured; add transcripts to the manifest")
     samples = []
     kinds = sorted({e.kind or e.task for e in asked})
-    correct = {view: {kind: {} for kind in kinds} for view in VIEWS}
+    correct = {view: {kind: {} for kind in kinds} for view in predictions.VIEWS}
     for view, words in ("text", "transcript"), ("audio", None):
         how = {"view": view, "words": words, "temperature": temperature, **decoding}
         for e, output in zip(asked, generate(model, processor, asked, **how)):
@@ -409,7 +394,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
             answer = e.answer
             # VoiceBench's choices are in the sound, and the answer is a letter.
             if not choices and re.fullmatch("[A-Z]", answer):
-                choices, answer = lettered(answer, data.spoken_choices(e.transcript))
+                choices, answer = predictions.lettered(answer, data.spoken_choices(e.transcript))
             right = judge.agree(output, answer, choices)
             correct[view][kind][e.id] = right
             sample = {"id": e.id, "view": view, "transcript": e.transcript, "question": e.question}
@@ -418,7 +403,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
 
     results = table_of(correct)
     results["samples"] = samples
-    results["keys"] = {e.id: question_key(e) for e in asked}
+    results["keys"] = {e.id: predictions.question_key(e) for e in asked}
     decided = decoding_of(temperature=temperature, **decoding)
     results["decoding"] = {**decided, "words": "transcript"}
     rest = [e for e in examples if e not in asked]
@@ -439,9 +424,9 @@ def report_gap(results, before=None):
     reductions["together"] = gap_reduction(before, results)
     lines = tables.gap_lines(results, reductions)
 
-    for view in VIEWS:
-        now = flat(results["correct"][view])
-        then = flat(before["correct"][view])
+    for view in predictions.VIEWS:
+        now = predictions.flat(results["correct"][view])
+        then = predictions.flat(before["correct"][view])
         shared = [i for i in now if i in then]
         if shared:
             pairs = [now[i] for i in shared], [then[i] for i in shared]
@@ -460,15 +445,17 @@ def with_unspoken(table, ids):
     if not ids:
         return table
     wrong = {UNSPOKEN: dict.fromkeys(ids, False)}
-    return {**table, **table_of({view: {**table["correct"][view], **wrong} for view in VIEWS})}
+    correct = {view: {**table["correct"][view], **wrong} for view in predictions.VIEWS}
+    return {**table, **table_of(correct)}
 
 
 def together(by_set):
     """set -> table_of's dict -> one such dict of all questions, whose kinds are the sets."""
-    correct = {view: {} for view in VIEWS}
+    correct = {view: {} for view in predictions.VIEWS}
     for name, table in by_set.items():
-        for view in VIEWS:
-            verdicts = flat(table["correct"][view])         # two files may use the same id
+        for view in predictions.VIEWS:
+            # Two files may use the same id
+            verdicts = predictions.flat(table["correct"][view])
             correct[view][name] = {f"{name} {i}": verdict for i, verdict in verdicts.items()}
     return table_of(correct)
 
@@ -476,7 +463,7 @@ def together(by_set):
 def by_letters(samples, guess):
     """view -> VoiceBench's own count of the multiple choice questions among the samples."""
     found = {}
-    for view in VIEWS:
+    for view in predictions.VIEWS:
         of_view = [s for s in samples if s["view"] == view and "kind" in s]
         choosing = [{**s, "task": "mcq"} for s in of_view if s["choices"]]
         if choosing:
@@ -503,25 +490,26 @@ def run_gap(args, rank, device):
     decoding = {name: getattr(args, name) for name in names}
     baseline = None
     if args.baseline:
-        baseline = read_baseline(args.baseline, {**decoding_of(**decoding), "words": "transcript"})
+        asked = {**decoding_of(**decoding), "words": "transcript"}
+        baseline = predictions.read_baseline(args.baseline, asked)
 
     # 1. The questions, and what the baseline said to each of them
     sets = {}
     left_out = {}
     befores = {}
-    for name, file in zip(stems(args.data), args.data):
+    for name, file in zip(predictions.stems(args.data), args.data):
         examples = spoken(data.read_manifest(file, split=args.split))[:args.limit]
         if not examples:
             raise data.DataError(f"{file}: has no example with a transcript, so nothing can be "
                                  "asked in both views; add transcripts")
         sets[name] = examples
-        left_out[name] = unspoken(file, examples)
+        left_out[name] = predictions.unspoken(file, examples)
         if left_out[name] and (args.limit or args.split is not None):     # a part: no benchmark
             say(f"{file}: {len(left_out[name]):,} questions could not be spoken and do not count "
                 "here, beside --limit or --split")
             left_out[name] = []
         if baseline:
-            correct = earlier_verdicts(baseline, name, examples, args.baseline)
+            correct = predictions.earlier_verdicts(baseline, name, examples, args.baseline)
             befores[name] = with_unspoken(table_of(correct), left_out[name])
     data.check_audio(sum(sets.values(), []))        # by every rank, so that all stop for one clip
 
@@ -562,15 +550,15 @@ def run_gap(args, rank, device):
     if further:
         results["together"] = whole["all files"]
         del results["together"]["correct"]                  # it stands in the sets
-    out = write_samples(args.out, samples)
+    out = predictions.write_samples(args.out, samples)
     write_json(out / "results.json", {**results, "settings": vars(args)})
 
 
 def run_model(args, rank, device):
     """--task aqa, ser and both: a model is asked. Each rank asks its share (rollout.generate)."""
-    other = read_results(args.compare) if args.compare else None
+    other = predictions.read_results(args.compare) if args.compare else None
     sets = []
-    for name, file in zip(stems(args.data), args.data):
+    for name, file in zip(predictions.stems(args.data), args.data):
         examples = data.read_manifest(file, split=args.split)
         if args.task != "both":
             examples = [e for e in examples if (e.task == SER_TASK) == (args.task == "ser")]
@@ -590,7 +578,7 @@ def run_model(args, rank, device):
 
     results["set"] = name
     samples = results.pop("samples")
-    out = write_samples(args.out, samples)
+    out = predictions.write_samples(args.out, samples)
     # MMAU's format, for its own script
     write_json(out / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
     tell(results, other, args, out / "results.json")
@@ -598,8 +586,8 @@ def run_model(args, rank, device):
 
 def score_file(args):
     """--task mmau and mcq: somebody's predictions."""
-    other = read_results(args.compare) if args.compare else None
-    records = read_predictions(args.predictions, args.task)
+    other = predictions.read_results(args.compare) if args.compare else None
+    records = predictions.read_predictions(args.predictions, args.task)
     guess = args.seed if args.voicebench_guess else None
     aqa = score_mmau(records, voicebench=args.task == "mcq", guess=guess)
     tell({"aqa": aqa}, other, args, Path(args.out) if args.out else None)
@@ -615,13 +603,13 @@ def tell(results, other, args, out):
         return
     decoded = ""
     if "decoding" in results and "decoding" in other:
-        decoded = differences(results["decoding"], other["decoding"])
+        decoded = predictions.differences(results["decoding"], other["decoding"])
     decoded = f", which was decoded with {decoded}" if decoded else ""
     print(f"against {args.compare}{decoded}, paired, 95 % bootstrap interval:")
-    found = compare(results, merged(other, results.get("set")))
+    found = compare(results, predictions.merged(other, results.get("set")))
     print(*tables.difference_lines(found), sep="\n")
     for name, split in results.get("splits", {}).items():
-        found = compare(split, merged(other, name))
+        found = compare(split, predictions.merged(other, name))
         print(f"-- {name}", *tables.difference_lines(found), sep="\n")
 
 

@@ -1402,7 +1402,7 @@ def test_bad_flags_and_comparisons(tmp_path, monkeypatch, capsys):
 
 def test_a_reference_letter_is_a_place_not_a_choice():
     """Blood groups: the reference A means the first choice, O."""
-    choices, answer = evaluate.lettered("A", ["O", "A", "AB", "B"])
+    choices, answer = evaluate.predictions.lettered("A", ["O", "A", "AB", "B"])
     assert [
         judge.agree(said, answer, choices)
         for said in ("A. O", "The answer is O.", "B. A", "The answer is (A).")
@@ -1416,4 +1416,4 @@ def test_a_reference_letter_is_a_place_not_a_choice():
     }
     found = evaluate.score_mmau([record], voicebench=True)
     assert found["mcq"] == found["official"]["mcq"] == 100
-    assert evaluate.lettered("E", choices) == ([], "E")
+    assert evaluate.predictions.lettered("E", choices) == ([], "E")

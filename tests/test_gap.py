@@ -25,7 +25,7 @@ def views(text, audio, kind="sum"):
         view: {kind: {f"q{i}": bool(int(bit)) for i, bit in enumerate(bits)}}
         for view, bits in (("text", text), ("audio", audio))
     }
-    gap = evaluate.gap_of(*map(evaluate.flat, correct.values()))
+    gap = evaluate.gap_of(*map(evaluate.predictions.flat, correct.values()))
     return {**gap, "correct": correct, "kinds": {kind: gap}}
 
 
@@ -211,7 +211,7 @@ def said_of(**files):
     and 1 when they are heard."""
     return {
         view: {(name, i) for name, both in files.items() for i in both[at]}
-        for at, view in enumerate(evaluate.VIEWS)
+        for at, view in enumerate(evaluate.predictions.VIEWS)
     }
 
 
