@@ -21,12 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 
 import models
 from plumbing import ranks, saving, whole
@@ -50,6 +44,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     card(path): writes the model's card. Raises SystemExit where the disk is full; the checkpoints
     before are as they were."""
     from safetensors.torch import save_file
+    from torch.distributed import checkpoint as dcp  # slow to import
 
     folder = Path(folder)
     final = folder / f"step-{step:07d}"
@@ -86,7 +81,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
         # The optimizer, each rank its part
         ends = itertools.accumulate(map(_bytes, moments.values()))
         files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, ends)}
-        writer = HuggingFaceStorageWriter(
+        writer = dcp.HuggingFaceStorageWriter(
             str(partial / "optimizer"), files, save_distributed=True)
         with _failing_together(), warnings.catch_warnings(action="ignore"):
             if moments:
@@ -126,6 +121,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
 def _failing_together():
     # What one rank cannot write is an OSError on every rank: none waits for one that gave up
     from safetensors import SafetensorError
+    from torch.distributed.checkpoint import CheckpointException
 
     fault = None
     try:
@@ -321,6 +317,8 @@ def load_optimizer(path, module, optimizer):
 
     Learning rates and decay are those of today's flags. Raises SystemExit where other parameters
     were trained."""
+    from torch.distributed import checkpoint as dcp
+
     listed = "files" in read_json(Path(path) / "checkpoint.json")      # else nobody has looked
     if not listed and not any(Path(path).glob("optimizer/*.safetensors")):
         raise SystemExit(f"{path} is not whole (no optimizer/*.safetensors); go on from another")
@@ -328,7 +326,7 @@ def load_optimizer(path, module, optimizer):
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     state = {}
     with _fitting(path):
-        reader = HuggingFaceStorageReader(str(Path(path) / "optimizer"))
+        reader = dcp.HuggingFaceStorageReader(str(Path(path) / "optimizer"))
         saved = reader.read_metadata().state_dict_metadata
 
         # Empty tensors, each with its rank's share of the parameter, which dcp then fills
@@ -356,6 +354,7 @@ def load_optimizer(path, module, optimizer):
 @contextlib.contextmanager
 def _fitting(path):
     from safetensors import SafetensorError
+    from torch.distributed.checkpoint import CheckpointException
 
     try:
         yield

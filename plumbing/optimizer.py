@@ -33,7 +33,6 @@ updated as torch's AdamW would, in the same step. Torch alone: the file can be c
 import functools
 
 import torch
-from torch.distributed.tensor import DTensor
 
 # Elements at a time. On a CPU as many as stay in its cache; what stands beside the weights is never
 # a float32 matrix of all parameters
@@ -131,7 +130,7 @@ class SplitAdamW(torch.optim.Optimizer):
             update, piece = _compiled_update(), GPU_PIECE
 
         def pieces(x):
-            if isinstance(x, DTensor):
+            if hasattr(x, "to_local"):
                 x = x.to_local()                        # sharded: this rank's part
             return x.view(-1).split(piece)
 

@@ -13,13 +13,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 # ---------------------------------------------------------------------------------------------
@@ -135,6 +128,12 @@ def shard(module, blocks=(), compute=None):
     compute: the dtype that weights are gathered in, while each rank's share, its gradient and
     their sum over ranks are float32. None: the weights' own.
     """
+    # Here, because it takes as long to import as half of torch
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     outside = dataclasses.replace(inside, cast_forward_inputs=False)   # advantages stay float32
 
@@ -171,7 +170,7 @@ def whole(module, work):
     """work(), with all weights of a sharded module gathered once. Collective.
 
     Generation runs through the weights once a token and must not fetch them each time."""
-    if not isinstance(module, FSDPModule):
+    if not hasattr(module, "with_all"):             # `shard` gives it one
         return work()
     result = module.with_all(work)
     module.reshard()
@@ -180,11 +179,11 @@ def whole(module, work):
 
 def full(tensor):
     """A sharded tensor -> the whole of it, on every rank (collective). Any other: itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _sharded_parts(module):
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+    return [part for part in module.modules() if hasattr(part, "unshard")]
 
 
 def _with_all(module, frozen, work):

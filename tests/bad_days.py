@@ -296,7 +296,10 @@ def eat_before(name, step, path, rank):
     from plumbing import checkpoints, run
 
     module, function = name.split(".")
-    holder = run if module == "run" else getattr(checkpoints, module)
+    if module == "dcp":
+        from torch.distributed import checkpoint as holder
+    else:
+        holder = run if module == "run" else getattr(checkpoints, module)
     work = getattr(holder, function)
 
     def hungry(*args, **named):
