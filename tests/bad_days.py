@@ -23,7 +23,11 @@ from types import SimpleNamespace
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent.parent
-MAIN = {"source": "train_source_layer", "cord": "train_cord"}
+MAIN = {
+    "source": "train_source_layer",
+    "source_layer": "train_source_layer",
+    "cord": "train_cord",
+}
 TIMES = {
     "seconds",
     "seconds_waiting",
@@ -42,7 +46,7 @@ os.environ.update(
     OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
 )  # before the fork server starts, which hands them on
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["bad_days", *MAIN.values()])
+FORKS.set_forkserver_preload(["tests.preloaded"])     # found from the top level
 
 
 @dataclass

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bad_days
 import pytest
 import safetensors.torch
 import test_train_cord
@@ -64,26 +65,10 @@ def flags(script, world, out, *more):
     return ["--data", str(world), "--out", str(out), "--no-eval", *USUAL[script], *map(str, more)]
 
 
-def run(script, world, out, *more, ranks=1, **environment):
-    start = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        if ranks > 1
-        else []
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            *start,
-            str(ROOT / f"train_{script}.py"),
-            *flags(script, world, out, *more),
-        ],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def run(script, world, out, *more, ranks=1):
+    """A whole run in processes of its own, which must end well -> its log."""
+    done = bad_days.fork(script, flags(script, world, out, *more), Path(out), ranks)
+    assert done.wait() == 0, done.text()[-4000:]
     return log_of(out)
 
 
