@@ -79,13 +79,23 @@ class Run:
         return next((code for code in self.codes() if code), 0)
 
 
-def enter(script, argv, said, env, habit):
-    """What a fork does: the script, in a session of its own. habit: a function of this module that
-    is called first."""
+def alone(said, env):
+    """A fork gets a session of its own, a file for what it says, and its environment."""
     os.setsid()
     number = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(number, 1), os.dup2(number, 2)
     os.environ.update(env)
+
+
+def execute(code, folder, said, env, habit):
+    alone(said, env)
+    os.chdir(folder)
+    exec(code, {})
+
+
+def enter(script, argv, said, env, habit):
+    """What a fork does: the script. habit: a function of this module that is called first."""
+    alone(said, env)
     if habit:
         name, *values = habit
         globals()[name](*values)
@@ -99,6 +109,16 @@ def enter(script, argv, said, env, habit):
 def fork(script, argv, out, ranks=1, habit=None):
     """main(argv) in a forked process, or in one for each rank, with the environment that torchrun
     would give them."""
+    return fork_ranks(enter, (script, argv), out, ranks, habit)
+
+
+def on_two_ranks(code, folder):
+    """Python code on two gloo ranks, in that folder; it must end well."""
+    run = fork_ranks(execute, (code, str(folder)), folder / "ranks", 2, None)
+    assert run.wait() == 0, run.text()[-4000:]
+
+
+def fork_ranks(target, given, out, ranks, habit):
     run, env = Run(out, said_of(out)), {}
     for rank in range(ranks):
         if ranks > 1:
@@ -109,7 +129,7 @@ def fork(script, argv, out, ranks=1, habit=None):
                 "MASTER_PORT": str(free_port()),
             }
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = FORKS.Process(target=enter, args=(script, argv, str(run.said), dict(env), habit))
+        process = FORKS.Process(target=target, args=(*given, str(run.said), dict(env), habit))
         process.start()
         run.processes.append(process)
     return run

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import bad_days
@@ -173,30 +171,17 @@ def test_sharded_16_bit_weights_train_save_and_go_on(script, worlds, tmp_path):
 
 
 def on_two_ranks(code, folder):
-    (folder / "ranks.py").write_text(
-        "import torch\nfrom plumbing import checkpoints, ranks, run\nrank, world, device = ranks.start_distributed()\n"  # noqa: E501
-        + code
-        + "\nopen(f'{rank}.fine', 'w')\nranks.stop_distributed()\n"
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "ranks.py",
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0 and (folder / "0.fine").exists() and (folder / "1.fine").exists(), (
-        done.stderr[:2000] + done.stderr[-2000:]
-    )
+    start = """
+import torch
+from plumbing import checkpoints, ranks, run
+rank, world, device = ranks.start_distributed()
+"""
+    end = """
+open(f"{rank}.fine", "w")
+ranks.stop_distributed()
+"""
+    bad_days.on_two_ranks(start + code + end, folder)
+    assert (folder / "0.fine").exists() and (folder / "1.fine").exists()
 
 
 def test_a_shard_is_a_share(worlds, tmp_path):

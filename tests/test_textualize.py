@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import bad_days
 import pytest
 from test_train_source_layer import write_world
 
@@ -199,29 +200,15 @@ def test_each_rank_takes_a_batch_of_its_own(world, described, tmp_path):
     """Two gloo processes, --batch-size 3: three clips at once on each of them, and the same
     file."""
     path = copy_of(world, tmp_path / "w")
-    (tmp_path / "counted.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
+    code = f"""
+import os
 import data, textualize
 right, sizes = data.prompt_batch, []
 data.prompt_batch = lambda rows, *a, **k: sizes.append(len(rows)) or right(rows, *a, **k)
 textualize.main(["--data", {str(path)!r}, "--batch-size", "3"])
-open({str(tmp_path)!r} + "/sizes-" + os.environ["RANK"], "w").write(repr(sizes))
-""")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(tmp_path / "counted.py"),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+open("sizes-" + os.environ["RANK"], "w").write(repr(sizes))
+"""
+    bad_days.on_two_ranks(code, tmp_path)
     assert [(tmp_path / f"sizes-{rank}").read_text() for rank in "01"] == [
         "[3, 3, 2]"
     ] * 2  # 16 clips are 6 + 6 + 4
