@@ -20,6 +20,19 @@ from transformers import (
 
 torch.set_num_threads(1)
 
+# The files that take longest come first, so that both workers end at about the same time
+LONGEST = ("test_train_cord", "test_run", "test_models", "test_pretend_gpu", "test_bad_days",
+           "test_train_source_layer", "test_memory", "test_light", "test_bench", "test_recipes")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 SENTENCES = [
     "What is seven plus two minus four?",
     "Which sound comes first: the knock, the beep or the siren?",

@@ -168,7 +168,7 @@ def test_rollouts(capsys):
     assert shared < 0.7 * apart and float(text.split("differ by ")[1]) < 1e-5
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "script, shapes, parts",
     [

@@ -1,24 +1,25 @@
 """Files that promise to be copied by themselves: each alone in an empty directory, with our other
 files and all requirements but torch out of reach, is imported and run."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
-# Found nowhere, although installed: every requirement but torch and what torch itself imports
+# After torch, nothing can be imported: no other requirement, and of ours the one file alone
 BLOCK = """
 import sys
+import torch
 for name in ("transformers safetensors peft soundfile scipy sklearn matplotlib pyarrow pylatexenc "
              "num2words espeakng_loader soxr tqdm tokenizers huggingface_hub accelerate data "
-             "losses fused layer_map sampler rollout judge models plumbing mini lab prepare").split():
+             "losses fused layer_map sampler rollout judge models plumbing mini lab "
+             "prepare").split():
     if name != NAME:
         sys.modules[name] = None
-"""  # noqa: E501
+"""
 
 RUN = {
     "losses.py": """
@@ -69,18 +70,41 @@ assert (optimizer.join(p.detach(), step.state[p]["low"]) - (1 - 3e-4)).abs().max
 }
 
 
-@pytest.mark.parametrize("path", RUN)
-def test_it_runs_alone(path, tmp_path):
-    shutil.copy(ROOT / path, tmp_path)
-    name = Path(path).stem
-    code = f"NAME = {name!r}\n{BLOCK}\n{RUN[path]}"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+# Each in a fork of one process that has imported torch, in its own directory
+FORKS = """
+import os, sys, traceback
+import torch, torch._dynamo
+for folder, name, code in CASES:
+    if os.fork() == 0:
+        os.chdir(folder)
+        sys.path[:] = [folder, *(p for p in sys.path if p)]
+        exec(code, {"NAME": name})
+        os._exit(0)
+    if os.wait()[1]:
+        print("failed:", name)
+"""
+
+
+def run_alone(folder, codes):
+    """{path: code} -> the names of the files whose code fails, each copied to its own folder."""
+    cases = []
+    for path, code in codes.items():
+        name = Path(path).stem
+        (folder / name).mkdir(parents=True)
+        shutil.copy(ROOT / path, folder / name)
+        cases.append((str(folder / name), name, BLOCK + code))
+    ran = subprocess.run([sys.executable, "-c", f"CASES = {cases!r}\n{FORKS}"], cwd=folder,
+                         capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 or "failed:" in ran.stdout, ran.stderr
+    return re.findall("failed: (.*)", ran.stdout), ran.stderr
+
+
+def test_each_runs_alone(tmp_path):
+    failed, said = run_alone(tmp_path, RUN)
+    assert not failed, said
 
 
 def test_what_is_not_there_is_noticed(tmp_path):
     """The same test of a file that does import another of ours."""
-    shutil.copy(ROOT / "rollout.py", tmp_path)
-    ran = subprocess.run([sys.executable, "-c", f"NAME = 'rollout'\n{BLOCK}\nimport rollout"],
-                         cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode != 0 and "ModuleNotFoundError" in ran.stderr
+    failed, said = run_alone(tmp_path, {"rollout.py": "import rollout"})
+    assert failed == ["rollout"] and "ModuleNotFoundError" in said

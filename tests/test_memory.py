@@ -46,7 +46,11 @@ def memory_table(capsys, *arguments):
     return rows(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("weights, lora", [("float32", 0), ("bfloat16", 0), ("float32", 4)])
+@pytest.mark.parametrize("weights, lora", [
+    ("float32", 0),
+    ("bfloat16", 0),
+    pytest.param("float32", 4, marks=pytest.mark.slow),
+])
 @pytest.mark.parametrize(
     "script, shapes", [("cord", "qwen2-audio-7b"), ("source_layer", "qwen2.5-omni-7b+qwen3-8b")]
 )

@@ -789,7 +789,7 @@ def test_16_bit_weights_train_save_and_go_on(world, tmp_path):
     assert [line["loss"] for line in rest] == [line["loss"] for line in whole[2:]] and whole[0][
         "kl"
     ] > 0
-    main(small_run(world, tmp_path / "exact", "--lr", "3e-4"))
+    main(small_run(world, tmp_path / "exact", "--lr", "3e-4", "--max-steps", "1"))
     assert whole[0]["kl"] == pytest.approx(log_of(tmp_path / "exact")[0]["kl"], rel=0.2)
 
 

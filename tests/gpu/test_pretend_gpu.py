@@ -87,8 +87,8 @@ def nearly_equal(script, one, other):
 @pytest.mark.parametrize(
     "script, flags",
     [
-        ("train_source_layer.py", ("--batch-size", "8", "--micro-batch", "4")),
-        ("train_cord.py", ("--batch-size", "2", "--weights", "bfloat16")),
+        ("train_source_layer.py", ("--batch-size", "4", "--micro-batch", "2")),
+        ("train_cord.py", ("--batch-size", "2", "--weights", "bfloat16", "--max-new-tokens", "12")),
     ],
 )
 def test_a_gpu_says_what_a_cpu_says(script, flags, tmp_path):
