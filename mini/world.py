@@ -603,11 +603,11 @@ def build(split, *, per_task=None, tasks=None, seed=0, root=CACHE):
     (folder / "audio" / split).mkdir(parents=True, exist_ok=True)
     jobs, lines = [], []
     for task, n in counts.items():
-        # Whole chunks, so that a longer split later finds the same files
+        # In chunks from their beginning, so that a longer split makes the same files
         for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, SPLITS[split][task])
+            stop = min(start + CHUNK, n)
             records = [make_record(task, i, split, seed) for i in range(start, stop)]
-            for record in records[: n - start]:
+            for record in records:
                 lines.append({k: v for k, v in record.items() if k not in ("recipe", "ctc")})
             if not all((folder / record["audio"]).exists() for record in records):
                 jobs.append((folder, records))

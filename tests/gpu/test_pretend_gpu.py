@@ -87,7 +87,7 @@ def nearly_equal(script, one, other):
 @pytest.mark.parametrize(
     "script, flags",
     [
-        ("train_source_layer.py", ("--batch-size", "4", "--micro-batch", "2")),
+        ("train_source_layer.py", ("--batch-size", "8", "--micro-batch", "4")),
         ("train_cord.py", ("--batch-size", "2", "--weights", "bfloat16", "--max-new-tokens", "12")),
     ],
 )
