@@ -27,6 +27,7 @@ MAIN = {
     "source": "train_source_layer",
     "source_layer": "train_source_layer",
     "cord": "train_cord",
+    "textualize": "textualize",
 }
 TIMES = {
     "seconds",
@@ -309,6 +310,13 @@ def near_run(out, other, rel):
 
 
 # -------------------- habits of a fork -----------------------------------------------------------
+
+
+def without(*names):
+    """None of these modules is there, nor has one been imported."""
+    for name in names:
+        assert name not in sys.modules, f"{name} is imported at the start"
+        sys.modules[name] = None
 
 
 def eat_before(name, step, path, rank):

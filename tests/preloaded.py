@@ -6,6 +6,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 
 import models
+import textualize  # noqa: F401
 import train_cord  # noqa: F401
 import train_source_layer  # noqa: F401
 

@@ -115,16 +115,15 @@ def undisturbed(flags, tmp_path_factory):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_script_goes_on_to_the_last_bit(script, flags, undisturbed, tmp_path):
-    """Killed after its second step, and started again. Paper A's as a user starts it."""
-    spawn_or_fork = spawn if script == "source" else fork
+    """Killed after its second step, and started again."""
     out = tmp_path / "run"
     undisturbed(script, 4, wait=False)  # meanwhile; first, because it may take a while to start
-    run = spawn_or_fork(script, flags(script, out, "--max-steps", "4"), out)
+    run = fork(script, flags(script, out, "--max-steps", "4"), out)
     until(lambda: len(lines(out)) >= 2, run)
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL and steps(out)[-1] < 4
     none_survive(run)
-    again = spawn_or_fork(script, flags(script, out, "--max-steps", "4", "--resume", "auto"), out)
+    again = fork(script, flags(script, out, "--max-steps", "4", "--resume", "auto"), out)
     assert again.wait() == 0 and "going on from step" in again.text(), again.text()
     same_run(out, undisturbed(script, 4), 4)
 
