@@ -67,7 +67,7 @@ import rollout
 from plumbing import checkpoints, hearing, plots, ranks, saving
 from plumbing.check import about_clips
 from plumbing.files import append_jsonl
-from plumbing.optimizer import SplitAdamW, parameter_groups
+from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
@@ -349,15 +349,7 @@ class CordStep(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Schedule, and what the log says of a batch
-
-def learning_rate_factor(step, steps):
-    """Linear warm-up over 3 % of the steps, then a cosine to zero."""
-    warm = max(1, round(0.03 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
+# 4. What the log says of a batch
 
 def note_rollouts(run, rollouts):
     run.note_mean("length", sum(len(r.ids) for r in rollouts), over=len(rollouts))

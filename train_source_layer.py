@@ -61,7 +61,7 @@ import losses
 import models
 from plumbing import checkpoints, hearing, plots, ranks, saving, tables
 from plumbing.check import about_clips
-from plumbing.optimizer import SplitAdamW, parameter_groups
+from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
@@ -288,18 +288,7 @@ class SourceLayerStep(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Schedule
-
-def learning_rate_factor(step, steps):
-    """Linear warm-up over 3 % of the steps, then a cosine to zero."""
-    warm = max(1, round(0.03 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. The run
+# 3. The run
 
 def main(argv=None):
     args = parse_flags(argv)
@@ -308,7 +297,7 @@ def main(argv=None):
 
 
 def train(args, run):
-    # 4.1 Data: the whole manifest and every clip are checked before anything trains
+    # 3.1 Data: the whole manifest and every clip are checked before anything trains
     forward_size = args.micro_batch * run.world
     if args.batch_size % forward_size:
         raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch} x "
@@ -327,7 +316,7 @@ def train(args, run):
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
-    # 4.2 The student. Frozen models need no master weights: they are in `frozen_dtype`
+    # 3.2 The student. Frozen models need no master weights: they are in `frozen_dtype`
     frozen_dtype = torch.float32
     if run.device.type == "cuda" or args.weights == "bfloat16":
         frozen_dtype = torch.bfloat16
@@ -336,7 +325,7 @@ def train(args, run):
     student, processor = models.load_audio_model(args.student, dtype=dtype)
     used = hearing.check(student.to(run.device), processor)
 
-    # 4.3 Its snapshot, which remembers what audio tokens looked like before training
+    # 3.3 Its snapshot, which remembers what audio tokens looked like before training
     snapshot = None
     if args.acoustic_kd and args.acoustic_teacher == "snapshot" and args.lora:
         snapshot = student                              # without its adapter it is what it was
@@ -352,7 +341,7 @@ def train(args, run):
         if args.shard:
             ranks.shard(snapshot, models.blocks(snapshot))
 
-    # 4.4 The teacher, a text LLM, and the tokens that it shares with the student
+    # 3.4 The teacher, a text LLM, and the tokens that it shares with the student
     teacher = tokenizer = shared_ids = student_to_teacher = None
     if args.text_kd != "none":
         teacher, tokenizer = models.load_text_model(args.teacher, dtype=frozen_dtype)
@@ -366,7 +355,7 @@ def train(args, run):
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()]
         run.say("vocabulary:", ", ".join(counts))
 
-    # 4.5 What learns, and from which layer to which
+    # 3.5 What learns, and from which layer to which
     lower = models.lower_half(student)
     models.choose_trained(
         student, args.train, used, frozen=lower if args.lower_lr == 0 else (), lora=args.lora)
@@ -388,7 +377,7 @@ def train(args, run):
                              student_to_teacher=student_to_teacher, max_seconds=args.max_seconds)
                 for i in range(0, len(examples), args.micro_batch)]
 
-    # 4.6 What will happen, in a few lines
+    # 3.6 What will happen, in a few lines
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     checkpoint = run.start(steps)
     trainable_count = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
@@ -402,7 +391,7 @@ def train(args, run):
             f"ranks) = {args.batch_size} examples a step, {steps} steps")
     run.say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
 
-    # 4.7 Before: what the student can do as it comes
+    # 3.7 Before: what the student can do as it comes
     def score(when):
         return run.evaluate(when, scored, lambda: evaluate.evaluate_model(
             student, processor, scored, batch_size=args.eval_batch,
@@ -413,7 +402,7 @@ def train(args, run):
     if scored and not args.no_eval:
         before = score("before")
 
-    # 4.8 Go on from a checkpoint, or fit the projections; then DDP or FSDP, and the optimizer
+    # 3.8 Go on from a checkpoint, or fit the projections; then DDP or FSDP, and the optimizer
     beside = {}
     if pairs:
         beside["projections.safetensors"] = step_module.projections
@@ -443,7 +432,7 @@ def train(args, run):
     run.checkpoint_parts = dict(model=student, processor=processor, beside=beside,
                                 module=step_module, optimizer=optimizer, card=card)
 
-    # 4.9 The loop
+    # 3.9 The loop
     for step, batches in run.batches(examples, micro_batches):
         if before and run.evaluation_is_due():
             middle = score(f"eval-{step:07d}")
@@ -475,7 +464,7 @@ def train(args, run):
                 tokens_per_second=(tokens["response"] + tokens["audio"]) / run.step_seconds())
         run.save_or_stop()
 
-    # 4.10 After
+    # 3.10 After
     if before:
         after = score("after")
         table = evaluate.report_change(before, after)

@@ -31,6 +31,7 @@ updated as torch's AdamW would, in the same step. Torch alone: the file can be c
 """
 
 import functools
+import math
 
 import torch
 
@@ -158,3 +159,11 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
             groups.append({"params": some, "weight_decay": own_decay,
                            "lr": own_lr, "peak_lr": own_lr})
     return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(step, steps):
+    """Linear warm-up over 3 % of the steps, then a cosine to zero."""
+    warm = max(1, round(0.03 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -4,6 +4,8 @@ chat templates, and audio files."""
 import math
 import os
 
+# One thread a process, here and in every process that a test starts: two tests run at once
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

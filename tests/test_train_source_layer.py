@@ -24,9 +24,9 @@ import mini.world
 import models
 import train_source_layer
 from plumbing import checkpoints, tables
-from plumbing.optimizer import parameter_groups
+from plumbing.optimizer import learning_rate_factor, parameter_groups
 from plumbing.run import examples_of_step
-from train_source_layer import SourceLayerStep, learning_rate_factor, main, parse_flags
+from train_source_layer import SourceLayerStep, main, parse_flags
 
 ROOT = Path(__file__).parent.parent
 
