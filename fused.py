@@ -11,8 +11,8 @@ forgotten. backward only multiplies what is known by what comes from above.
     HIDDEN                      those of losses.HIDDEN that have a faster form
 
 Read section 1, then 2. On a GPU a chunk's logits, 1 GB of them, fit into no cache, and one compiled
-kernel reads them three times and writes the gradient once (section 3). On a CPU no compiler is at
-hand, and about fifteen operations work on rows that stay in its cache (section 7).
+kernel reads them three times and writes the gradient once (section 3). A CPU may have no compiler:
+there about fifteen operations work on blocks of rows that stay in its cache (section 7).
 
 Needs nothing but torch (2.11 or newer, which on a GPU sums products of bfloat16 matrices in
 float32), and can be copied by itself.
@@ -24,6 +24,9 @@ import functools
 import math
 
 import torch
+
+IGNORE = -100   # the label that counts for nothing
+FLOOR = -1e30   # the logit of what must have no probability: -inf - -inf would be NaN
 
 # -------------------------------------------------------------------------------------------------
 # 1. The idea, in 25 lines that run (tests/test_fused.py): CORD's L_tok without weights, that is
@@ -89,9 +92,9 @@ def _divergence(log_q, log_p, beta):
 # -------------------------------------------------------------------------------------------------
 # 3. A chunk on a GPU: what lies between the products, as a compiler wants it
 #
-# Every value comes of the logits at its place and of a few numbers of its row. So both matrices are
-# read three times (normalisers, sums, gradient), the gradient is written, and nothing else is of
-# that size. tests/gpu/kernels_for_h100.py counts it in the compiled code.
+# Each entry of the gradient depends on the two logits at its place and on a few sums over its row.
+# So the kernel reads both matrices three times (normalisers, sums, gradient), writes the gradient,
+# and stores nothing else of that size. tests/gpu/kernels_for_h100.py counts it in the code.
 
 def _chunk(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
            beta, temperature, shared, entropy, dtype):
@@ -114,7 +117,7 @@ def _chunk(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
     log_q = torch.log_softmax(logits, -1)
     nll = -log_q.gather(1, labels)[:, 0]
     none = torch.zeros_like(nll)
-    # Compared, not scattered: a scatter the compiler would write first and then add to
+    # A comparison, not scatter_add: for that the compiler would first store the whole gradient
     at_label = torch.arange(student.shape[1], device=student.device) == labels
     gradient = log_q.exp() * nll_weight - torch.where(at_label, nll_weight, 0.0)
     if teacher is None:
@@ -150,9 +153,8 @@ def _compiles(device):
 
 @functools.cache
 def _compiled(work):
-    """For a GPU. Left to itself, Inductor would store what it needs twice, and cut the rows where
-    the first chunk has few of them. To read the logits and compute it again costs less than to
-    write anything of their size."""
+    """torch.compile, told to compute again rather than store what is needed twice (the two
+    thresholds), and not to split a row's sum where the first chunk has few rows."""
     return torch.compile(work, options={
         "realize_opcount_threshold": 10 ** 6,
         "realize_reads_threshold": 10 ** 6,
@@ -174,11 +176,11 @@ def _any_rows(x, of_width=False):
 # 4. The products: two for logits, two for gradients
 
 def _operands(hidden, weight):
-    """What goes into the products: the wider type of the two, whatever autocast says.
+    """Both in the wider of their types, whatever autocast says.
 
-    With weights in bfloat16 both are that, and nothing is rounded. With float32 heads the products
-    are float32, on a GPU too: slow. (allow_tf32 would make them fast, and cut the angles of rotary
-    embeddings to 11 bits, too, for transformers multiplies them as matrices.)"""
+    With weights in bfloat16 both are that, and nothing is rounded. With a float32 head the products
+    are float32, on a GPU too: slow. On a CPU only `hidden` is widened; a 16-bit weight is widened
+    slice by slice in _logits and _back."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float16:
         dtype = torch.float32                       # too small a range for gradients
@@ -189,13 +191,14 @@ def _operands(hidden, weight):
 
 
 def _logits(hidden, weight, buffers, name):
-    """hidden weight^T [n, vocab], in float32 from bfloat16 too: what a tensor core has summed
-    anyway, before it would be rounded."""
+    """hidden @ weight.T [n, vocab], in float32 or wider."""
+    # A GPU: a tensor core sums in float32 anyway, and here it is not rounded behind that
     if hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     out = buffers(name, len(hidden), len(weight))
     if hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out=out)
+    # A CPU, and a 16-bit weight
     for words in _slices(weight):
         torch.mm(hidden, weight[words].to(hidden.dtype).T, out=out[:, words])
     return out
@@ -208,7 +211,7 @@ def _slices(weight):
 
 
 def _back(d_logits, weight):
-    """d_logits weight [n, hidden], the same way."""
+    """d_logits @ weight [n, hidden], with the same three cases."""
     if d_logits.dtype == torch.bfloat16:
         return torch.mm(d_logits, weight, out_dtype=torch.float32)
     if d_logits.dtype == weight.dtype:
@@ -217,7 +220,7 @@ def _back(d_logits, weight):
 
 
 def _add_outer(d_weight, d_logits, hidden):
-    """d_weight [vocab, hidden] += d_logits^T hidden, summed in float32 over all chunks."""
+    """d_weight [vocab, hidden] += d_logits.T @ hidden, summed in float32 over all chunks."""
     if d_logits.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.T, hidden)
     else:       # the product adds it up itself: no second matrix of that size
@@ -230,9 +233,9 @@ def _add_outer(d_weight, d_logits, hidden):
 def _rows_per_chunk(chunk_tokens, vocab, device):
     """How many tokens go through the products at once: as given, else by memory.
 
-    On a GPU what fits into a quarter of the free memory, three float32 matrices deep, up to 2,048;
-    on a CPU 64 MB of logits. Every chunk reads and writes d_weight once, so large ones are faster
-    and small ones leaner."""
+    On a GPU as many as have three float32 [rows, vocab] matrices in a quarter of the free memory,
+    from 128 to 2,048; on a CPU 64 MB of logits. Every chunk reads and writes d_weight once, so
+    large ones are faster and small ones leaner."""
     if chunk_tokens is not None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let "
@@ -274,8 +277,8 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, kl_weight
             if teacher is not None:
                 teacher.index_fill_(1, banned, FLOOR)
 
-        heat = None if nll_temperature is None else nll_temperature[rows]
-        each = student, teacher, labels[rows], kl_weight[rows], nll_weight[rows], heat
+        row_temperature = None if nll_temperature is None else nll_temperature[rows]
+        each = student, teacher, labels[rows], kl_weight[rows], nll_weight[rows], row_temperature
         if compiled:
             for x in each:
                 if x is not None:
@@ -288,7 +291,7 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, kl_weight
             d_hidden[rows] = _back(d_logits, weight)                            # [n, hidden]
         if d_weight is not None:
             _add_outer(d_weight, d_logits, hidden[rows])
-        return values                       # the chunk's logits end with this function
+        return values                       # and the chunk's logits are freed
 
     with torch.autocast(device.type, enabled=False):
         found = [through_heads(slice(start, start + size))
@@ -340,7 +343,7 @@ def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, label
         raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
                          f"{len(student_hidden)} hidden states")
 
-    hidden, weight, d_hidden, d_weight = _student(student_hidden, student_weight)
+    hidden, weight, d_hidden, d_weight = _operands_and_gradients(student_hidden, student_weight)
     counted = (labels != IGNORE).nonzero()[:, 0]                                # [rows]
     teacher = None
     if teacher_hidden is not None:
@@ -349,18 +352,17 @@ def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, label
     if torch.is_tensor(shared_ids):
         shared_ids = (shared_ids, shared_ids)
 
-    exact = _exact(hidden)
-    share = 1 / _count(len(counted), denominator)
-    share = hidden.new_full((len(counted),), share, dtype=exact)                # of each row
+    weight_of_row = 1 / _count(len(counted), denominator)
+    each = hidden.new_full((len(counted),), weight_of_row, dtype=_exact(hidden))        # [rows]
     divergence, nll, _, d_rows = _head_pass(
         hidden[counted], weight, teacher, teacher_weight, labels[counted],
-        jsd_weight * share, ce_weight * share, None, d_weight, chunk_tokens=chunk_tokens,
+        jsd_weight * each, ce_weight * each, None, d_weight, chunk_tokens=chunk_tokens,
         wants_hidden=d_hidden is not None, beta=beta, temperature=temperature, entropy=False,
         shared=shared_ids)
     if d_hidden is not None:
         d_hidden.index_copy_(0, counted, d_rows)
 
-    top, ce = (share * divergence).sum(), (share * nll).sum()
+    top, ce = (each * divergence).sum(), (each * nll).sum()
     loss = _KnownGradient.apply(jsd_weight * top + ce_weight * ce,
                                 student_hidden, student_weight, d_hidden, d_weight)
     return loss, top, ce
@@ -369,7 +371,7 @@ def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, label
 def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
          lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
          alpha=2.0, beta=2.0, top_share=0.1, denominator=None, chunk_tokens=None):
-    """Paper B: L_tok + L_seq -> (loss, kl, log_p, entropy), as losses.cord.
+    """Paper B: L_tok + L_seq -> (loss, kl, log_q, entropy), as losses.cord.
 
     The position weights are known beforehand. Which tokens are a rollout's K largest is known only
     after its last D_t. So the first pass weighs by position alone, and a second one adds
@@ -380,29 +382,29 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
     _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage,
                 temperature, banned, divergence_beta, denominator)
     _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, None)
-    hidden, weight, d_hidden, d_weight = _student(student_hidden, student_weight)
+    hidden, weight, d_hidden, d_weight = _operands_and_gradients(student_hidden, student_weight)
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
     exact = _exact(hidden)
     advantage = advantage.to(exact)
-    kl, log_p, entropy = (hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3))
+    kl, log_q, entropy = (hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3))
 
     def add(rows, teacher, kl_weight, nll_weight, temperature):
         """Adds these rows' gradients -> their D, -log q and entropy."""
-        heat = None if (temperature == 1).all() else temperature.to(exact)
+        row_temperature = None if (temperature == 1).all() else temperature.to(exact)
         *values, d_rows = _head_pass(
             hidden[rows], weight, teacher, teacher_weight, labels[rows], kl_weight, nll_weight,
-            heat, d_weight, chunk_tokens=chunk_tokens, wants_hidden=d_hidden is not None,
+            row_temperature, d_weight, chunk_tokens=chunk_tokens, wants_hidden=d_hidden is not None,
             beta=divergence_beta, temperature=1, banned=banned, entropy=True)
         if d_hidden is not None:
             d_hidden.index_add_(0, rows, d_rows)
         return values
 
-    # L_seq of the tokens that carry nothing else
+    # L_seq of the tokens that carry nothing else. Without a teacher kl_weight is not looked at
     rows = (~carries_kl).nonzero()[:, 0]
     _, nll, _ = add(rows, None, advantage[rows], advantage[rows], temperature[rows])
-    log_p[rows] = -nll
-    loss = -(advantage[rows] * log_p[rows]).sum()
+    log_q[rows] = -nll
+    loss = -(advantage[rows] * log_q[rows]).sum()
 
     if lengths:
         # L_tok with w^pos, and L_seq of the same tokens
@@ -411,17 +413,17 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
         position = position_weights(kl[rows], lengths, beta) / rollouts         # [kl tokens]
         kl[rows], nll, entropy[rows] = add(rows, teacher_hidden, position, advantage[rows],
                                            temperature[rows])
-        log_p[rows] = -nll
+        log_q[rows] = -nll
 
-        # w^KL: the K largest once more
+        # L_tok with w^KL: a second pass adds (alpha - 1) w^pos for the K largest
         factor = torch.where(largest_share(kl[rows], lengths, top_share), alpha, 1.0)
-        again = (factor != 1).nonzero()[:, 0]
-        more = (factor - 1)[again] * position[again]
-        add(rows[again], teacher_hidden[again], more, 0 * more, torch.ones_like(more))
+        top = (factor != 1).nonzero()[:, 0]
+        extra = (factor - 1)[top] * position[top]
+        add(rows[top], teacher_hidden[top], extra, torch.zeros_like(extra), torch.ones_like(extra))
         loss = loss + (factor * position * kl[rows]).sum() + (advantage[rows] * nll).sum()
 
     loss = _KnownGradient.apply(loss, student_hidden, student_weight, d_hidden, d_weight)
-    return loss, kl, log_p, entropy
+    return loss, kl, log_q, entropy
 
 
 def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
@@ -434,15 +436,15 @@ def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
         raise ValueError("mean and std belong together: pass both, or neither for raw features")
     learns = torch.is_grad_enabled() and student.requires_grad
     dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
-    share = 1 / _count(len(student), denominator)
-    share = _wide(student.new_zeros(())).fill_(share)               # not rounded to 16 bits
+    weight_of_row = 1 / _count(len(student), denominator)
+    weight_of_row = _wide(student.new_zeros(())).fill_(weight_of_row)   # not rounded to 16 bits
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         states, chunk = (student.detach(), teacher.detach()), _states_in_place
         if _compiles(student.device):
             chunk = _compiled(_states_chunk)
             for x in states:
                 _any_rows(x, of_width=True)     # a kernel for each width, of any number of rows
-        loss, gradient = chunk(*states, mean, std, share, dtype)
+        loss, gradient = chunk(*states, mean, std, weight_of_row, dtype)
     return _KnownGradient.apply(loss, student, gradient if learns else None)
 
 
@@ -451,11 +453,11 @@ def hidden_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
     return hidden_jsd(student, teacher, denominator=denominator)
 
 
-# Not mse and cosine: they are one pass as they are
+# mse and cosine stay as losses.py has them: there is nothing to fuse
 HIDDEN = {"jsd": hidden_jsd, "raw-jsd": hidden_raw_jsd}
 
 
-def _student(hidden, weight):
+def _operands_and_gradients(hidden, weight):
     """-> the student's operands, and zeros for the gradients of what learns."""
     learns = torch.is_grad_enabled()
     operand, operand_weight = _operands(hidden, weight)
@@ -485,10 +487,6 @@ def _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight,
 
 
 # What losses.py has too, once more, so that this file can be copied by itself
-
-IGNORE = -100   # the label that counts for nothing
-FLOOR = -1e30   # the logit of what must have no probability: -inf - -inf would be NaN
-
 
 def _wide(x):
     return x if x.dtype == torch.float64 else x.float()
@@ -564,7 +562,7 @@ class _Buffers:
 
 
 def _rows_per_block(width):
-    """As many rows as stay in a CPU's cache, 1 MB a matrix, but two for every thread."""
+    """1 MB a matrix, which stays in a CPU's cache, and at least two rows a thread."""
     return max(2 ** 18 // width, 2 * torch.get_num_threads())
 
 
@@ -592,12 +590,14 @@ def _chunk_in_place(student, teacher, labels, kl_weight, nll_weight, nll_tempera
     together = plain and teacher is not None            # D and -log q are of one softmax
 
     if not together:
-        heat = 1.0 if nll_temperature is None else nll_temperature[:, None]
+        row_temperature = 1.0 if nll_temperature is None else nll_temperature[:, None]
         place = student if teacher is None else buffers("gradient", *student.shape)
-        log_q, q = _softmaxes_(torch.div(student, heat, out=place), buffers, "log_q of the label")
+        logits = torch.div(student, row_temperature, out=place)
+        log_q, q = _softmaxes_(logits, buffers, "log_q of the label")
         nll = -log_q.gather(1, labels)[:, 0]
-        # nll_weight (q - 1[i = y]) / heat
-        gradient = q.mul_(nll_weight / heat).scatter_add_(1, labels, -nll_weight / heat)
+        # nll_weight (q - 1[i = y]) / row_temperature
+        scaled = nll_weight / row_temperature
+        gradient = q.mul_(scaled).scatter_add_(1, labels, -scaled)
         if teacher is None:
             return torch.zeros_like(nll), nll, torch.zeros_like(nll), gradient
         if shared is not None:                                                  # [n, shared]

@@ -14,8 +14,7 @@ Four rules hold for every loss here:
    mean that stays the same on one GPU or eight, with or without accumulation, is over the tokens
    of the whole step. So the caller counts those once, gives the count to every rank and every
    micro-batch, and the parts add up. Without `denominator` it is the number of rows: a plain mean.
-2. No rows give zero (with a graph, so that backward still runs on a rank without such tokens),
-   never 0 / 0.
+2. An empty input gives 0 (with a graph, so that backward still runs on that rank), not NaN.
 3. The arithmetic is float32, or float64 if the inputs are: differences of logarithms do not
    survive in bfloat16.
 4. The teacher's side is detached: only the student learns.
@@ -55,9 +54,9 @@ def _log_softmax(logits, temperature):
 def head_logits(hidden, weight):
     """[tokens, hidden], a head's weight [vocab, hidden] -> logits [tokens, vocab].
 
-    In float32 (or float64) whatever autocast says. From logits rounded to bfloat16 the gradient of
-    a divergence of 0.04 nats is off by about 9 %, of 0.004 by about 30 % (standard deviation 3,
-    20,000 words), and CORD drives D_t that low."""
+    In float32 (or float64) whatever autocast says: rounded to bfloat16, logits put an error of 9 %
+    on the gradient of a divergence of 0.04 nats and of 30 % at 0.004, and CORD's D_t become that
+    small."""
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         return F.linear(hidden.to(dtype), weight.to(dtype))
@@ -69,7 +68,7 @@ def _same_shape(student, teacher):
     if student.dim() != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} must be the same "
-            "[tokens, width]: gather both at their positions; unequal vocabularies need "
+            "[tokens, width]: gather both at predict_positions; unequal vocabularies need "
             "shared_logits, unequal hidden sizes a projection")
 
 
@@ -197,16 +196,16 @@ def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, label
                                               a pair (student's ids, teacher's ids); None: all.
                                               L_SFT is over the student's whole head."""
     counted = labels != IGNORE
-    logits = head_logits(student_hidden[counted], student_weight)           # [counted, vocab]
-    ce = cross_entropy(logits, labels[counted], denominator=denominator)
+    student = head_logits(student_hidden[counted], student_weight)          # [counted, vocab]
+    ce = cross_entropy(student, labels[counted], denominator=denominator)
     top = torch.zeros_like(ce)
     if teacher_hidden is not None:
-        target = head_logits(teacher_hidden[counted], teacher_weight)       # [counted, its vocab]
+        teacher = head_logits(teacher_hidden[counted], teacher_weight)      # [counted, its vocab]
         if torch.is_tensor(shared_ids):
             shared_ids = (shared_ids, shared_ids)
         if shared_ids is not None:
-            logits, target = shared_logits(logits, target, *shared_ids)     # [counted, shared] each
-        top = jsd(logits, target, beta=beta, temperature=temperature, denominator=denominator)
+            student, teacher = shared_logits(student, teacher, *shared_ids)     # [counted, shared]
+        top = jsd(student, teacher, beta=beta, temperature=temperature, denominator=denominator)
     return jsd_weight * top + ce_weight * ce, top.detach(), ce.detach()
 
 
@@ -269,7 +268,7 @@ def hidden_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
     return hidden_jsd(student, teacher, denominator=denominator)
 
 
-# The training script's choice, by name
+# --hidden-divergence of train_source_layer.py, by name
 HIDDEN = {
     "jsd": hidden_jsd,
     "mse": hidden_mse,
@@ -303,19 +302,19 @@ def largest_share(kl, lengths, share):
     start = 0
     for length in lengths:
         order = kl[start:start + length].argsort(descending=True, stable=True)
-        most = math.ceil(share * length - 1e-9)         # 0.1 * 30 is 3.0000000000000004
-        mask[start + order[:most]] = True
+        k = math.ceil(share * length - 1e-9)            # 0.1 * 30 is 3.0000000000000004
+        mask[start + order[:k]] = True
         start += length
     return mask
 
 
 def position_weights(kl, lengths, beta):
-    """w_t^pos = beta - (beta - 1) (t - 1) / (T - 1): from beta at the first token to 1 at the last.
+    """w_t^pos = beta - (beta - 1) (t - 1) / (T - 1), t = 1 ... T: from beta down to 1.
 
     lengths: T of each rollout; kl [tokens] gives type and device -> [tokens]. A rollout of one
-    token is its own start: w^pos = beta."""
+    token gets beta."""
     _check_lengths(kl, lengths)
-    weights = [beta - (beta - 1) * t / max(length - 1, 1)
+    weights = [beta - (beta - 1) * t / max(length - 1, 1)       # here t counts from 0
                for length in lengths for t in range(length)]
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
 
@@ -352,14 +351,15 @@ def log_probability(logits, tokens, temperature):
 def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
          lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
          alpha=2.0, beta=2.0, top_share=0.1, denominator=None):
-    """sum_t w_t D_t / denominator - sum_t advantage_t log q(label_t) -> (loss, kl, log_p, entropy).
+    """sum_t w_t D_t / denominator - sum_t advantage_t log q(label_t) -> (loss, kl, log_q, entropy).
 
     A scalar, and without gradient D_t, log q(label_t) and the entropy of the student's
     distribution, [tokens] each; D_t and entropy are 0 where no KL is carried.
 
     student_hidden [tokens, hidden]     flat, over the tokens of several rollouts
     labels [tokens] int64               the sampled tokens
-    advantage [tokens]                  A_i over the number of rewarded rollouts
+    advantage [tokens]                  A_i / (rewarded rollouts of the whole step): divided
+                                        already, for `denominator` is L_tok's alone
     temperature [tokens]                at which the row was sampled; of log q alone, D_t is at 1
     carries_kl [tokens] bool            the tokens of rollouts that L_tok is for
     lengths                             how many tokens each of those rollouts has
@@ -369,6 +369,7 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
     divergence_beta                     1: reverse KL; 0: forward, the off-policy baseline's
     denominator                         rollouts of the whole step that carry the KL (default:
                                         len(lengths))
+    alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
     ValueError for what does not fit together, and for a label that is banned."""
     _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage,
@@ -380,9 +381,9 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
 
     # L_seq
     logits = logits_of(student_hidden, student_weight)                      # [tokens, vocab]
-    log_p = log_probability(logits, labels, temperature)                    # [tokens]
-    loss = -(advantage * log_p).sum()
-    kl, entropy = torch.zeros_like(log_p), torch.zeros_like(log_p)
+    log_q = log_probability(logits, labels, temperature)                    # [tokens]
+    loss = -(advantage * log_q).sum()
+    kl, entropy = torch.zeros_like(log_q), torch.zeros_like(log_q)
 
     # L_tok
     if lengths:
@@ -393,9 +394,9 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
         rollouts = len(lengths) if denominator is None else denominator
         loss = loss + (weight * divergence).sum() / rollouts
         kl[carries_kl] = divergence.detach()
-        log_q = _log_softmax(heard.detach(), 1.0)
-        entropy[carries_kl] = -(log_q.exp() * log_q).sum(-1)
-    return loss, kl.detach(), log_p.detach(), entropy.detach()
+        log_q_all = _log_softmax(heard.detach(), 1.0)                       # [kl tokens, vocab]
+        entropy[carries_kl] = -(log_q_all.exp() * log_q_all).sum(-1)
+    return loss, kl.detach(), log_q.detach(), entropy.detach()
 
 
 def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, temperature, banned,

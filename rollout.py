@@ -4,9 +4,10 @@
     text_answers    the text view's greedy answers to all training prompts, kept in a file
     roll_out        several sampled answers to each prompt of a step, in one batched call
 
-Sampling is keyed (sampler.py), so every answer can be repeated. And what the checkpoint's author
-thought of sampling (top_k = 50 in transformers, repetition penalties, ...) is put aside: a rollout
-that is not from the model's own distribution would bias every gradient that is taken on it.
+Sampling is keyed (sampler.py), so every answer can be repeated. The checkpoint's own settings
+(top_k, repetition penalties, ...) are never used. generate's defaults are paper A's for scoring.
+roll_out samples from the full softmax: a rollout from another distribution would bias every
+gradient that is taken on it.
 """
 
 import contextlib
@@ -32,12 +33,10 @@ from sampler import chooser
 
 @contextlib.contextmanager
 def plain_decoding(model):
-    """Inside, model.generate does what its arguments say and nothing else: with a KV cache, without
-    gradients, in bfloat16 on a GPU or if the weights are.
-
-    What it is not told, generate() would fill from the checkpoint's own settings
-    (repetition_penalty, top_p, ...): lend it empty ones. A model in training mode would drop units,
-    and with gradient checkpointing its cache."""
+    """Inside, generate() uses its arguments alone: no settings of the checkpoint
+    (repetition_penalty, top_p, ...), no gradient, bfloat16 autocast on a GPU or for bfloat16
+    weights, and eval mode (training mode would apply dropout, and with gradient checkpointing lose
+    the KV cache)."""
     settings = model.generation_config
     training = [module for module in model.modules() if module.training]
     half = model.device.type == "cuda" or model.dtype == torch.bfloat16
@@ -72,8 +71,8 @@ def _until_stop(row, stop):
     return row[:end], row[:end + 1], end < len(row)
 
 
-# What every call of generate() is told. synced_gpus: transformers would let the ranks of a sharded
-# model wait for each other at every token, and for one with fewer questions for ever
+# What every call of generate() is told. With synced_gpus the ranks of a sharded model would wait
+# for each other at every token, and for ever for one with fewer questions
 PLAIN = {"do_sample": False, "use_cache": True, "synced_gpus": False}
 
 
@@ -135,13 +134,13 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     return [said[i] for i in range(len(examples))]
 
 
-def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64, progress=True,
-                 **decoding):
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64,
+                 progress=True):
     """The text view's greedy answers -> {id: {"text", "ids", "ended"}}. What a file at `path` holds
     of the same model and prompts is not asked again.
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill
-    loses one chunk at most. Behind the first chunk it says how long all of them take."""
+    loses one chunk at most. After the first chunk it says how long all of them will take."""
     path = Path(path)
     first, world = True, 1
     if dist.is_initialized():
@@ -155,13 +154,14 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         prompt = data.text_prompt(processor.tokenizer, e.transcript, data.question_text(e))
         keys[e.id] = zlib.crc32(f"{weights} {max_new_tokens} {prompt}".encode())
 
-    # What is known. Other questions' answers, and a line that a kill cut off, go
+    # Keep the stored answers of these weights and prompts; drop others, and a last line that a kill
+    # cut off
     lines = []
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(True)
                  if line.endswith("}\n")]
     known = {line["id"]: line for line in map(json.loads, lines)
-             if keys.get(line["id"]) == line["key"] and "ended" in line}
+             if keys.get(line["id"]) == line["key"]}
     if world > 1:
         dist.barrier()                              # everybody has read before anybody writes
     if first:
@@ -170,7 +170,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
                            encoding="utf-8")
         os.replace(partial, path)
 
-    # What is not
+    # Answer the rest
     todo = [e for e in examples if e.id not in known]
     chunk = 4 * batch_size * world
     quiet = not progress or not todo or not first
@@ -179,7 +179,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         rows = todo[start:start + chunk]
         said = generate(model, processor, rows, view="text", words="transcript", temperature=0,
                         max_new_tokens=max_new_tokens, with_end=True, batch_size=batch_size,
-                        progress=False, **decoding)
+                        progress=False)
         new = [{"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
                for e, (text, ended, ids) in zip(rows, said)]
         known |= {line["id"]: line for line in new}
@@ -203,18 +203,18 @@ def _checksum_of_weights(model):
 
 @dataclass
 class Kind:
-    """What a prompt's rollout is drawn for."""
+    """One of the rollouts that are drawn for every prompt."""
     temperature: float
-    kl: bool = False            # it carries L_tok
-    group: bool = False         # it is rewarded
+    kl: bool = False            # L_tok is computed on it
+    group: bool = False         # it belongs to the rewarded group
 
 
 @dataclass
 class Rollout:
     row: int                    # which of the rank's prompts of this step it answers
     temperature: float
-    kl: bool                    # does it carry L_tok?
-    group: bool                 # is it rewarded?
+    kl: bool                    # as in Kind
+    group: bool                 # as in Kind, until its prompt turns out to have no reference
     ids: list[int]              # its tokens, the one that ended it too
     text: str = ""
     ended: bool = True          # by itself; False: cut at max_new_tokens
@@ -222,17 +222,12 @@ class Rollout:
     advantage: float = 0.0
     divergence: list[float] = field(default_factory=list)      # D_t of its tokens, once scored
 
-    @property
-    def unusable(self):
-        """Empty, or cut off: no answer can be learnt from it."""
-        return not self.ended or len(self.ids) == 1
-
 
 def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
-    """data.Prompts -> Rollouts in one batched call, each prompt's behind each other.
+    """data.Prompts -> Rollouts: `kinds` for each prompt, in one batched call, grouped by prompt.
 
-    kinds: the Kinds of every prompt's rollouts. key: what makes this step's random numbers its own,
-    such as "seed step". From the full softmax minus the control tokens."""
+    key: seeds this step's random numbers, such as "seed step". Sampled from the full softmax
+    without the control tokens."""
     if not kinds:
         return []
     rollouts = [Rollout(row, kind.temperature, kind.kl, kind.group, [])
@@ -247,10 +242,10 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
                      max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
 
     with plain_decoding(student):
-        # Sound and prompt are the same for a prompt's n rollouts. Run them once, all but the last
-        # token, which generate() starts from
+        # A prompt's n rollouts share its sound and text: fill the KV cache once, up to the last
+        # token, with which generate() begins, and repeat it n times
         cache = transformers.DynamicCache(config=student.config.get_text_config())
-        # transformers 5.17 calls it past_key_values, 5.40 will call it cache alone
+        # past_key_values of transformers 5.17 will be named cache in 5.40
         takes = inspect.signature(student.forward).parameters
         cache = {"cache" if "cache" in takes else "past_key_values": cache}
         before = {name: x[:, :-1] if name in places else x for name, x in inputs.items()}

@@ -1,20 +1,22 @@
 """Sampling that can be repeated: every random number belongs to a key and a position.
 
-Usually a sampled token depends on a generator's state, and so on the batch around it, on the rank,
-and on everything that was drawn before. Here the number that decides row r's token at position t
-depends on (keys[r], t) alone. The same question gets the same answer alone, in any batch, on any
-number of ranks, and after a resume; and a rollout can be drawn again years later from its key.
+Usually a sampled token depends on the state of a generator, and therefore on the batch around it,
+on the rank, and on everything that was drawn before. Here the number that decides row r's token at
+position t depends on (keys[r], t) alone. The same question gets the same answer alone, in any
+batch, on any number of ranks, and after a resume; and a rollout can be drawn again from its key.
 
 How: the key seeds one stream of uniform numbers u_0, u_1, ... At position t the distribution's
-cumulative sum is laid out on [0, 1), in the order of the ids, and the token is where u_t falls.
+cumulative sum is laid out on [0, 1), in the order of the ids (with top_k or top_p: the most
+probable first), and the token is where u_t falls.
 
     0        p(a)       p(a) + p(b)                  1
     |---a----|-----b----|-------------c--------------|
                              ^ u_t                        -> c
 
-A logits processor says which token it is by leaving no other possible, so it works with
-transformers' generate(..., do_sample=False). Needs nothing but torch: copy the file.
+The logits processor leaves exactly one token possible, so that generate(..., do_sample=False) of
+transformers takes it. Needs nothing but torch: copy the file.
 
+    prompt_length = inputs["input_ids"].shape[1]
     choose = chooser(["7 question-1", "7 question-2"], prompt_length, [], max_new_tokens=512,
                      temperature=0.6)
     model.generate(**inputs, do_sample=False, logits_processor=[choose], max_new_tokens=512)
@@ -31,7 +33,7 @@ def chooser(keys, prompt_length, banned, *, max_new_tokens, temperature, top_k=0
     keys           one string a row, such as "seed id"
     prompt_length  of input_ids before the first new token
     banned         ids that are never drawn
-    temperature    one for all rows, or a list of theirs; 0 for all: the most probable token
+    temperature    a number, or one for each row; 0 (for all rows): the most probable token
     top_k, top_p   0 and 1: the full softmax"""
     streams = [torch.Generator().manual_seed(zlib.crc32(str(key).encode())) for key in keys]
     uniform = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams])

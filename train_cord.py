@@ -33,8 +33,8 @@ Where the paper is silent, and what we do:
    in two of three seeds (python -m lab.experiments cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call;
    --share-rollouts takes the KL on the group's.
-3. D_t and log q are of what was sampled from: control tokens are banned in both views; log q at the
-   rollout's own temperature, D_t at 1.
+3. D_t and log q use the distribution that was sampled from: control tokens are banned in both
+   views. log q is at the rollout's own temperature, D_t at 1.
 4. L_tok and L_seq: sums over a rollout's tokens, as written, and means over the rollouts of the
    global batch, on any number of GPUs.
 5. Top K is a share of the rollout (a tenth: 20 of the paper's 200 tokens), so that short rollouts
@@ -44,9 +44,8 @@ Where the paper is silent, and what we do:
 7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have
    no gradient and are not run again. An answer of the text view that was cut at the token limit is
    no reference: its prompt gets no group reward.
-8. E_y[sum_t w_t D_t] also depends on which y are drawn. That term of its gradient, the
-   score-function term, is dropped, as the paper writes it: L_tok changes the tokens'
-   distributions, not the draw.
+8. The gradient of E_y[sum_t w_t D_t] has a second term, because the weights also decide which y are
+   drawn: the score-function term. Like the paper we leave it out.
 """
 import contextlib
 import dataclasses
@@ -110,11 +109,13 @@ def parse_flags(argv=None):
     add("--lr", 3e-4, "peak learning rate (paper, 7B: 3e-5)")
     add("--epochs", 0.8, "passes over the data; a fraction will do")
     add("--batch-size", 16, "prompts per step, over all ranks")
-    add("--micro-batch", 16, "rollouts per forward on one rank; a prompt's share its sequence")
+    add("--micro-batch", 16, "rollouts per forward on one rank; a prompt's share a sequence")
 
-    # evaluation
+    # references and samples
     add("--text-batch", 64, "prompts that one rank reads and answers at once before step 1")
-    add("--show-every", 25, "steps between three rollouts in the terminal and samples.jsonl")
+    add("--show-every", 25, "print three rollouts, for samples.jsonl too, every so many steps")
+
+    # --weights, --lora, --shard, --seed, --out, --resume, --clip, --eval-batch, ...
     add_run_flags(add, out="runs/cord")
 
     args = parser.parse_args(argv)
@@ -165,6 +166,7 @@ def reward(rollouts, prompts, references, verdicts, run):
     group = [r for r in rollouts if r.group]
     if not group:
         return
+    # Prompts whose reference was cut at the token limit get no reward
     for r in group:
         r.group = references[prompts.examples[r.row].id]["ended"]
     cut = [not references[example.id]["ended"] for example in prompts.examples]
@@ -213,7 +215,7 @@ def pack(rollouts, prompts, processor, size, device):
     A prompt's rollouts go together, so that they share it; long prompts go with long ones, so that
     little is padded."""
     live = [r for r in rollouts if r.kl or r.advantage]
-    live = live or rollouts[:1]             # one in any case: no rank may miss the others' backward
+    live = live or rollouts[:1]             # at least one: every rank must run a backward
     pieces = []
     by_row = sorted(live, key=lambda r: r.row)
     for _, group in itertools.groupby(by_row, key=lambda r: r.row):
@@ -300,11 +302,12 @@ class CordStep(nn.Module):
 
     def forward(self, batch, teacher_hidden, n_kl, n_group):
         args = self.args
-        teacher_head = ranks.full(self.teacher[1].weight)                # gathered by all ranks
         last = models.hear(self.student, **batch.audio.inputs)           # [prompts, seq, hidden]
         student_hidden = last.flatten(0, 1)[batch.audio.predict_positions]       # [tokens, hidden]
         if args.token_loss == "sft":
             return self.sft_loss(batch, student_hidden, n_kl)
+        # On every rank, even one without KL tokens: gathering a sharded head is collective
+        teacher_head = ranks.full(self.teacher[1].weight)
 
         # Weights w_t: the baseline forward KL has none
         weighting = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share)
@@ -324,8 +327,8 @@ class CordStep(nn.Module):
 
         # For the log: both parts of the sum, and what the weights fell on
         kl = kl[batch.carries_kl]                                        # D_t [kl tokens]
-        weight = losses.cord_weights(kl, lengths, **weighting) if lengths else kl
-        largest = losses.largest_share(kl, lengths, args.top_share) if lengths else kl
+        weight = losses.cord_weights(kl, lengths, **weighting)
+        largest = losses.largest_share(kl, lengths, args.top_share)
         seen = {
             "token": (weight * kl).sum() / max(n_kl, 1),
             "group": -(advantage * log_q).sum(),
@@ -337,15 +340,15 @@ class CordStep(nn.Module):
 
     def sft_loss(self, batch, student_hidden, n_kl):
         # The baseline's cross-entropy: L_seq with every A_i = 1, on the text view's own answers
-        ones = batch.carries_kl / n_kl                                   # [tokens]
+        advantage = batch.carries_kl / n_kl                              # A_i = 1, over the answers
         none = torch.zeros_like(batch.carries_kl)
         loss, _, log_q, _ = self.cord(
             student_hidden, models.head_weight(self.student), None, None, batch.labels,
-            lengths=[], carries_kl=none, advantage=ones, temperature=batch.temperature,
+            lengths=[], carries_kl=none, advantage=advantage, temperature=batch.temperature,
             banned=self.banned)
         empty = student_hidden.new_zeros(0)
         seen = dict.fromkeys(("kl", "entropy", "weight", "top"), empty)
-        return loss, {"token": -(ones * log_q).sum(), "group": empty.sum(), **seen}
+        return loss, {"token": -(advantage * log_q).sum(), "group": empty.sum(), **seen}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -456,9 +459,9 @@ def train(args, run):
             asked[example.id] = example
     references = rollout.text_answers(
         student, processor, list(asked.values()), run.out / "references.jsonl",
-        batch_size=args.text_batch, **answering)
-    shown = list(asked.values())[:1000]
-    agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in shown])
+        batch_size=args.text_batch, max_new_tokens=args.max_new_tokens)
+    checked = list(asked.values())[:1000]                       # enough for a percentage
+    agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in checked])
     run.say(f"judge ({args.judge}): the text view gives the gold answer to "
             f"{100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
     cut = sum(not reference["ended"] for reference in references.values())
@@ -508,6 +511,7 @@ def train(args, run):
         # 3. Losses are means over the rollouts of the WHOLE step, all ranks and micro-batches
         counts = run.sum(kl=sum(r.kl for r in rollouts), group=sum(r.group for r in rollouts))
         batches = pack(rollouts, prompts, processor, args.micro_batch, run.device)
+        # FSDP needs as many batches on every rank: fill up with one that has no gradient
         no_gradient = dataclasses.replace(rollouts[0], kl=False, advantage=0.0)
         batches = run.equalised(
             batches, idle=lambda: pack([no_gradient], prompts, processor, 1, run.device)[0])

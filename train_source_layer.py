@@ -42,8 +42,8 @@ Where the paper is silent, and what we do:
    learning rate and is saved beside the model, never inside it (layer_map.py).
 3. Mean over layer pairs, and over layers in L_ac, so that alpha_layer and alpha_ac mean the same at
    any skip.
-4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the mini world's audio tower fastest:
-   frozen, it has no hearing to lose.
+4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the audio tower too (in the mini
+   world at the highest rate): a frozen tower would have no hearing to lose.
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation
    changes the run.
 """
@@ -67,8 +67,8 @@ from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
 
-# The projections and feature statistics are fitted on so many examples, before the first step, and
-# on so many tokens of each at most: at 7B, all layers' states of 8,192 tokens are 7 GB
+# Projections and feature statistics are fitted before the first step, on this many examples and at
+# most this many tokens of each: at 7B, all layers' states of 8,192 tokens are 7 GB
 CALIBRATION_EXAMPLES = 64
 CALIBRATION_TOKENS = 128
 
@@ -113,6 +113,7 @@ def parse_flags(argv=None):
 
     # evaluation
     add("--max-new-tokens", 80, "tokens of an answer, its trace included (7B with CoTA: 2048)")
+    # --weights, --lora, --shard, --seed, --out, --resume, --clip, --eval-batch, ...
     add_run_flags(add, out="runs/source_layer")
 
     args = parser.parse_args(argv)
@@ -135,7 +136,7 @@ def parse_flags(argv=None):
 
 
 def layer_interval(text_kd):
-    """One student layer in how many is distilled: 1 for layer, K for skip:K, 0 for none and top."""
+    """K where every K-th student layer is distilled: 1 for layer, K for skip:K, 0 for none, top."""
     if text_kd == "layer":
         return 1
     if text_kd.startswith("skip:"):
@@ -316,7 +317,7 @@ def train(args, run):
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
-    # 3.2 The student. Frozen models need no master weights: they are in `frozen_dtype`
+    # 3.2 The student. Only what an optimizer updates needs float32; frozen weights do without
     frozen_dtype = torch.float32
     if run.device.type == "cuda" or args.weights == "bfloat16":
         frozen_dtype = torch.bfloat16

@@ -8,7 +8,6 @@ Both training scripts leave the same files, and this is all that is read:
     config.json                         every flag, the command, versions, ranks, number of steps
     log.jsonl                           a line a step; one that was left out says why instead
     before, eval-NNNNNNN, after.json    evaluations; none with --no-eval
-    skipped.jsonl                       training examples that could not be used
     step-NNNNNNN/checkpoint.json        what a checkpoint scored
 
 A run may be read while it is being written: any file may be missing, the last line may be cut, and
@@ -70,8 +69,7 @@ def scores(found):
 def read_run(folder):
     """A training run's folder -> {"folder", "config", "log": a line a step, "done": the last step,
     "steps": of how many (None: nobody knows), "finished", "evaluations": [(step, scores)],
-    "checkpoints": [(step, {name: score})], "unusable": lines of skipped.jsonl, "results" or None}.
-    Raises data.DataError for a folder without a run."""
+    "checkpoints": [step], "results" or None}. Raises data.DataError for a folder without a run."""
     folder = Path(folder)
     config = read_whole(folder / "config.json")
     if config is None or "command" not in config:           # a model's folder has one, too
@@ -98,19 +96,13 @@ def read_run(folder):
         files.append((done, "after"))
     found = [(step, read_whole(folder / f"{name}.json")) for step, name in files if step <= done]
 
-    checkpoints = []
-    for path in sorted(folder.glob("step-*/checkpoint.json")):
-        rated = (read_whole(path) or {}).get("scores") or {}
-        checkpoints.append((int(path.parent.name[5:]), rated))
-    unusable = read_lines(folder / "skipped.jsonl")
-    # once each, if a resumed run met it again
-    unusable = {(line.get("step"), line.get("id")): line for line in unusable}
+    whole = folder.glob("step-*/checkpoint.json")
+    checkpoints = sorted(int(path.parent.name[5:]) for path in whole)
     return {
         "folder": folder, "config": config, "log": log,
         "done": done, "steps": steps, "finished": finished,
         "evaluations": [(step, scores(results)) for step, results in found if results],
         "checkpoints": checkpoints,
-        "unusable": list(unusable.values()),
         "results": read_whole(folder / "results.json") if finished else None,
     }
 
@@ -198,17 +190,6 @@ def time_of(run, seconds):
     return f"{text}, {recent:.3g} s a step"
 
 
-def best_of(checkpoints):
-    """The newest checkpoints, and which had the best of each score."""
-    best = {}
-    for step, found in checkpoints:
-        for name, value in found.items():
-            if isinstance(value, int | float) and value > best.get(name, (-math.inf,))[0]:
-                best[name] = (value, step)
-    text = f"{some([step for step, _ in checkpoints][::-1])}, the newest first"
-    return text + "".join(f"; best {name} {best[name][0]:.1f} at {best[name][1]}" for name in best)
-
-
 def summary(run):
     """read_run's dict -> lines."""
     config = run["config"]
@@ -263,11 +244,8 @@ def summary(run):
                         f"first: {left_out[0]['skipped']}")
         if ids:
             say("", f"their examples: {some(ids)}")
-    if run["unusable"]:
-        ids = list(dict.fromkeys(line.get("id") for line in run["unusable"]))
-        say("unusable", f"{len(ids)} of the training examples: {some(ids)}; the first: "
-                        f"{run['unusable'][0].get('fault')}")
-    say("checkpoints", best_of(run["checkpoints"]) if run["checkpoints"] else "none yet")
+    newest = f"{some(run['checkpoints'][::-1])}, the newest first"
+    say("checkpoints", newest if run["checkpoints"] else "none yet")
     if run["evaluations"]:
         return lines + table(run["evaluations"])
     say("evaluations", "none")

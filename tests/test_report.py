@@ -222,22 +222,9 @@ def test_the_summary_of_a_run_in_its_middle(tmp_path):
     ]
     lines[29] = {"step": 30, "skipped": "the gradient was not finite", "ids": ["q7", "q8"]}
     write_run(tmp_path, lines, steps=1000)
-    (tmp_path / "skipped.jsonl").write_text(
-        "".join(
-            json.dumps({"step": step, "id": name, "fault": f"{name}.wav is silent"}) + "\n"
-            for step, name in [(3, "c3"), (9, "c9"), (9, "c9"), (50, "c3")]
-        )
-        + '{"st'
-    )
-    for step, scores in (
-        (20, {"aqa": 70.5, "ser": 81.0}),
-        (40, {"aqa": 71.5, "ser": 80.0}),
-        (60, None),
-    ):
+    for step in (20, 40, 60):
         (tmp_path / f"step-{step:07d}").mkdir()
-        (tmp_path / f"step-{step:07d}" / "checkpoint.json").write_text(
-            json.dumps({"step": step, **({"scores": scores} if scores else {})})
-        )
+        (tmp_path / f"step-{step:07d}" / "checkpoint.json").write_text(json.dumps({"step": step}))
     (tmp_path / "step-0000080").mkdir()  # not whole
     said, text = told(tmp_path)
     assert (
@@ -265,10 +252,8 @@ def test_the_summary_of_a_run_in_its_middle(tmp_path):
         said["left out"] == "1 of the steps: 30; the first: the gradient was not finite"
         and "            their examples: q7, q8" in text
     )
-    assert said["unusable"] == "2 of the training examples: c3, c9; the first: c3.wav is silent"
     assert (
-        said["checkpoints"]
-        == "60, 40, 20, the newest first; best aqa 71.5 at 40; best ser 81.0 at 20"
+        said["checkpoints"] == "60, 40, 20, the newest first"
         and said["evaluations"] == "none"
     )
 
