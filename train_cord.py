@@ -268,7 +268,7 @@ class CordStep(nn.Module):
     seen, for the log and without gradient: scalars "token" and "group"; and "kl", "entropy",
     "weight" and "top" (the weight where D_t is among the K largest), [kl tokens] each.
 
-    The frozen teacher lives in a tuple: no submodule, so that DDP neither broadcasts nor checks it.
+    The teacher lives in a dict: no submodule, so that DDP neither broadcasts nor checks it.
     """
 
     def __init__(self, student, banned, args):
@@ -280,12 +280,14 @@ class CordStep(nn.Module):
 
         # The teacher is the student's decoder and head: reading needs no audio tower. With LoRA
         # the adapter is switched off, and no copy is needed.
-        self.teacher = (models.decoder(student), student.get_output_embeddings())
+        self.teacher = {"decoder": models.decoder(student),
+                        "head": student.get_output_embeddings()}
         reads = args.token_loss in ("reverse-kl", "forward-kl")
         if args.teacher == "initial" and reads and not args.lora:
             on_gpu = student.device.type == "cuda"
             dtype = torch.bfloat16 if on_gpu else student.dtype         # no master weights needed
-            self.teacher = tuple(models.frozen_copy(part, dtype) for part in self.teacher)
+            for name, part in self.teacher.items():
+                self.teacher[name] = models.frozen_copy(part, dtype)
 
     @torch.no_grad()
     def read(self, batch):
@@ -294,9 +296,9 @@ class CordStep(nn.Module):
             return None
         adapter_off = contextlib.nullcontext()
         if self.args.teacher == "initial":
-            adapter_off = models.without_lora(self.teacher[0])
+            adapter_off = models.without_lora(self.teacher["decoder"])
         with adapter_off:
-            output = self.teacher[0](**batch.text.inputs, use_cache=False)
+            output = self.teacher["decoder"](**batch.text.inputs, use_cache=False)
         last = output.last_hidden_state                                  # [prompts, seq, hidden]
         return last.flatten(0, 1)[batch.text.predict_positions]
 
@@ -307,7 +309,7 @@ class CordStep(nn.Module):
         if args.token_loss == "sft":
             return self.sft_loss(batch, student_hidden, n_kl)
         # On every rank, even one without KL tokens: gathering a sharded head is collective
-        teacher_head = ranks.full(self.teacher[1].weight)
+        teacher_head = ranks.full(self.teacher["head"].weight)
 
         # Weights w_t: the baseline forward KL has none
         weighting = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share)
@@ -470,10 +472,10 @@ def train(args, run):
                 f"{args.max_new_tokens}: no group reward for their prompts")
 
     # 5.7 Go on from a checkpoint; DDP or FSDP; the optimizer
-    own_weights = cord.teacher[0] is models.decoder(student)
+    own_weights = cord.teacher["decoder"] is models.decoder(student)
     if args.shard and not own_weights:
-        ranks.shard_reader(*cord.teacher)
-    reader = cord if own_weights else cord.teacher[0]           # whose weights reading needs
+        ranks.shard_reader(cord.teacher["decoder"], cord.teacher["head"])
+    reader = cord if own_weights else cord.teacher["decoder"]   # whose weights reading needs
     if checkpoint:
         checkpoints.load_model(checkpoint, student)
     compute = dtype if run.device.type == "cpu" else torch.bfloat16

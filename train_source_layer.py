@@ -90,7 +90,6 @@ def parse_flags(argv=None):
     # the method
     add("--text-kd", "layer", "none | top | skip:K (one student layer in K) | layer (paper's best)")
     add("--acoustic-kd", True, "L_ac: keep the hidden states at audio tokens")
-    add("--sft", True, "L_SFT: cross-entropy on trace and answer")
     add("--alpha-layer", 0.4, "weight of L_layer (paper: 0.05, of an unknown divergence)")
     add("--alpha-ac", 4.0, "weight of L_ac (paper: 0.05, of an unknown divergence)")
     add("--alpha-sft", 0.5, "weight of L_SFT (paper: 0.5)")
@@ -123,8 +122,9 @@ def parse_flags(argv=None):
             or every == "0":
         parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the "
                      "paper's 1-in-7 write skip:7")
-    if name == "none" and not args.sft:
-        parser.error("with --text-kd none and --no-sft nothing teaches the response; leave one on")
+    if name == "none" and not args.alpha_sft:
+        parser.error("with --text-kd none and --alpha-sft 0 nothing teaches the response; leave "
+                     "one on")
     if name == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
     if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
@@ -154,7 +154,7 @@ class SourceLayerStep(nn.Module):
     "sft"}, scalars; those that are off are missing.
 
     tokens: {"response", "audio"}, counts over the global batch, so that summing over micro-batches
-    and ranks gives the global mean. teacher and snapshot live in a tuple: they are no submodules,
+    and ranks gives the global mean. teacher and snapshot live in a dict: they are no submodules,
     so that DDP neither broadcasts nor checks them.
     """
 
@@ -162,7 +162,7 @@ class SourceLayerStep(nn.Module):
         super().__init__()
         self.args = args
         self.student = student
-        self.frozen = (teacher, snapshot)
+        self.frozen = {"teacher": teacher, "snapshot": snapshot}
         self.pairs = pairs                              # [(student layer, teacher layer)], from 1
         self.shared_ids = shared_ids                    # tokens that both vocabularies hold
         self.jsd_ce = losses.jsd_ce
@@ -201,7 +201,7 @@ class SourceLayerStep(nn.Module):
         """The text teacher on the text view -> the same two, at the same response tokens."""
         view = batch.text
         with self.teacher_tap.at(response=view.predict_positions) as tapped:
-            last = models.read(self.frozen[0], **view.inputs)
+            last = models.read(self.frozen["teacher"], **view.inputs)
         return last.flatten(0, 1)[view.predict_positions], tapped
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class SourceLayerStep(nn.Module):
         """The snapshot's hidden states at audio tokens. The decoder is causal, so that its input
         can stop behind the last of them."""
         view = data.audio_prefix(batch.audio)
-        snapshot = self.frozen[1]
+        snapshot = self.frozen["snapshot"]
         with models.without_lora(snapshot):
             with self.snapshot_tap.at(audio=view.audio_positions) as tapped:
                 models.hear(snapshot, **view.inputs)
@@ -219,20 +219,20 @@ class SourceLayerStep(nn.Module):
         args = self.args
         student_hidden, student_tapped = self.hear(batch)                # [tokens, hidden]
         teacher_hidden = teacher_head = None
-        if self.frozen[0] is not None:
+        if self.frozen["teacher"] is not None:
             teacher_hidden, teacher_tapped = self.read(batch)            # [tokens, teacher hidden]
-            teacher_head = ranks.full(models.head_weight(self.frozen[0]))
+            teacher_head = ranks.full(models.head_weight(self.frozen["teacher"]))
 
         # L_top + alpha_sft L_SFT in one pass over the vocabulary; top and sft carry no gradient
         loss, top, sft = self.jsd_ce(
             student_hidden, models.head_weight(self.student), teacher_hidden, teacher_head,
-            batch.labels, ce_weight=args.alpha_sft if args.sft else 0.0,
+            batch.labels, ce_weight=args.alpha_sft,
             beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared_ids,
             denominator=tokens["response"])
         parts = {}
         if teacher_hidden is not None:
             parts["top"] = top
-        if args.sft:
+        if args.alpha_sft:
             parts["sft"] = sft
 
         # + alpha_layer L_layer: student layer s, projected to the teacher's width, against layer t

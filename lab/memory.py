@@ -66,10 +66,10 @@ def build(args, device, flags, layers):
     banned = torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device)
     built.step = train_cord.CordStep(student, banned, flags)
     if not args.lora:
-        copies = built.step.teacher                         # a decoder and a head
-        models.cast(copies[0], torch.bfloat16)
-        copies[1].bfloat16()
-        parameters = [p for part in copies for p in part.parameters()]
+        copies = built.step.teacher
+        models.cast(copies["decoder"], torch.bfloat16)
+        copies["head"].bfloat16()
+        parameters = [p for part in copies.values() for p in part.parameters()]
         built.frozen["teacher (a copy of the decoder)"] = parameters
     return built
 

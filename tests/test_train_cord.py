@@ -486,7 +486,9 @@ def test_only_decoder_and_projector_learn_and_the_teacher_does_not(everything):
         "multi_modal_projector" in name for name in got
     )
     assert all(
-        not p.requires_grad and p.grad is None for part in step.teacher for p in part.parameters()
+        not p.requires_grad and p.grad is None
+        for part in step.teacher.values()
+        for p in part.parameters()
     )
     step.zero_grad()
 
@@ -498,7 +500,7 @@ def test_the_current_teacher_is_the_student_without_gradient(everything):
         torch.tensor(rollout.banned_ids(model, processor.tokenizer)),
         parse_flags(["--teacher", "current"]),
     )
-    assert step.teacher[0] is model.model.language_model and step.teacher[1] is model.lm_head
+    assert step.teacher == {"decoder": model.model.language_model, "head": model.lm_head}
     batch = pack([r for r in rollouts if r.kl], prompts, processor, 9, "cpu")[0]
     read = step.read(batch)
     assert not read.requires_grad
@@ -806,7 +808,7 @@ def test_a_cast_keeps_the_rotary_frequencies():
         )  # the planted error
     assert not torch.equal(wrong, loaded(input_ids=ids).logits)
     step = CordStep(models.cast(loaded, torch.bfloat16), torch.tensor([0]), parse_flags([]))
-    assert torch.equal(step.teacher[0].rotary_emb.inv_freq, exact)
+    assert torch.equal(step.teacher["decoder"].rotary_emb.inv_freq, exact)
 
 
 def test_another_rate_counts_after_a_resume(world, one_process, tmp_path):

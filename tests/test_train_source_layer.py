@@ -476,7 +476,7 @@ def test_every_part_of_the_student_has_its_learning_rate(world, tmp_path):
         *(
             pytest.param(flags, marks=pytest.mark.slow)
             for flags in (
-                ["--divergence", "kl", "--text-kd", "top", "--no-sft"],
+                ["--divergence", "kl", "--text-kd", "top", "--alpha-sft", "0"],
                 ["--text-kd", "none"],
             )
         ),
@@ -543,7 +543,8 @@ def test_dry_run_of_everything(tmp_path):
                 "--layers",
                 "6",
                 "7",
-                "--no-sft",
+                "--alpha-sft",
+                "0",
                 "--train",
                 "all",
                 "--hidden-divergence",
@@ -569,7 +570,7 @@ def test_every_row_of_table_1_trains(world, tmp_path, row, terms):
         (["--text-kd", "skip:0"], "skip:7"),
         (["--text-kd", "layers"], "none, top, skip:K, layer"),
         (["--text-kd", "skip:x"], "skip:7"),
-        (["--text-kd", "none", "--no-sft"], "nothing teaches"),
+        (["--text-kd", "none", "--alpha-sft", "0"], "nothing teaches"),
         (["--text-kd", "top", "--layers", "3"], "--layers"),
     ],
 )
