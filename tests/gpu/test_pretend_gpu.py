@@ -13,6 +13,8 @@ import bad_days
 import pytest
 import torch
 from pretend_gpu import LINKED
+from test_train_cord import write_spoken
+from test_train_source_layer import write_world
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux"
@@ -58,8 +60,15 @@ def run(script, *flags, ranks=1):
     return said[0]
 
 
-def losses_of(script, out, *flags, gpu, ranks=1):
-    flags = ["--dry-run", "--no-eval", "--out", str(out), *flags]
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """{script: a manifest of eight clips}"""
+    write = {"train_source_layer.py": write_world, "train_cord.py": write_spoken}
+    return {name: make(tmp_path_factory.mktemp("world"), 8) for name, make in write.items()}
+
+
+def losses_of(script, world, out, *flags, gpu, ranks=1):
+    flags = ["--data", str(world), "--dry-run", "--no-eval", "--out", str(out), *flags]
     if gpu:
         said = run(ROOT / script, *flags, ranks=ranks)
     else:
@@ -87,15 +96,15 @@ def nearly_equal(script, one, other):
 @pytest.mark.parametrize(
     "script, flags",
     [
-        ("train_source_layer.py", ("--batch-size", "8", "--micro-batch", "4")),
+        ("train_source_layer.py", ("--batch-size", "8", "--micro-batch", "8")),
         ("train_cord.py", ("--batch-size", "2", "--weights", "bfloat16", "--max-new-tokens", "12")),
     ],
 )
-def test_a_gpu_says_what_a_cpu_says(script, flags, tmp_path):
+def test_a_gpu_says_what_a_cpu_says(script, flags, worlds, tmp_path):
     nearly_equal(
         script,
-        losses_of(script, tmp_path / "gpu", *flags, gpu=True),
-        losses_of(script, tmp_path / "cpu", *flags, gpu=False),
+        losses_of(script, worlds[script], tmp_path / "gpu", *flags, gpu=True),
+        losses_of(script, worlds[script], tmp_path / "cpu", *flags, gpu=False),
     )
 
 
@@ -109,12 +118,12 @@ def test_a_gpu_says_what_a_cpu_says(script, flags, tmp_path):
         ("train_cord.py", ("--batch-size", "4", "--lora", "4")),
     ],
 )
-def test_two_gpus_say_what_one_says(script, flags, tmp_path):
+def test_two_gpus_say_what_one_says(script, flags, worlds, tmp_path):
     """Sharded. NCCL is gloo here, but takes no tensor of a CPU's."""
     nearly_equal(
         script,
-        losses_of(script, tmp_path / "two", *flags, "--shard", gpu=True, ranks=2),
-        losses_of(script, tmp_path / "one", *flags, gpu=True),
+        losses_of(script, worlds[script], tmp_path / "two", *flags, "--shard", gpu=True, ranks=2),
+        losses_of(script, worlds[script], tmp_path / "one", *flags, gpu=True),
     )
 
 
