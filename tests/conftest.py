@@ -9,18 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import soundfile
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    WhisperFeatureExtractor,
-)
 
-torch.set_num_threads(1)
+# Nothing heavy is imported here: pytest-xdist's first process needs none of it
 
 # The files that take longest come first, so that both workers end at about the same time
 LONGEST = ("test_train_cord", "test_run", "test_models", "test_pretend_gpu", "test_bad_days",
@@ -57,7 +47,11 @@ TEACHER_TEMPLATE = (  # Qwen3's: an empty think block where thinking is switched
 )
 
 
-def bpe(special: list[str], template: str, sentences=SENTENCES) -> PreTrainedTokenizerFast:
+def bpe(special: list[str], template: str, sentences=SENTENCES):
+    """A fast tokenizer of byte-level BPE, trained here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,6 +70,8 @@ def bpe(special: list[str], template: str, sentences=SENTENCES) -> PreTrainedTok
 @pytest.fixture(scope="session")
 def tiny_processor():
     """A Qwen2AudioProcessor with a byte-level BPE and a 3 s window of 16 mel bins."""
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
     special = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -109,6 +105,9 @@ def tiny_teacher_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_student_model(tiny_processor):
     """A random Qwen2-Audio of 110 k parameters, in eval mode; do not train this one, copy it."""
+    import torch
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
     torch.manual_seed(0)
     tokenizer = tiny_processor.tokenizer
     text = dict(
@@ -148,6 +147,8 @@ def tiny_student_model(tiny_processor):
 def make_wav():
     """make_wav(path, seconds=1.0, rate=16000, channels=1, frequency=440.0, **soundfile options)
     writes a tone of amplitude 0.5."""
+    import soundfile
+    import torch
 
     def make(path, seconds=1.0, rate=16_000, channels=1, frequency=440.0, **options):
         time = torch.arange(round(seconds * rate), dtype=torch.float64) / rate

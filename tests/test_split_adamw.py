@@ -1,4 +1,4 @@
-"""AdamW for bfloat16 weights against torch's float32 AdamW: the figures in split_adamw.py, the 16
+"""AdamW for bfloat16 weights against torch's float32 AdamW: the figures in optimizer.py, the 16
 bits, and a resume."""
 
 import json
