@@ -1,10 +1,10 @@
 """The losses of losses.py, the same numbers, without a [tokens, vocab] matrix.
 
-At 152,000 words, 8,192 response tokens have 5 GB of float32 logits, and autograd keeps several
-matrices of that size for each loss, twice: student and teacher. But the gradient of each of these
-losses with respect to the logits is known in closed form. So the forward pass takes the tokens in
-chunks, and for each chunk computes the logits, the loss, the gradient, and at once the two products
-that carry the gradient on to the hidden states and to the head's weight. Then the chunk is
+Over a vocabulary of 152,000, 8,192 response tokens have 5 GB of float32 logits, and autograd keeps
+several matrices of that size for each loss, twice: student and teacher. But the gradient of each of
+these losses with respect to the logits is known in closed form. So the forward pass takes the
+tokens in chunks. For each chunk it computes the logits, the loss, the gradient, and at once the two
+products that carry the gradient on to the hidden states and to the head's weight. Then the chunk is
 forgotten. backward only multiplies what is known by what comes from above.
 
     jsd_ce, cord, hidden_jsd    take and return what their namesakes in losses.py do
@@ -123,7 +123,7 @@ def _chunk(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
     if teacher is None:
         return none, nll, none, gradient.to(dtype)
 
-    # D, over the shared words at its own temperature
+    # D, over the shared tokens at its own temperature
     if shared is not None:
         student = torch.where(shared >= 0, student, FLOOR)
         teacher = torch.where(shared >= 0, teacher[:, shared.clamp(min=0)], FLOOR)
@@ -199,8 +199,8 @@ def _logits(hidden, weight, buffers, name):
     if hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out=out)
     # A CPU, and a 16-bit weight
-    for words in _slices(weight):
-        torch.mm(hidden, weight[words].to(hidden.dtype).T, out=out[:, words])
+    for entries in _slices(weight):
+        torch.mm(hidden, weight[entries].to(hidden.dtype).T, out=out[:, entries])
     return out
 
 
@@ -216,7 +216,8 @@ def _back(d_logits, weight):
         return torch.mm(d_logits, weight, out_dtype=torch.float32)
     if d_logits.dtype == weight.dtype:
         return torch.mm(d_logits, weight)
-    return sum(d_logits[:, words] @ weight[words].to(d_logits.dtype) for words in _slices(weight))
+    return sum(d_logits[:, entries] @ weight[entries].to(d_logits.dtype)
+               for entries in _slices(weight))
 
 
 def _add_outer(d_weight, d_logits, hidden):
@@ -254,7 +255,7 @@ def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, kl_weight
     """All rows through both heads, chunk by chunk.
 
     hidden [rows, hidden]; teacher_hidden [rows, teacher hidden] or None; the rest as in _chunk,
-    [rows]. shared: a pair of ids, [words] each. banned [ids]: what neither side can say.
+    [rows]. shared: a pair of ids, [shared] each. banned [ids]: what neither side can say.
 
     -> D, -log q, entropy [rows], and the gradient with respect to hidden [rows, hidden] or None.
     d_weight [vocab, hidden], unless None, is added to."""

@@ -105,7 +105,8 @@ def plot_run(folder):
         for x, y in zip(at, height):
             shade = "black" if side == 0 else "white"
             right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color=shade)
-    right.set(ylabel="accuracy (%)", ylim=(0, 100), title="hearing questions, before and after")
+    right.set(ylabel="accuracy (%)", title="hearing questions, before and after",
+              ylim=(0, 112), yticks=range(0, 101, 20))          # room for the legend
     right.set_xticks(range(len(labels)), labels)
     right.legend(frameon=False, loc="upper center", ncols=2)
     for axis in (left, right):
