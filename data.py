@@ -187,21 +187,6 @@ def question_text(example: Example) -> str:
     return "\n".join(lines)
 
 
-def spoken_choices(text) -> list[str]:
-    """The choices that a spoken question lists itself, as VoiceBench's do, or []: lines "A. gold",
-    "B. silver", ... without a gap; or "A. gold B. silver C. iron D. tin" in one line."""
-    text = text or ""
-    listed = re.findall(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", text, re.M)
-    starts = [i for i, (letter, _) in enumerate(listed) if letter == "A"]
-    listed = listed[starts[-1]:] if starts else []
-    letters = "".join(letter for letter, _ in listed)
-    if len(letters) > 1 and string.ascii_uppercase.startswith(letters):
-        return [choice.strip() for _, choice in listed]
-    pieces = r".*(?<!\w)A[.):]\s*(.+?)\s+B[.):]\s*(.+?)\s+C[.):]\s*(.+?)\s+D[.):]\s*([^\n]+)"
-    found = re.search(pieces, text, re.S)
-    return [choice.strip() for choice in found.groups()] if found else []
-
-
 def audio_prompt(processor, question: str) -> str:
     """The audio view's prompt as text: the student's chat template around a clip and the question.
 

@@ -10,15 +10,13 @@ Where this departs from the papers and from the benchmarks' own scripts:
 1. Both counts are given. MMAU's script matches words in the whole output, where a reasoning trace
    that merely discusses a wrong choice loses the point. As in the paper, our headline drops the
    trace and extracts the chosen option; MMAU's rule then judges that option. The same rule on the
-   raw text is under "official".
+   raw text is under "official". predictions.json is in MMAU's format, for its own script.
 2. An answer that names no option, or two, is wrong and counted under "no_answer". VoiceBench's
-   script draws a letter where its templates find none; --voicebench-guess does the same.
+   script draws a letter where its templates find none; nothing is drawn here.
 3. "average" is over questions (micro), not over tasks. On MMAU test-mini the two agree.
 4. Decoding is the paper's (temperature 0.6, top-k 5, top-p 0.5), but every random number belongs
    to (seed, example, position): the same question gets the same answer in any batch, on any ranks.
 
-    python evaluate.py --task mmau --predictions FILE       # score MMAU's or MMAR's own format
-    python evaluate.py --task mcq --predictions FILE        # VoiceBench's: OpenBookQA and MMSU
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl --out runs/eval
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
     python evaluate.py --task gap --model DIR --data mmsu.jsonl obqa.jsonl    # paper B's Table 1
@@ -29,11 +27,8 @@ inside a model: python -m lab.inside --help.
 """
 
 import argparse
-import random
 import re
 import time
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +39,6 @@ import models
 from judge import extract_choice
 from plumbing import hearing, predictions, ranks, tables
 from plumbing.files import make_folder, write_json
-from plumbing.voicebench import voicebench_letter
 from plumbing.whole import newest_checkpoint
 from rollout import generate
 
@@ -58,7 +52,6 @@ EMOTIONS = {                            # IEMOCAP: excited is happy
     "excitement": "happy",
 }
 NO_ANSWER = "no answer"
-UNSPOKEN = "unspoken"                   # the kind of question that nobody could say aloud
 
 
 # -------------------------------------------------------------------------------------------------
@@ -79,14 +72,6 @@ def mmau_correct(answer, prediction, choices):
     return bool(spoken_words) and wanted <= spoken_words and not spoken_words & forbidden
 
 
-def tally(groups, record, right):
-    """Add a verdict to [right, scored] of the record's task, difficulty, category, ..."""
-    for key in {"task", "difficulty", "category", "sub-category"} & record.keys():
-        row = groups.setdefault(key, {}).setdefault(str(record[key]), [0, 0])
-        row[0] += right
-        row[1] += 1
-
-
 def accuracies(correct):
     """task -> id -> right? -> accuracy and interval of each task and of all ("average")."""
     verdicts = {task: list(by_id.values()) for task, by_id in correct.items()}
@@ -95,61 +80,28 @@ def accuracies(correct):
     return per_cent, {name: wilson(sum(v), len(v)) for name, v in verdicts.items()}
 
 
-def score_mmau(records, *, voicebench=False, guess=None):
+def score_mmau(records):
     """Score records in MMAU's format: dicts with id, task, choices, answer and model_output.
 
     Returns {task: accuracy of the chosen option, None where nothing was scored; "average";
-    "intervals"; "official": the same by the benchmark's own rule on the raw output; "groups":
-    [right, scored] by task, difficulty and category; "counts"; "correct": task -> id -> bool}.
-    As in MMAU's script, a record without model_output is skipped, not failed. "counts" also holds
-    "indistinct" (a wrong choice passes MMAU's rule) and "no_gold" (the answer is no choice).
-    voicebench: the official rule is the letter that VoiceBench's templates find; where they find
-    none, the answer is wrong or, with `guess` (an int, the seed), a letter is drawn."""
+    "intervals"; "official": the same by MMAU's rule on the raw output; "counts"; "correct":
+    task -> id -> bool}."""
     tasks = [*TASKS, *sorted({record["task"] for record in records} - set(TASKS))]
     correct = {task: {} for task in tasks}
     official = {task: {} for task in tasks}
-    groups = {"task": {}, "difficulty": {}, "sub-category": {}}
-    official_groups = {"task": {}, "difficulty": {}, "sub-category": {}}
-    counts = Counter(records=len(records), skipped=0, no_answer=0, indistinct=0, no_gold=0)
-    if voicebench:
-        counts["no_letter"] = 0
-
+    no_answer = 0
     for record in records:
-        output = record.get("model_output")
-        choices = record["choices"]
-        if output is None:
-            counts["skipped"] += 1
-            continue
-
-        # Some of MMAU's answers carry a letter, "(A) Violin": they are read like an output.
-        gold = extract_choice(record["answer"], choices)
-        answer = gold or record["answer"]
+        answer, choices, output = record["answer"], record["choices"], record["model_output"]
         chosen = extract_choice(output, choices)
-        counts["no_answer"] += chosen is None
-        counts["no_gold"] += gold is None
-
-        if voicebench:
-            letter = voicebench_letter(output)
-            counts["no_letter"] += letter is None
-            if letter is None and guess is not None:
-                letter = random.Random(f"{guess} {record['id']}").choice("ABCD")
-            right = chosen is not None and chosen == gold
-            raw = gold is not None and letter == chr(ord("A") + choices.index(gold))
-        else:
-            wrong = [choice for choice in choices if choice != answer]
-            counts["indistinct"] += any(mmau_correct(answer, c, choices) for c in wrong)
-            right = chosen is not None and mmau_correct(answer, chosen, choices)
-            raw = mmau_correct(record["answer"], output, choices)
-
+        no_answer += chosen is None
+        right = chosen is not None and mmau_correct(answer, chosen, choices)
         correct[record["task"]][record["id"]] = right
-        official[record["task"]][record["id"]] = raw
-        tally(groups, record, right)
-        tally(official_groups, record, raw)
+        official[record["task"]][record["id"]] = mmau_correct(answer, output, choices)
 
     per_cent, intervals = accuracies(correct)
-    by_their_rule = {**accuracies(official)[0], "counts": official_groups}
-    return {**per_cent, "intervals": intervals, "groups": groups, "official": by_their_rule,
-            "counts": dict(counts), "correct": correct}
+    counts = {"records": len(records), "no_answer": no_answer}
+    return {**per_cent, "intervals": intervals, "official": accuracies(official)[0],
+            "counts": counts, "correct": correct}
 
 
 def ser_class(output, classes):
@@ -390,11 +342,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
         how = {"view": view, "words": words, "temperature": temperature, **decoding}
         for e, output in zip(asked, generate(model, processor, asked, **how)):
             kind = e.kind or e.task
-            choices = e.choices
-            answer = e.answer
-            # VoiceBench's choices are in the sound, and the answer is a letter.
-            if not choices and re.fullmatch("[A-Z]", answer):
-                choices, answer = predictions.lettered(answer, data.spoken_choices(e.transcript))
+            choices, answer = judge.choices_and_answer(e)
             right = judge.agree(output, answer, choices)
             correct[view][kind][e.id] = right
             sample = {"id": e.id, "view": view, "transcript": e.transcript, "question": e.question}
@@ -440,15 +388,6 @@ def report_gap(results, before=None):
     return "\n".join(lines)
 
 
-def with_unspoken(table, ids):
-    """table_of's dict, with these questions counted as wrong in both views: a kind of their own."""
-    if not ids:
-        return table
-    wrong = {UNSPOKEN: dict.fromkeys(ids, False)}
-    correct = {view: {**table["correct"][view], **wrong} for view in predictions.VIEWS}
-    return {**table, **table_of(correct)}
-
-
 def together(by_set):
     """set -> table_of's dict -> one such dict of all questions, whose kinds are the sets."""
     correct = {view: {} for view in predictions.VIEWS}
@@ -458,18 +397,6 @@ def together(by_set):
             verdicts = predictions.flat(table["correct"][view])
             correct[view][name] = {f"{name} {i}": verdict for i, verdict in verdicts.items()}
     return table_of(correct)
-
-
-def by_letters(samples, guess):
-    """view -> VoiceBench's own count of the multiple choice questions among the samples."""
-    found = {}
-    for view in predictions.VIEWS:
-        of_view = [s for s in samples if s["view"] == view and "kind" in s]
-        choosing = [{**s, "task": "mcq"} for s in of_view if s["choices"]]
-        if choosing:
-            mcq = score_mmau(choosing, voicebench=True, guess=guess)
-            found[view] = {"accuracy": mcq["official"]["mcq"], "counts": mcq["counts"]}
-    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -495,7 +422,6 @@ def run_gap(args, rank, device):
 
     # 1. The questions, and what the baseline said to each of them
     sets = {}
-    left_out = {}
     befores = {}
     for name, file in zip(predictions.stems(args.data), args.data):
         examples = spoken(data.read_manifest(file, split=args.split))[:args.limit]
@@ -503,14 +429,9 @@ def run_gap(args, rank, device):
             raise data.DataError(f"{file}: has no example with a transcript, so nothing can be "
                                  "asked in both views; add transcripts")
         sets[name] = examples
-        left_out[name] = predictions.unspoken(file, examples)
-        if left_out[name] and (args.limit or args.split is not None):     # a part: no benchmark
-            say(f"{file}: {len(left_out[name]):,} questions could not be spoken and do not count "
-                "here, beside --limit or --split")
-            left_out[name] = []
         if baseline:
             correct = predictions.earlier_verdicts(baseline, name, examples, args.baseline)
-            befores[name] = with_unspoken(table_of(correct), left_out[name])
+            befores[name] = table_of(correct)
     data.check_audio(sum(sets.values(), []))        # by every rank, so that all stop for one clip
 
     # 2. The model, asked
@@ -519,13 +440,8 @@ def run_gap(args, rank, device):
     samples = []
     for name, examples in sets.items():
         how = {"batch_size": args.batch_size, **decoding}
-        table = evaluate_views(model, processor, examples, **how)
-        answered = table.pop("samples")
-        samples += [{"set": name, **s} for s in answered]
-        letters = by_letters(answered, args.seed if args.voicebench_guess else None)
-        if letters:
-            table["voicebench"] = letters
-        found[name] = with_unspoken(table, left_out[name])
+        found[name] = evaluate_views(model, processor, examples, **how)
+        samples += [{"set": name, **s} for s in found[name].pop("samples")]
 
     # 3. The tables: of each set and, of several, together
     whole = dict(found)
@@ -537,11 +453,6 @@ def run_gap(args, rank, device):
         if before:
             table["gap_reduction_percent"] = gap_reduction(before, table)
         say(f"-- {name}\n{report_gap(table, before)}")
-        if left_out.get(name):
-            say(f"{len(left_out[name]):,} of {table['questions']:,} questions could not be spoken: "
-                "counted as wrong")
-        for line in tables.voicebench_lines(table, args.voicebench_guess):
-            say(line)
     if rank > 0:
         return
 
@@ -581,35 +492,21 @@ def run_model(args, rank, device):
     out = predictions.write_samples(args.out, samples)
     # MMAU's format, for its own script
     write_json(out / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
-    tell(results, other, args, out / "results.json")
-
-
-def score_file(args):
-    """--task mmau and mcq: somebody's predictions."""
-    other = predictions.read_results(args.compare) if args.compare else None
-    records = predictions.read_predictions(args.predictions, args.task)
-    guess = args.seed if args.voicebench_guess else None
-    aqa = score_mmau(records, voicebench=args.task == "mcq", guess=guess)
-    tell({"aqa": aqa}, other, args, Path(args.out) if args.out else None)
-
-
-def tell(results, other, args, out):
-    """Write results.json, if there is a name for it, and print the tables."""
-    if out:
-        make_folder(out.parent)
-        write_json(out, {**results, "settings": vars(args)})
+    write_json(out / "results.json", {**results, "settings": vars(args)})
     print(tables.report(results))
-    if other is None:
-        return
+    if other:
+        print_comparison(results, other, args.compare)
+
+
+def print_comparison(results, other, path):
+    """--compare: each set of these results against the other's of the same name, paired."""
     decoded = ""
-    if "decoding" in results and "decoding" in other:
+    if "decoding" in other:
         decoded = predictions.differences(results["decoding"], other["decoding"])
     decoded = f", which was decoded with {decoded}" if decoded else ""
-    print(f"against {args.compare}{decoded}, paired, 95 % bootstrap interval:")
-    found = compare(results, predictions.merged(other, results.get("set")))
-    print(*tables.difference_lines(found), sep="\n")
-    for name, split in results.get("splits", {}).items():
-        found = compare(split, predictions.merged(other, name))
+    print(f"against {path}{decoded}, paired, 95 % bootstrap interval:")
+    for name, part in {results["set"]: results, **results["splits"]}.items():
+        found = compare(part, predictions.set_of(other, name))
         print(f"-- {name}", *tables.difference_lines(found), sep="\n")
 
 
@@ -617,27 +514,21 @@ def flags():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", required=True, choices=["mmau", "mcq", "aqa", "ser", "both", "gap"],
-        help="mmau: score a file of predictions, MMAU's or MMAR's; mcq: VoiceBench's (OpenBookQA, "
-             "MMSU); aqa, ser, both: run a model, on multiple choice, emotions or both; gap: the "
-             "same questions heard and read")
-    add("--out", help="mmau, mcq: the file for results.json; otherwise a folder (default "
-                      "runs/evaluate)")
+    add("--task", required=True, choices=["aqa", "ser", "both", "gap"],
+        help="multiple choice, emotions or both; gap: the same questions heard and read")
+    add("--out", default="runs/evaluate", help="folder for results.json and samples.jsonl")
     add("--compare", metavar="RESULTS",
-        help="another run's results.json: print how far this run is from it, paired")
+        help="aqa, ser, both: another run's results.json: print how far this run is from it, "
+             "paired")
     add("--baseline", metavar="RESULTS",
         help="gap: the results.json of the model before training: print the gap's reduction")
 
     # what is scored
-    add("--predictions", metavar="FILE",
-        help="mmau: MMAU's records with the output under model_output, or MMAR's "
-             "(answer_prediction); mcq: VoiceBench's (prompt, reference, response)")
-    add("--voicebench-guess", action="store_true",
-        help="mcq, gap: where VoiceBench's templates find no letter, draw one (--seed) as its "
-             "script does; default: wrong, counted")
-    add("--model", metavar="DIR", help="an audio language model: a folder, a name on the hub, or "
-                                       "a run's folder (its newest whole checkpoint)")
-    add("--data", metavar="FILE", nargs="+", help="manifests (data.py), each reported apart")
+    add("--model", metavar="DIR", required=True,
+        help="an audio language model: a folder, a name on the hub, or a run's folder (its newest "
+             "whole checkpoint)")
+    add("--data", metavar="FILE", nargs="+", required=True,
+        help="manifests (data.py), each reported apart")
     add("--split", help="only the manifest's examples of this split")
     add("--limit", type=int, help="only the first N examples")
 
@@ -654,27 +545,16 @@ def flags():
 
 
 def main(argv=None):
-    parser = flags()
-    args = parser.parse_args(argv)
-    from_file = args.task in ("mmau", "mcq")
-    for flag in ["predictions"] if from_file else ["model", "data"]:
-        if not getattr(args, flag):
-            parser.error(f"--task {args.task} needs --{flag}")
+    args = flags().parse_args(argv)
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "gap" else 0.6
 
-    rank, world, device = ranks.start_distributed()
+    rank, _, device = ranks.start_distributed()
     try:
-        if args.model:
-            args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
-        if rank == 0 and not from_file:
-            make_folder(args.out or "runs/evaluate")         # not after hours of answers
-        if from_file and world > 1:
-            raise data.DataError(f"--task {args.task} runs in one process, and torchrun started "
-                                 f"{world}; start it with python")
-        if from_file:
-            score_file(args)
-        elif args.task == "gap":
+        args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
+        if rank == 0:
+            make_folder(args.out)                           # not after hours of answers
+        if args.task == "gap":
             run_gap(args, rank, device)
         else:
             run_model(args, rank, device)

@@ -22,6 +22,7 @@ Nothing is guessed. No answer, or two that contradict each other, agrees with no
 bound, a negation or an alternative ("5 or 6") is what it says, never equal to one of its numbers.
 """
 import re
+import string
 
 import torch
 
@@ -262,6 +263,35 @@ def extract_choice(output_text, choices):
     return None
 
 
+def spoken_choices(text) -> list[str]:
+    """The choices that a spoken question lists itself, as VoiceBench's do, or []: lines "A. gold",
+    "B. silver", ... without a gap; or "A. gold B. silver C. iron D. tin" in one line."""
+    text = text or ""
+    listed = re.findall(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", text, re.M)
+    starts = [i for i, (letter, _) in enumerate(listed) if letter == "A"]
+    listed = listed[starts[-1]:] if starts else []
+    letters = "".join(letter for letter, _ in listed)
+    if len(letters) > 1 and string.ascii_uppercase.startswith(letters):
+        return [choice.strip() for _, choice in listed]
+    pieces = r".*(?<!\w)A[.):]\s*(.+?)\s+B[.):]\s*(.+?)\s+C[.):]\s*(.+?)\s+D[.):]\s*([^\n]+)"
+    found = re.search(pieces, text, re.S)
+    return [choice.strip() for choice in found.groups()] if found else []
+
+
+def choices_and_answer(example):
+    """An example's choices and its answer. Where the manifest lists none and the answer is a
+    letter, as in VoiceBench, they are those that the spoken question lists: the letter B is a
+    place, "B. silver", and never a choice that is itself called B."""
+    choices, answer = example.choices, example.answer
+    if choices or not re.fullmatch("[A-Z]", answer):
+        return choices, answer
+    choices = spoken_choices(example.transcript)
+    place = letter_place(answer)
+    if place >= len(choices):
+        return [], answer
+    return choices, f"{answer}. {choices[place]}"
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. Open answers: what does it state?
 
@@ -326,21 +356,13 @@ ASK = ("Question: {question}\nReference answer: {reference}\nGiven answer: {said
        "Do the two answers mean the same? Reply with yes or no.")
 
 
-def choices_of(example):
-    """The choices that the manifest lists, or else, where the answer is a letter, those that the
-    spoken question lists itself."""
-    if example.choices or not re.fullmatch("[A-Z]", example.answer or ""):
-        return example.choices
-    return data.spoken_choices(example.transcript)
-
-
 def load(name, device):
     """--judge: "rule" -> agree itself, otherwise a causal LM (folder or hub id).
 
     -> verdicts(triples): [(example, said, reference)] -> list of bool. Raises SystemExit with one
     sentence if the model cannot be loaded or has no word for yes or no."""
     if name == "rule":
-        return lambda triples: [agree(said, reference, choices_of(example))
+        return lambda triples: [agree(said, reference, choices_and_answer(example)[0])
                                 for example, said, reference in triples]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = models.load_text_model(name, dtype=dtype)

@@ -68,6 +68,7 @@ from plumbing.check import about_clips
 from plumbing.files import append_jsonl
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
+from plumbing.whole import newest_checkpoint
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
@@ -409,7 +410,7 @@ def train(args, run):
     dtype = torch.float32
     if args.weights == "bfloat16" or (args.lora and run.device.type == "cuda"):
         dtype = torch.bfloat16
-    args.student = checkpoints.newest_of(args.student, "student", args.out)
+    args.student = ranks.of_rank_zero(newest_checkpoint(args.student))
     student, processor = models.load_audio_model(args.student, dtype=dtype)
     tokenizer = processor.tokenizer
     verdicts = judge.load(args.judge, run.device)

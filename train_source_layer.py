@@ -59,10 +59,11 @@ import fused
 import layer_map
 import losses
 import models
-from plumbing import checkpoints, hearing, plots, ranks, saving, tables
+from plumbing import checkpoints, hearing, plots, ranks, saving
 from plumbing.check import about_clips
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
+from plumbing.whole import newest_checkpoint
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}
@@ -322,7 +323,7 @@ def train(args, run):
     if run.device.type == "cuda" or args.weights == "bfloat16":
         frozen_dtype = torch.bfloat16
     dtype = frozen_dtype if args.lora else getattr(torch, args.weights)
-    args.student = checkpoints.newest_of(args.student, "student", args.out)
+    args.student = ranks.of_rank_zero(newest_checkpoint(args.student))
     student, processor = models.load_audio_model(args.student, dtype=dtype)
     used = hearing.check(student.to(run.device), processor)
 
@@ -334,8 +335,7 @@ def train(args, run):
         if args.acoustic_teacher == "snapshot":
             snapshot = models.frozen_copy(student, frozen_dtype)
         else:
-            args.acoustic_teacher = checkpoints.newest_of(
-                args.acoustic_teacher, "acoustic_teacher", args.out)
+            args.acoustic_teacher = ranks.of_rank_zero(newest_checkpoint(args.acoustic_teacher))
             snapshot = models.load_same_shape(args.acoustic_teacher, student, frozen_dtype)
         models.cast(snapshot.to(run.device), frozen_dtype).requires_grad_(False)
         snapshot.set_output_embeddings(nn.Identity())   # it is never asked for a word
@@ -436,9 +436,7 @@ def train(args, run):
     # 3.9 The loop
     for step, batches in run.batches(examples, micro_batches):
         if before and run.evaluation_is_due():
-            middle = score(f"eval-{step:07d}")
-            for sentence in tables.name_failures(before, middle):
-                run.say(f"step {step}: {sentence}")
+            score(f"eval-{step:07d}")
 
         # 1. Losses are means over the tokens of the WHOLE step, all ranks and micro-batches
         batches = [batch.to(run.device) for batch in batches]
@@ -470,8 +468,6 @@ def train(args, run):
         after = score("after")
         table = evaluate.report_change(before, after)
         run.finish(table, plots.plot_run, before=before, after=after)
-        if not args.dry_run:                                # eight questions a task show nothing
-            run.say("\n".join(tables.name_failures(before, after)))
         if args.data is None and not args.dry_run:
             run.say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(
                 *EXPECTED["aqa"], *EXPECTED["ser"]))

@@ -5,14 +5,12 @@ Is the data good? Every clip is decoded from end to end before anything trains o
     python data.py check FILE                           # names every fault, and what looks odd
 
 A fault is what training cannot use: a clip that is missing, empty, cut off, too long or too short,
-silent, or not finite. Odd is what it can use, but somebody should look at: clipping, 8 bits, an MP3
-that does not know its length.
+silent, or not finite. Odd is what it can use, but somebody should look at: clipping.
 """
 import itertools
 import math
 import os
-import struct
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +32,7 @@ TASK = 8            # clips that a thread decodes before it asks for more
 class Clip:
     """What a clip turned out to be when it was decoded."""
     seconds: float
-    rate: int
-    channels: int
-    odd: list[str]                      # sentences about what is no fault, but worth a look
+    odd: str | None                     # a sentence about what is no fault, but worth a look
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,10 +92,9 @@ def decode(path, *, where=None, max_seconds=None) -> Clip:
     there = 0                           # frames
     clipped = 0                         # samples, the mean of the channels
     low, high = math.inf, -math.inf     # of the mean of the channels
-    loudest = 0.0                       # peak to peak, of a channel in a block
     with open_audio(path, where=where, max_seconds=max_seconds) as file:
         rate, frames, channels = file.samplerate, file.frames, file.channels
-        form, subtype = file.format, file.subtype
+        guessed = file.format == "MP3"              # many do not say how long they are
         while there < frames:
             block = read_frames(file, max(1, BLOCK // channels), clip)
             if not len(block):
@@ -111,91 +106,37 @@ def decode(path, *, where=None, max_seconds=None) -> Clip:
                                 "make or fetch it again")
             low = min(low, float(mono.min()))
             high = max(high, float(mono.max()))
-            loudest = max(loudest, float(block.max() - block.min()))
             if max(block.max(), -block.min()) >= FULL:
                 full = np.abs(block) >= FULL
                 clipped += int((full[2:] & full[1:-1] & full[:-2]).sum()) / channels
 
-    # Some encoders of MP3 count their own tag as a frame of 1,152; others leave us with a guess
-    slack = 2 * 1152 if form == "MP3" else 0
-    guessed = form == "MP3" and not _knows_length(path)
     seconds = there / rate
-    if there == 0 or (there < frames - slack and not guessed):
+    if there == 0 or (there < frames and not guessed):
         raise DataError(f"{clip} is cut off ({seconds:.2f} s of the {frames / rate:.2f} s that its "
                         "header promises are there); make or fetch it again")
     if high - low < SILENT:
-        reason = f"its {seconds:.2f} s are all zeros or next to it"
-        if loudest >= SILENT:
-            reason = "its channels cancel each other when they are mixed"
-        raise DataError(f"{clip} is silent ({reason}); make it again, or leave the line out")
-
-    odd = []
+        raise DataError(f"{clip} is silent (its {seconds:.2f} s, mixed to mono, are all zeros or "
+                        "next to it); make it again, or leave the line out")
+    odd = None
     if clipped > 0.01 * there:
-        odd.append(f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full "
-                   "scale); record it at a lower level")
-    if subtype in ("PCM_U8", "PCM_S8"):
-        odd.append(f"{clip} has samples of 8 bits ({subtype}), whose noise is heard; "
-                   "use its original if there is one")
-    if guessed:
-        odd.append(f"{clip} is an MP3 that does not say how long it is ({frames / rate:.2f} s is a "
-                   "guess, what lies beyond is not read); convert it to FLAC")
-    return Clip(seconds, rate, channels, odd)
+        odd = (f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full "
+               "scale); record it at a lower level")
+    return Clip(seconds, odd)
 
 
 def missing_bytes(path, form) -> int:
-    """How many bytes the headers of a WAV or an OGG promise beyond the file's end: libsndfile
-    shortens such a clip without a word. form: soundfile's name of the format."""
-    if form not in ("WAV", "WAVEX", "RF64", "OGG"):
+    """How many bytes a WAV's header promises beyond the file's end: libsndfile shortens such a clip
+    without a word. form: soundfile's name of the format. (Of the other formats it says so itself,
+    but for OGG and MP3, of which a cut clip is only a shorter one.)"""
+    if form not in ("WAV", "WAVEX"):
         return 0
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return _missing_of_ogg(file, size) if form == "OGG" else _missing_of_wav(file, size)
-
-
-def _missing_of_ogg(file, size) -> int:
-    # A page has 27 bytes, the lengths of its parts, and these: 65,307 bytes at most
-    file.seek(max(0, size - 2**17))
-    tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")):]
-    if len(page) < 27:
-        return 27 - len(page)
-    parts = page[26]
-    return 27 + parts + sum(page[27:27 + parts]) - len(page)
-
-
-def _missing_of_wav(file, size) -> int:
-    order = ">4sI" if file.read(12)[:4] == b"RIFX" else "<4sI"
-    true_size = None
-    while True:
         head = file.read(8)
-        if len(head) < 8:
-            return 0
-        name, promised = struct.unpack(order, head)
-        if name == b"data":
-            if true_size and promised == 2**32 - 1:
-                promised = true_size
-            absent = promised - (size - file.tell())
-            # A writer to a pipe cannot know the size, and promises 2 or 4 GiB, more or less
-            stream = min(abs(promised - 2**31), abs(promised - 2**32)) < 2**13 or promised > 2**40
-            # Up to 128: some writers count their own header in
-            return absent if absent > 128 and not stream else 0
-        if name == b"ds64":                             # RF64: for more than 4 GiB
-            true_size = int.from_bytes(file.read(16)[8:], "little")
-            promised -= 16
-        file.seek(promised + promised % 2, os.SEEK_CUR)
-
-
-def _knows_length(path) -> bool:
-    # An MP3 whose first frame has no such tag does not say how long it is: libsndfile guesses by
-    # the bit rate there, and reads no further
-    with open(path, "rb") as file:
-        head = file.read(10)
-        start = 0
-        if head[:3] == b"ID3":                          # its size has 7 bits a byte
-            start = 10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(head[6:]))
-        file.seek(start)
-        frame = file.read(4096)
-    return any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
+    promised = 8 + int.from_bytes(head[4:], "big" if head[:4] == b"RIFX" else "little")
+    # A writer to a pipe cannot know the size, and promises 2 or 4 GiB, more or less
+    streamed = min(abs(promised - 2**31), abs(promised - 2**32)) < 2**13
+    absent = promised - path.stat().st_size
+    return absent if absent > 128 and not streamed else 0      # some count their own header twice
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,7 +226,8 @@ def command(args):
             faults.append(f"{example.where}: {clip}")
         else:
             good.append((example, clip))
-            odd += [f"{example.where}: {sentence}" for sentence in clip.odd]
+            if clip.odd:
+                odd.append(f"{example.where}: {clip.odd}")
 
     prefix = f"{Path(args.file)}:"
     faults.sort(key=lambda fault: int(fault.removeprefix(prefix).partition(":")[0]))
@@ -317,17 +259,7 @@ def load_tokenizer(name):
 
 
 def print_table(good, tokenizer):
-    """[(Example, Clip)] -> how many, how long and how many tokens, by task, and what is converted
-    when it is read."""
-    rates = Counter(clip.rate for _, clip in good if clip.rate != data.SAMPLE_RATE)
-    converted = [f"{count:,} from {rate:,} Hz" for rate, count in sorted(rates.items())]
-    mixed = sum(clip.channels > 1 for _, clip in good)
-    if mixed:
-        converted.append(f"{mixed:,} from several channels")
-    if converted:
-        print(f"converted to {data.SAMPLE_RATE:,} Hz, mono, as they are read: "
-              f"{', '.join(converted)}")
-
+    """[(Example, Clip)] -> how many, how long and how many tokens, by task."""
     rows = defaultdict(list)            # task -> [(seconds, question tokens, response tokens)]
     for example, clip in good:
         question = tokenizer(data.question_text(example), add_special_tokens=False)["input_ids"]

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import shutil
-import uuid
 import warnings
 from pathlib import Path
 
@@ -25,11 +24,6 @@ import torch.distributed as dist
 import models
 from plumbing import ranks, saving, whole
 from plumbing.files import flush, make_folder, read_json, writing
-
-try:
-    import fcntl
-except ImportError:             # Windows: nothing keeps two runs out of one --out there
-    fcntl = None
 
 OPTIMIZER_FILE = 5 * 10**9      # bytes, about, in one file of the optimizer's
 
@@ -171,56 +165,7 @@ def _remove(checkpoint):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. The run's folder: whose it is, and where it goes on
-
-def claim(folder):
-    """Take a run's folder for this process, as long as it lives; the folder is made.
-
-    Raises SystemExit, on every rank, where another run holds it, where it cannot be written, or
-    where a rank does not see what rank 0 writes there."""
-    mark = Path(folder) / ranks.of_rank_zero(f"partial-{uuid.uuid4().hex}")
-    fault = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            # A lock dies with its process, or when any descriptor of the file is closed: this one
-            # never is. lockf, not flock, which the data workers would inherit.
-            with writing(folder):
-                descriptor = os.open(make_folder(folder) / "lock", os.O_RDWR | os.O_CREAT)
-            if fcntl:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with writing(folder):
-                mark.mkdir()
-        except (BlockingIOError, PermissionError):          # POSIX allows both
-            fault = f"another run is writing into {folder}; wait for its end, or give another --out"
-        except SystemExit as error:
-            fault = str(error)
-    fault = ranks.of_rank_zero(fault)
-
-    if fault is None:
-        blind = [str(rank) for rank, sees in enumerate(ranks.gather_lists([mark.exists()]))
-                 if not sees]
-        if blind:
-            fault = (f"--out {folder} is not the same folder for all: rank {', '.join(blind)} does "
-                     "not see what rank 0 writes there; give one that every node can write to")
-    if fault:
-        raise SystemExit(fault)
-
-
-def newest_of(path, name, out):
-    """The model that the flag `name` means by `path`, the same on every rank.
-
-    Of another run's folder that is its newest checkpoint; a run that goes on in `out` takes the one
-    that it began with. Raises SystemExit where that one is gone."""
-    before = None
-    if complete(out) and not _was_dry(out):
-        before = (read_json(Path(out) / "config.json") or {}).get(name)
-    if before and Path(before).resolve().parent == Path(path).resolve():
-        if not Path(before).is_dir():
-            raise SystemExit(f"{out} began with {before}, which is gone; put it back, or give "
-                             "another --out")
-        path = before
-    return ranks.of_rank_zero(whole.newest_checkpoint(path))
-
+# 2. The run's folder, and where the run goes on
 
 def find(folder, resume, dry_run):
     """The checkpoint that a run starts from, the same on every rank; None: from nothing.
@@ -265,9 +210,11 @@ def start_folder(folder, checkpoint):
     """Make a run's folder ready; what a kill or a dry run left there is removed.
 
     A run that does not go on from a checkpoint in it wants the folder to itself. Raises SystemExit
-    where it holds another run's checkpoints, which would pass for this run's own."""
+    where it holds another run's checkpoints, which would pass for this run's own. (Nothing keeps
+    two runs that start together out of one folder.)"""
     folder = Path(folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
+        make_folder(folder)
         with writing(folder):
             if checkpoint is None or not _is_inside(checkpoint, folder):
                 old_checkpoints = list(folder.glob("step-*"))

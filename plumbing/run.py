@@ -190,7 +190,6 @@ class Run:
 
     def start(self, steps, logs=("log",)):
         """Make --out this run's folder -> the checkpoint that it goes on from, or None."""
-        checkpoints.claim(self.out)
         self.checkpoint = checkpoints.find(self.out, self.args.resume, self.args.dry_run)
         checkpoints.start_folder(self.out, self.checkpoint)
         self.steps = steps

@@ -2,12 +2,6 @@
 What evaluate.py found, as text: the scores, the difference of two runs, the audio-text gap. Nothing
 is computed here.
 """
-OUR_TASKS = {"sound", "music", "speech", "mcq"}     # their categories are shown for MMAU's files
-NOTES = {
-    "indistinct": "a wrong choice has the answer's words: MMAU's rule takes it for right",
-    "no_gold": "the answer is none of the choices",
-    "no_letter": "VoiceBench's templates find no letter",
-}
 
 
 def report(results):
@@ -23,27 +17,16 @@ def report(results):
 
 
 def aqa_lines(aqa):
-    official = aqa["official"]
     counts = aqa["counts"]
-    rule = "VoiceBench's templates" if "no_letter" in counts else "raw text, MMAU's rule"
     wide = first_column(aqa)
-    lines = [f"{'AQA':{wide}}{'accuracy':>9}   95 % interval     {rule}"]
+    lines = [f"{'AQA':{wide}}{'accuracy':>9}   95 % interval     raw text, MMAU's rule"]
     for name in (*aqa["correct"], "average"):
         if aqa[name] is not None:
             low, high = aqa["intervals"][name]
             lines.append(f"{name:{wide}}{aqa[name]:9.2f}   [{low:5.2f}, {high:6.2f}]  "
-                         f"{official[name]:9.2f}")
-
-    # The benchmarks' own files and MMAR's mixes are also shown by category.
-    if "category" in aqa["groups"] or aqa["correct"].keys() - OUR_TASKS:
-        for key in ("category", "sub-category"):
-            for name, (hits, n) in sorted(aqa["groups"].get(key, {}).items()):
-                raw = official["counts"][key][name][0]
-                lines.append(f"    {name:36}{100 * hits / n:7.2f}{100 * raw / n:9.2f}   of {n}")
-
-    lines.append(f"{counts['records']} questions, {counts['skipped']} skipped (no model_output), "
-                 f"{counts['no_answer']} without a clear answer")
-    return lines + [f"in {counts[k]} of them {NOTES[k]}" for k in NOTES if counts.get(k)]
+                         f"{aqa['official'][name]:9.2f}")
+    lines.append(f"{counts['records']} questions, {counts['no_answer']} without a clear answer")
+    return lines
 
 
 def first_column(aqa):
@@ -107,40 +90,3 @@ def gap_lines(table, reductions):
         share = (reductions or {}).get(name)
         lines.append(line if share is None else f"{line}{share:18.1f} %")
     return lines
-
-
-def voicebench_lines(table, drawn):
-    """VoiceBench's own count, if the table has one. drawn: a letter is, where none is found."""
-    lines = []
-    for view, theirs in table.get("voicebench", {}).items():
-        counts = theirs["counts"]
-        lines.append(f"{view:6}multiple choice by VoiceBench's templates: "
-                     f"{theirs['accuracy']:.1f}; in {counts['no_letter']} of {counts['records']} "
-                     f"answers they find no letter{' and one is drawn' if drawn else ''}")
-    return lines
-
-
-def name_failures(before, after):
-    """Two evaluations of one run -> a sentence for each known failure that they show."""
-    sentences = []
-    scores = before.get("aqa", {})
-    was = {}
-    for name in ("sound", "music", "speech"):
-        if scores.get(name) is not None:
-            was[name] = scores[name]
-    gain = {name: after["aqa"][name] - was[name] for name in was}
-    lost = before["ser"]["ua"] - after["ser"]["ua"] if "ser" in before else 0
-    if lost > 2 and sum(gain.values()) > 0:
-        sentences.append(f"SER fell by {lost:.1f} points while AQA rose: the student forgets how "
-                         "to hear; raise --alpha-ac")
-    if gain.get("speech", 0) <= 5:
-        return sentences
-
-    # Share of the errors that are gone: points alone would blame a task near 100.
-    mended = {name: max(0, 100 * gain[name] / max(100 - was[name], 1)) for name in was}
-    for name in ("sound", "music"):
-        if name in was and mended[name] < mended["speech"] / 2:
-            sentences.append(f"{name} loses {mended[name]:.0f} % of its errors, speech "
-                             f"{mended['speech']:.0f} %: do the descriptions say too little of "
-                             f"{name}? read some")
-    return sentences

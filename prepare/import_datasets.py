@@ -64,6 +64,7 @@ import soundfile
 from tqdm import tqdm
 
 import data
+import judge
 from data import DataError
 
 # CoTA's configurations -> the task that their questions are reported by: four that its readers
@@ -621,7 +622,7 @@ def voicebench(row, where, args):
     prompt, letter = row["prompt"], str(row.get("reference")).strip()
     if not re.fullmatch("[A-Z]", letter):
         raise DataError(f"{where}: the reference is no letter, as it is in openbookqa and mmsu")
-    if not isinstance(prompt, str) or ord(letter) - 65 >= len(data.spoken_choices(prompt)):
+    if not isinstance(prompt, str) or ord(letter) - 65 >= len(judge.spoken_choices(prompt)):
         raise DataError(
             f"{where}: the prompt lists no choices A., B., ..., or none with the reference's letter"
         )

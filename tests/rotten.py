@@ -21,11 +21,9 @@ STAGES = {
     "summary": "A bell.",
 }
 ODD = {
-    "odd 8 bits": "8 bits (PCM_U8)",
     "odd clipped": "is clipped (",
     "odd clipped stereo": "is clipped (",
     "odd scaled": "is clipped (",
-    "odd mp3": "MP3 that does not say how long it is",
 }
 
 
@@ -56,11 +54,12 @@ def cut(share):
     return lambda content: content[: int(len(content) * share)]
 
 
-def claims(size, where=40):
-    """A WAV whose header says that it has `size` bytes of sound."""
+def claims(size, *places):
+    """A WAV whose header says so many bytes: of the file at place 4, of its sound at 40."""
 
     def change(content):
-        content[where : where + 4] = struct.pack("<I", size)
+        for place in places:
+            content[place : place + 4] = struct.pack("<I", size)
         return content
 
     return change
@@ -108,21 +107,21 @@ GOOD_AUDIO = {  # id -> (file, how to write it)
     "good non-ASCII": ("Ünï çødé/日本語 🎵.wav", sound(tone())),
     "good and quiet": ("quiet.wav", sound(tone(level=1e-3))),
     "good after a silence": ("late.wav", sound(np.concatenate([np.zeros(3 * RATE), tone()]))),
-    "good stream": ("stream.wav", altered(claims(2**32 - 1))),
-    "good stream of SoX": ("sox.wav", altered(claims(0x7FFFF000))),
-    "good but counts its header": ("header.wav", altered(claims(2 * 8_000 + 44))),
+    "good stream": ("stream.wav", altered(claims(2**32 - 1, 4, 40))),
+    "good stream of SoX": ("sox.wav", altered(claims(0x7FFFF000, 4, 40))),
+    "good but counts its header": ("header.wav", altered(claims(2 * 8_000 + 44, 4))),
     "good RF64": ("rf64.wav", sound(tone(), format="RF64")),
+    "good 8 bits": ("8 bits.wav", sound(tone(), subtype="PCM_U8")),
     "good RIFX": ("rifx.wav", sound(tone(), endian="BIG")),
     "good with another end": ("wav.mp3", altered(lambda content: content, format="WAV")),
     "good link": ("link.wav", symlink("good.wav")),
-    "odd 8 bits": ("8 bits.wav", sound(tone(), subtype="PCM_U8")),
     "odd clipped": ("clipped.wav", sound(np.clip(tone(level=2), -1, 1))),
     "odd clipped stereo": (
         "clipped stereo.flac",
         sound(np.stack([np.clip(tone(level=2), -1, 1), tone()], 1)),
     ),
     "odd scaled": ("scaled.wav", sound(30_000 * tone(), subtype="FLOAT")),
-    "odd mp3": (
+    "good mp3 that does not know its length": (
         "no tag.mp3",
         altered(without_tag, QUIET_THEN_LOUD, bitrate_mode="VARIABLE", compression_level=0.5),
     ),
@@ -130,10 +129,7 @@ GOOD_AUDIO = {  # id -> (file, how to write it)
 BAD_AUDIO = {  # fault -> (file, how to write it, words)
     "truncated WAV": ("cut.wav", altered(cut(0.6)), "is cut off (6,"),
     "truncated RIFX": ("cut-rifx.wav", altered(cut(0.6), endian="BIG"), "is cut off (6,"),
-    "truncated RF64": ("cut-rf64.wav", altered(cut(0.6), format="RF64"), "is cut off (6,"),
     "truncated FLAC": ("cut.flac", altered(cut(0.6)), "breaks off while decoding"),
-    "truncated MP3": ("cut.mp3", altered(cut(0.6)), "is cut off (0.2"),
-    "truncated OGG": ("cut.ogg", altered(cut(0.9), tone(3)), "is cut off ("),
     "truncated in its header": (
         "cut-early.wav",
         altered(lambda content: content[:30]),
@@ -143,7 +139,7 @@ BAD_AUDIO = {  # fault -> (file, how to write it, words)
     "zero samples": ("none.wav", sound(np.zeros(0)), "is empty (it holds no samples"),
     "a header without its length": (
         "unclosed.wav",
-        altered(claims(0)),
+        altered(claims(0, 40)),
         "its header does not know how many)",
     ),
     "too short": ("short.wav", sound(tone()[:320]), "too short for a single audio token"),
@@ -155,7 +151,7 @@ BAD_AUDIO = {  # fault -> (file, how to write it, words)
     "NaN": ("nan.wav", with_bad_sample(np.nan), "not finite"),
     "NaN in one channel": ("nan2.wav", with_bad_sample(np.nan, 2), "not finite"),
     "infinity": ("inf.wav", with_bad_sample(-np.inf), "not finite"),
-    "silence": ("silent.wav", sound(np.zeros(8_000)), "is silent (its 0.50 s are all zeros"),
+    "silence": ("silent.wav", sound(np.zeros(8_000)), "is silent (its 0.50 s, mixed"),
     "silence in an MP3": ("silent.mp3", sound(np.zeros(8_000)), "is silent (its 0.50 s"),
     "next to silence": ("hush.wav", sound(tone(level=5e-5)), "is silent ("),
     "silence at a level": (
@@ -166,12 +162,7 @@ BAD_AUDIO = {  # fault -> (file, how to write it, words)
     "channels that cancel": (
         "cancel.wav",
         sound(np.stack([tone(), -tone()], 1), subtype="FLOAT"),
-        "channels cancel each other",
-    ),
-    "a WAV of ten hours, by its header": (
-        "hours.wav",
-        altered(claims(36_000 * RATE * 2)),
-        "is cut off (1,151,984,000 bytes",
+        "is silent (",
     ),
     "a FLAC of ten hours, by its header": (
         "hours.flac",

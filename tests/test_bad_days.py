@@ -859,50 +859,6 @@ def test_a_run_that_starts_from_a_runs_folder_notes_which_checkpoint(flags, undi
     assert json.loads((out / "config.json").read_text())["student"] == str(base / "step-0000004")
 
 
-# -------------------- two runs, one folder -------------------------------------------------------
-
-
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_second_run_is_kept_out(ranks, flags, tmp_path):
-    """Another run into the same --out, or the same one started twice, is refused for as long as the
-    first one lives, and not a moment longer."""
-    out = tmp_path / "run"
-    argv = flags("source", out, "--max-steps", "1000")
-    first = fork("source", argv, out)
-    until(lambda: steps(out), first)
-    for more in ([], ["--resume", "auto"]):
-        second = fork("source", argv + more, out, ranks)
-        second.wait(120)
-        assert second.codes() == [1] * ranks and "Traceback" not in second.text(), second.text()
-        assert (
-            f"another run is writing into {out}; wait for its end, or give another --out"
-            in second.text()
-        ), second.text()
-    assert first.codes() == [None]
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    again = fork(
-        "source",
-        flags("source", out, "--max-steps", str(steps(out)[-1] + 1), "--resume", "auto"),
-        out,
-    )  # its data worker may still be about
-    assert again.wait() == 0 and "going on from step" in again.text(), again.text()
-    none_survive(first)
-
-
-def test_of_two_that_go_on_at_once_one_does(flags, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(undisturbed("source", 4), out)
-    argv = flags("source", out, "--max-steps", "6", "--resume", "auto")
-    runs = [fork("source", argv, out) for _ in range(2)]
-    assert sorted(run.wait() for run in runs) == [0, 1], said_by(out)
-    assert (
-        said_by(out).count("another run is writing into") == 1
-        and len(lines(out)) == 6
-        and steps(out) == [5, 6]
-    )
-
-
 # -------------------- files of a run -------------------------------------------------------------
 
 
@@ -980,52 +936,19 @@ def test_an_out_that_is_a_file(script, ranks, flags, tmp_path):
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [BlockingIOError(11, "held"), PermissionError(13, "held")])
-def test_a_lock_that_is_held(error, tmp_path, monkeypatch):
-    """Both are what POSIX allows a system to say of another's lock."""
-
-    def refuse(*_):
-        raise error
-
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
-    with pytest.raises(SystemExit, match="another run is writing into"):
-        checkpoints.claim(tmp_path / "run")
-
-
-def test_a_run_goes_on_from_the_student_that_it_began_with(tmp_path):
-    """--student runs/a means its newest checkpoint: at the start, and not at each restart."""
-    for step in (1, 2):
-        (tmp_path / f"a/step-{step:07d}").mkdir(parents=True)
-        write_json(tmp_path / f"a/step-{step:07d}/checkpoint.json", {"step": step})
-
-    def newest(path):
-        return checkpoints.newest_of(str(path), "student", tmp_path / "b")
-
-    assert newest(tmp_path / "a") == str(tmp_path / "a/step-0000002")
-    checkpoint = tmp_path / "b/step-0000001"
-    checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "checkpoint.json", {"step": 1})
-    write_json(tmp_path / "b/config.json", {"student": str(tmp_path / "a/step-0000001")})
-    assert newest(tmp_path / "a") == str(tmp_path / "a/step-0000001")
-    assert newest(mini.world.MINI / "student") == str(mini.world.MINI / "student")
-    shutil.rmtree(tmp_path / "a/step-0000001")
-    with pytest.raises(SystemExit, match="began with .*step-0000001, which is gone"):
-        newest(tmp_path / "a")
-
-
 def test_an_out_that_nobody_may_write_to(tmp_path, monkeypatch):
     """root may write anywhere, so that the system's answer is put in; and in /proc nobody makes a
     folder."""
     with pytest.raises(
         SystemExit, match=r"^/proc/run cannot be written \(\[Errno 2\].*give another --out"
     ):
-        checkpoints.claim("/proc/run")
+        checkpoints.start_folder("/proc/run", None)
     monkeypatch.setattr(os, "access", lambda path, how: False)
     with pytest.raises(
         SystemExit,
         match=r"run cannot be written \(no permission, or a read-only disk\); make room there or give another --out",  # noqa: E501
     ):
-        checkpoints.claim(tmp_path / "run")
+        checkpoints.start_folder(tmp_path / "run", None)
     with pytest.raises(SystemExit, match="run cannot be written"):
         evaluate.main(
             [
@@ -1056,31 +979,8 @@ def test_a_disk_that_is_full_at_the_start(script, disk, flags, tmp_path):
     ), run.text()
 
 
-def test_a_disk_that_is_full_when_a_result_is_written(disk, tmp_path):
-    if not disk:
-        pytest.skip("no small disk can be mounted here")
-    said = tmp_path / "said.json"
-    said.write_text(
-        json.dumps(
-            [
-                {
-                    "id": "1",
-                    "task": "sound",
-                    "choices": ["bell", "dog"],
-                    "answer": "bell",
-                    "model_output": "bell",
-                }
-            ]
-        )
-    )
-    bad_days.fill(disk / "other")
+def test_an_evaluation_that_cannot_be_written_is_not_begun(tmp_path):
     (tmp_path / "file").write_text("mine")
-    for out in (disk / "results.json", tmp_path / "file" / "results.json"):
-        with pytest.raises(
-            SystemExit,
-            match=f"^{out.parent}.* cannot be written .*make room there or give another --out",
-        ):
-            evaluate.main(["--task", "mmau", "--predictions", str(said), "--out", str(out)])
     with pytest.raises(
         SystemExit, match=f"^{tmp_path / 'file'} cannot be written .*File exists"
     ):  # before a model is loaded

@@ -890,7 +890,7 @@ def test_check_command(world, tmp_path, tiny_processor, monkeypatch, capsys):
     check(world, "--student", tmp_path / "student")
     lines = capsys.readouterr().out.splitlines()
     assert "4 examples are valid" in lines[0]
-    table = {line.split()[0]: line.split()[1:] for line in lines[5:]}
+    table = {line.split()[0]: line.split()[1:] for line in lines[4:]}
     assert (
         list(table) == ["sound", "speech", "together"]
         and table["speech"][:3] == ["3", "1.4", "2.9"]

@@ -30,8 +30,6 @@ import sampler
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice
 from plumbing import plots, tables
-from plumbing.predictions import read_predictions
-from plumbing.voicebench import voicebench_letter
 
 ROOT = Path(__file__).parent.parent
 METALS = ["gold", "silver", "white gold", "a ring"]
@@ -205,187 +203,37 @@ def test_official_rule(answer, prediction, choices, right):
         )
 
 
-def record(n, task, output, answer="gold", choices=("gold", "silver", "a ring"), **more):
-    out = {} if output is None else {"model_output": output}
-    return {
-        "id": f"q{n}",
-        "question": "?",
-        "choices": list(choices),
-        "answer": answer,
-        "task": task,
-        **out,
-        **more,
-    }
-
-
 def test_score_mmau():
+    said = [
+        ("sound", "gold"),
+        ("sound", "The answer is (A) gold"),
+        ("sound", "silver"),
+        ("music", "<THINK>silver</THINK><RESPONSE>gold</RESPONSE>"),
+        ("speech", "gold or silver"),
+        ("speech", ""),
+    ]
+    choices = ["gold", "silver", "a ring"]
     records = [
-        record(0, "sound", "gold", difficulty="easy"),
-        record(1, "sound", "The answer is (A) gold", difficulty="hard"),
-        record(2, "sound", "silver"),
-        record(3, "music", "<THINK>silver</THINK><RESPONSE>gold</RESPONSE>"),
-        record(4, "music", None),
-        record(5, "speech", "gold or silver"),
-        record(6, "speech", ""),
+        {"id": f"q{n}", "choices": choices, "answer": "gold", "task": task, "model_output": output}
+        for n, (task, output) in enumerate(said)
     ]
     score = score_mmau(records)
-    assert {k: score[k] for k in ("sound", "music", "speech", "average")} == pytest.approx(
-        {"sound": 200 / 3, "music": 100, "speech": 0, "average": 50}
+    tasks = ("sound", "music", "speech", "average")
+    assert [score[task] for task in tasks] == pytest.approx(
+        [200 / 3, 100, 0, 50]
     )  # micro: 3 of 6, not the mean of the tasks
-    assert {
-        k: score["official"][k] for k in ("sound", "music", "speech", "average")
-    } == pytest.approx({"sound": 100 / 3, "music": 0, "speech": 0, "average": 100 / 6})
-    assert score["official"]["counts"] == {
-        "task": {"sound": [1, 3], "music": [0, 1], "speech": [0, 2]},
-        "difficulty": {"easy": [1, 1], "hard": [0, 1]},
-        "sub-category": {},
-    }
-    assert score["counts"] == {
-        "records": 7,
-        "skipped": 1,
-        "no_answer": 2,
-        "indistinct": 0,
-        "no_gold": 0,
-    }
+    assert [score["official"][task] for task in tasks] == pytest.approx([100 / 3, 0, 0, 100 / 6])
+    assert score["counts"] == {"records": 6, "no_answer": 2}
     assert score["correct"] == {
         "sound": {"q0": True, "q1": True, "q2": False},
         "music": {"q3": True},
-        "speech": {"q5": False, "q6": False},
+        "speech": {"q4": False, "q5": False},
     }
     assert score["intervals"]["average"] == wilson(3, 6)
-    assert score_mmau([record(0, "sound", "gold")])["music"] is None
+    assert score_mmau(records[:1])["music"] is None
 
 
-def test_score_mmau_on_odd_records():
-    score = score_mmau(
-        [record(0, "music", "gold", answer="(A) gold")]
-    )  # a letter left in MMAU's own answer
-    assert score["music"] == 100 and score["official"]["music"] == 0
-    score = score_mmau(
-        [
-            record(
-                0,
-                "sound",
-                "beep, knock",
-                answer="knock, beep",
-                choices=["knock, beep", "beep, knock"],
-            ),
-            record(1, "sound", "gold", answer="platinum"),
-        ]
-    )
-    assert score["counts"]["indistinct"] == 1 and score["counts"]["no_gold"] == 1
-
-
-MMAR = [
-    {
-        "id": f"r{n}",
-        "audio_path": "a.wav",
-        "question": "?",
-        "choices": ["gold", "silver"],
-        "answer": "gold",
-        "modality": modality,
-        "category": layer,
-        "sub-category": sub,
-        "language": "en",
-        "answer_prediction": said,
-    }
-    for n, (modality, layer, sub, said) in enumerate(
-        [
-            ("sound", "Signal Layer", "Anomaly Detection", "gold"),
-            (
-                "mix-sound-speech",
-                "Semantic Layer",
-                "Counting",
-                "gold, not silver. The answer is gold",
-            ),
-            ("mix-sound-speech", "Semantic Layer", "Counting", "silver"),
-            ("mix-sound-music-speech", "Cultural Layer", "Imagination", None),
-        ]
-    )
-]
-
-
-def test_mmars_own_file_is_scored_by_modality_category_and_sub_category(
-    tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "mmar.jsonl").write_text("\n".join(map(json.dumps, MMAR)) + "\n")
-    (tmp_path / "mmar.json").write_text(json.dumps(MMAR))
-    for name in "mmar.jsonl", "mmar.json":
-        run_main(
-            monkeypatch,
-            "--task",
-            "mmau",
-            "--predictions",
-            tmp_path / name,
-            "--out",
-            tmp_path / "results.json",
-        )
-        aqa = json.loads((tmp_path / "results.json").read_text())["aqa"]
-        assert (
-            aqa["sound"],
-            aqa["mix-sound-speech"],
-            aqa["mix-sound-music-speech"],
-            aqa["music"],
-        ) == (100, 50, None, None)
-        assert (
-            aqa["average"],
-            aqa["official"]["average"],
-            aqa["counts"]["skipped"],
-        ) == pytest.approx((200 / 3, 100 / 3, 1))
-        assert aqa["groups"]["category"] == {"Signal Layer": [1, 1], "Semantic Layer": [1, 2]}
-        assert aqa["official"]["counts"]["category"] == {
-            "Signal Layer": [1, 1],
-            "Semantic Layer": [0, 2],
-        }
-        assert re.search(r"^    Semantic Layer +50.00 +0.00   of 2$", capsys.readouterr().out, re.M)
-
-
-# -------------------- VoiceBench's rule ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "output, letter",
-    [
-        ("B", "B"),
-        ("b.", "B"),
-        ("(C)", "C"),
-        ("B) gold", "B"),
-        ("The answer is B", "B"),
-        ("the correct answer is: **C. gold**", "C"),
-        ("I would choose D", "D"),
-        ("Option B: gold", "B"),
-        ("It is \\( \\boxed{\\text{C}} \\)", "C"),
-        ("The answer is:\n\n**B) gold**", "B"),
-        ("答案是D", "D"),
-        ("<1> C.", "C"),
-        ("B\n", None),
-        (TRACE + "<RESPONSE>C</RESPONSE>", "C"),
-        (TRACE + "<RESPONSE>The answer is A</RESPONSE>", "A"),  # "(B)" of the trace does not count
-        ("The answer is due to friction.", "D"),
-        ("The answer is beyond me", "B"),  # blind as it is
-        ("It is not A. or B, so the answer is C", "C"),  # an earlier template wins
-        (" B", None),
-        (" B.", "B"),
-        (" is the **B** ", "B"),
-        (" is the **B**", None),
-        ("it is option **B ", "B"),
-        ("it is:\n**B ", "B"),  # spaces count
-        ("it is \\( \\boxed{B ", "B"),
-        ("答案是‘B", "B"),
-        ("答案是'B", None),
-        ("is it a. or b.", "A"),
-        ("d. or c.", "C"),  # within a template the earlier letter, wherever it stands
-        ("gold", None),
-        ("", None),
-        ("Answer: B", None),
-        ("I say B", None),
-        ("E", None),
-        ("(E)", None),
-        (TRACE, None),
-    ],
-)
-def test_voicebench_letter(output, letter):
-    assert voicebench_letter(output) == letter
+# -------------------- spoken choices -------------------------------------------------------------
 
 
 PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answer? Select one of the following:\nA. gold\nB. silver\nC. white gold\nD. a ring"  # noqa: E501
@@ -403,59 +251,7 @@ PROMPT = "Which is yellow and rings like vitamin A. in a test?\nWhat is the answ
     ],
 )
 def test_spoken_choices(prompt, choices):
-    assert data.spoken_choices(prompt) == choices
-
-
-def test_voicebenchs_own_file(tmp_path, monkeypatch, capsys):
-    said = [
-        "B",
-        "The answer is silver",
-        "It is due to rust. (C)",
-        "no idea",
-        None,
-        "I say B",
-        *["no idea"] * 200,
-    ]
-    lines = [{"prompt": PROMPT, "reference": "B", **({"response": s} if s else {})} for s in said]
-    (tmp_path / "obqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
-
-    def score(*flags):
-        run_main(
-            monkeypatch,
-            "--task",
-            "mcq",
-            "--predictions",
-            tmp_path / "obqa.jsonl",
-            "--out",
-            tmp_path / "results.json",
-            *flags,
-        )
-        return json.loads((tmp_path / "results.json").read_text())["aqa"]
-
-    found = score()
-    assert list(found["correct"]["mcq"].values())[:5] == [True, True, False, False, True] and found[
-        "average"
-    ] == pytest.approx(300 / 205)
-    assert found["official"]["average"] == pytest.approx(100 / 205)
-    assert found["counts"] == {
-        "records": 206,
-        "skipped": 1,
-        "no_answer": 201,
-        "indistinct": 0,
-        "no_gold": 0,
-        "no_letter": 203,
-    }
-    assert "in 203 of them VoiceBench's templates find no letter" in capsys.readouterr().out
-    guessed = score("--voicebench-guess")
-    assert guessed == score("--voicebench-guess") != score("--voicebench-guess", "--seed", 1)
-    assert (
-        guessed["average"] == found["average"]
-        and 15 < guessed["official"]["average"] < 35
-        and guessed["counts"] == found["counts"]
-    )
-    (tmp_path / "obqa.jsonl").write_text('{"response": "B"}\n{"response": "B"}')
-    with pytest.raises(SystemExit, match="record 1 has no text under 'reference'"):
-        score()
+    assert judge.spoken_choices(prompt) == choices
 
 
 # -------------------- unweighted accuracy --------------------------------------------------------
@@ -1021,10 +817,7 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
         after["aqa"]["another"],
         after["aqa"]["average"],
     ) == (50, 100, 100, 75)
-    assert (
-        after["aqa"]["groups"]["sub-category"] == {"Counting": [3, 4]}
-        and after["samples"][0]["correct"]
-    )
+    assert after["samples"][0]["correct"] and after["samples"][0]["sub-category"] == "Counting"
     assert re.search(
         r"^mix +100.00", tables.report(after), re.M
     ) and "aqa another +100.00 points" in "\n".join(
@@ -1045,85 +838,12 @@ def run_main(monkeypatch, *arguments):
     evaluate.main()
 
 
-def test_command_line_scores_a_file(tmp_path):
-    records = [
-        record(n, task, "gold" if n % 3 else "silver")
-        for n, task in enumerate(["sound", "music", "speech"] * 4)
-    ]
-    (tmp_path / "predictions.json").write_text(json.dumps([*records, record(99, "sound", None)]))
-    command = [
-        sys.executable,
-        ROOT / "evaluate.py",
-        "--task",
-        "mmau",
-        "--predictions",
-        "predictions.json",
-        "--out",
-        "new/results.json",
-    ]
-    run = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "13 questions, 1 skipped" in run.stdout
-    results = json.loads((tmp_path / "new/results.json").read_text())
-    assert (
-        results["aqa"]["sound"] == 0
-        and results["aqa"]["music"] == 100
-        and results["aqa"]["average"] == pytest.approx(200 / 3)
-    )
-    assert results["settings"]["predictions"] == "predictions.json"
-
-
-def test_command_line_compares(tmp_path, monkeypatch, capsys):
-    worse, better = (
-        [record(n, "sound", output, choices=["gold", "silver"]) for n in range(20)]
-        for output in ("silver", "gold")
-    )
-    worse[0]["model_output"] = "gold"
-    (tmp_path / "worse.json").write_text(json.dumps(worse))
-    (tmp_path / "better.json").write_text(
-        json.dumps(better[::-1])
-    )  # pairs are found by id, not by place
-    run_main(
-        monkeypatch,
-        "--task",
-        "mmau",
-        "--predictions",
-        tmp_path / "worse.json",
-        "--out",
-        tmp_path / "worse_results.json",
-    )
-    results = json.loads((tmp_path / "worse_results.json").read_text())
-    (tmp_path / "training.json").write_text(json.dumps({"before": {}, "after": results}))
-    for name in "worse_results.json", "training.json":
-        capsys.readouterr()
-        run_main(
-            monkeypatch,
-            "--task",
-            "mmau",
-            "--predictions",
-            tmp_path / "better.json",
-            "--compare",
-            tmp_path / name,
-        )
-        assert "aqa average  +95.00 points  [+85.00, +100.00]  20 pairs" in capsys.readouterr().out
-    nothing = evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, results)
-    assert tables.difference_lines(nothing) == ["the two have no example in common"]
-
-
-def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples):
-    """Several files against another run's, in another order, or against a training run, which asked
-    them all at once; a file is never paired with another one that uses the same ids."""
+def test_compare_pairs_each_file_with_its_namesake(monkeypatch, tmp_path, capsys, make_wav):
+    """The files use the same ids for other questions. Against another evaluation, in another order,
+    and against a training run, which asked them all at once."""
 
     def write(name, right):
-        folder = tmp_path / name
-        folder.mkdir()
-        shutil.copy(examples[0].audio, folder / "x.wav")
+        make_wav(tmp_path / name / "x.wav")
         line = {"audio": f"{name}/x.wav", "question": "?", "choices": ["a", "b"], "answer": "a"}
         lines = [{"id": f"q{n}", **line, "task": "sound"} for n in range(4)]
         path = tmp_path / f"{name}.jsonl"
@@ -1135,6 +855,8 @@ def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples)
         return ["a" if planted[e.audio.parent.name, e.id] else "b" for e in asked]
 
     planted = {}
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "noise").mkdir()
     clean, noise = write("clean", 4), write("noise", 1)
     monkeypatch.setattr(evaluate, "generate", said)
     monkeypatch.setattr(evaluate.hearing, "check", lambda *_: None)
@@ -1152,6 +874,30 @@ def test_compare_finds_every_file_again(monkeypatch, tmp_path, capsys, examples)
     printed = capsys.readouterr().out
     assert "training.json, which was decoded with max_new_tokens 9, not 2048, temp" in printed
     assert "+100.00 points" in printed and "1 pairs" in printed
+
+    nothing = evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, asked)
+    assert tables.difference_lines(nothing) == ["the two have no example in common"]
+    for content in "[]", '{"aqa": 5}', '{"aqa": {"sound": 3}}':
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(SystemExit, match="other.json: holds no results"):
+            run_main(monkeypatch, *command, noise, "--compare", tmp_path / "other.json")
+    (tmp_path / "other.json").write_text("{")
+    with pytest.raises(SystemExit, match="other.json: cannot be read as JSON"):
+        run_main(monkeypatch, *command, noise, "--compare", tmp_path / "other.json")
+
+
+def test_an_answer_that_is_a_letter_is_a_place_not_a_choice():
+    """Blood groups: the answer A means the first choice, O."""
+    spoken = "Which group is it? A. O B. A C. AB D. B"
+    example = data.Example("x", None, "", [], "A", "speech", transcript=spoken)
+    choices, answer = judge.choices_and_answer(example)
+    assert choices == ["O", "A", "AB", "B"] and answer == "A. O"
+    said = ("A. O", "The answer is O.", "B. A", "The answer is (A).")
+    assert [judge.agree(one, answer, choices) for one in said] == [True, True, False, True]
+    example.answer = "E"
+    assert judge.choices_and_answer(example) == ([], "E")
+    example.choices = ["E", "F"]
+    assert judge.choices_and_answer(example) == (["E", "F"], "E")
 
 
 def test_compare_weighs_emotions_alike():
@@ -1198,10 +944,9 @@ def test_command_line_runs_a_model(
     assert {s["id"]: s["model_output"] for s in samples} == {
         e.id: text for e, text in zip(examples, expected)
     }
-    again = score_mmau(
-        read_predictions(out / "predictions.json")
-    )  # what is written can be scored again
-    assert again == results["aqa"]
+    predictions = json.loads((out / "predictions.json").read_text())
+    assert score_mmau(predictions) == results["aqa"]
+    assert predictions[0].keys() >= {"id", "audio_id", "question", "choices", "answer", "task"}
     capsys.readouterr()
     run_main(monkeypatch, "--task", "aqa", *tiny, "--limit", 2, "--out", out)
     assert "2 questions" in capsys.readouterr().out
@@ -1293,7 +1038,7 @@ def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path
 
 @pytest.mark.slow
 def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
-    """A clip that only rank 1 would ask about; a task for one process."""
+    """A clip that only rank 1 would ask about."""
     rows = [
         json.loads(line)
         for line in (examples[0].audio.parent / "manifest.jsonl").read_text().splitlines()
@@ -1302,118 +1047,8 @@ def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
     bad = examples[0].audio.parent / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, rows)))
     (bad.parent / "broken.wav").write_bytes(b"RIFF")
-    for task, words in (
-        ("both", "broken.wav"),
-        (
-            "mmau",
-            "--task mmau runs in one process, and torchrun started 2; start it with python",
-        ),
-    ):
-        done = by_ranks(
-            2,
-            tmp_path / task,
-            "--task",
-            task,
-            "--model",
-            tiny_folder,
-            "--data",
-            bad,
-            "--max-new-tokens",
-            2,
-            "--predictions",
-            "none.json",
-        )
-        sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
-        assert done.returncode and len(sentences) == 1 and words in sentences[0], done.stderr
-        assert (
-            done.stdout == ""
-            and not (tmp_path / task / "out").exists()
-            and 'evaluate.py", line' not in done.stderr
-        )
-
-
-GOOD = {
-    "id": "q",
-    "question": "?",
-    "choices": ["gold", "silver"],
-    "answer": "gold",
-    "task": "sound",
-    "model_output": "gold",
-}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "predictions.json: cannot be read as JSON (.*No such file"),
-        ("", "cannot be read as JSON"),
-        ("{", "cannot be read as JSON"),
-        (b"\xff\xfe", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ({"aqa": 1}, "holds no list of records"),
-        ([], "holds no list of records"),
-        ([GOOD, 3], "record 2 is not an object"),
-        ([{**GOOD, "id": 7}], "record 1 has no text under 'id'"),
-        ([{**GOOD, "answer": None}], "no text under 'answer'"),
-        ([{}], "no text under 'id'"),
-        ([{**GOOD, "choices": "gold"}], "no list of texts under 'choices'"),
-        ([{**GOOD, "choices": [1, 2]}], "no list of texts"),
-        ([{**GOOD, "model_output": ["gold"]}], "not text under 'model_output'"),
-        ([{**GOOD, "task": "average"}], "the task 'average', the name of one of the results"),
-        ([GOOD, GOOD], "record 2 repeats the id 'q'"),
-    ],
-)
-def test_bad_predictions_get_one_sentence(tmp_path, monkeypatch, content, message):
-    path = tmp_path / "predictions.json"
-    if content is not None:
-        path.write_bytes(
-            content
-            if isinstance(content, bytes)
-            else (content if isinstance(content, str) else json.dumps(content)).encode()
-        )
-    with pytest.raises(SystemExit, match=message.replace("(", r"\(")) as stop:
-        run_main(monkeypatch, "--task", "mmau", "--predictions", path)
-    assert str(path) in str(stop.value) and "\n" not in str(stop.value) and "; " in str(stop.value)
-
-
-def test_bad_flags_and_comparisons(tmp_path, monkeypatch, capsys):
-    for arguments, flag in (
-        ("mmau", "--predictions"),
-        ("aqa --data x", "--model"),
-        ("ser --model x", "--data"),
-    ):
-        with pytest.raises(SystemExit):
-            run_main(monkeypatch, "--task", *arguments.split())
-        assert f"needs {flag}" in capsys.readouterr().err
-    (tmp_path / "good.json").write_text(json.dumps([GOOD]))
-    for content in [], {"aqa": 5}, {"aqa": {"sound": 3}}:
-        (tmp_path / "other.json").write_text(json.dumps(content))
-        with pytest.raises(SystemExit, match="other.json: holds no results"):
-            run_main(
-                monkeypatch,
-                "--task",
-                "mmau",
-                "--predictions",
-                tmp_path / "good.json",
-                "--compare",
-                tmp_path / "other.json",
-            )
-
-
-def test_a_reference_letter_is_a_place_not_a_choice():
-    """Blood groups: the reference A means the first choice, O."""
-    choices, answer = evaluate.predictions.lettered("A", ["O", "A", "AB", "B"])
-    assert [
-        judge.agree(said, answer, choices)
-        for said in ("A. O", "The answer is O.", "B. A", "The answer is (A).")
-    ] == [True, True, False, True]
-    record = {
-        "id": "1",
-        "task": "mcq",
-        "choices": choices,
-        "answer": answer,
-        "model_output": "A. O",
-    }
-    found = evaluate.score_mmau([record], voicebench=True)
-    assert found["mcq"] == found["official"]["mcq"] == 100
-    assert evaluate.predictions.lettered("E", choices) == ([], "E")
+    how = ["--task", "both", "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2]
+    done = by_ranks(2, tmp_path / "both", *how)
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
+    assert done.returncode and len(sentences) == 1 and "broken.wav" in sentences[0], done.stderr
+    assert done.stdout == "" and 'evaluate.py", line' not in done.stderr

@@ -904,7 +904,7 @@ def test_voicebench(tmp_path, capsys):
     # Heard, not read
     assert (
         example.choices == []
-        and data.spoken_choices(prompt)[1] == "plants sprouting"
+        and judge.spoken_choices(prompt)[1] == "plants sprouting"
         and example.audio.is_file()
     )
     dropped(printed, "the reference is no letter", 2)
@@ -1187,7 +1187,7 @@ def test_voicebench_options_that_hold_initials(tmp_path, capsys):
         tmp_path / "out.jsonl",
     )
     assert len(lines) == 3
-    assert [data.spoken_choices(prompt)[1] for prompt in prompts] == [
+    assert [judge.spoken_choices(prompt)[1] for prompt in prompts] == [
         "Brown v. Board",
         "Franklin D. Roosevelt",
         "one",

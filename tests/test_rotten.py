@@ -74,11 +74,6 @@ def test_check_names_every_fault_and_what_is_odd_and_nothing_else(
         == f"{corpus[0]}: {len(lines)} examples are valid, {len(corpus[1])} have faults, "
         f"{len(odd)} odd things"
     )
-    assert (
-        rest[1]
-        == "converted to 16,000 Hz, mono, as they are read: 1 from 8,000 Hz, 1 from 44,100 Hz, "
-        "1 from 48,000 Hz, 2 from several channels"
-    )
     assert rest[-1].split()[:2] == ["together", str(len(lines))] and status.value.code == 1
 
 
@@ -106,23 +101,23 @@ def test_what_is_left_is_good(corpus, lines, clips):
         wave = data.load_audio(example.audio, where=example.where, max_seconds=30)
         assert abs(len(wave) - 16_000 * clip.seconds) <= 1
         assert wave.isfinite().all() and wave.max() - wave.min() > 1e-3
-        assert example.id == "odd mp3" or clip.seconds == data.audio_seconds(example.audio)
+        assert "mp3" in example.id or clip.seconds == data.audio_seconds(example.audio)
     examples = [example for example, _ in good]
     assert check.check_clips(examples, 30) == [clip.seconds for _, clip in good]
     assert check.check_clips([]) == []
 
 
 def test_load_audio_refuses_what_the_check_refuses_in_the_same_words(clips):
-    """But for silence and a missing end, which only the check before training looks for."""
+    """But for silence, which only the check before training looks for."""
     refusals = 0
     for example, clip in clips:
-        if not isinstance(clip, str) or " is silent (" in clip or " s that its header" in clip:
+        if not isinstance(clip, str) or " is silent (" in clip:
             continue
         with pytest.raises(data.DataError) as refused:
             data.load_audio(example.audio, where=example.where, max_seconds=30)
         assert str(refused.value) == f"{example.where}: {clip}"
         refusals += 1
-    assert refusals == len(rotten.BAD_AUDIO) - 6
+    assert refusals == len(rotten.BAD_AUDIO) - 5
 
 
 def test_the_first_fault_stops(corpus, lines, clips):
@@ -146,7 +141,7 @@ def test_in_small_blocks_as_in_one(clips, monkeypatch):
     examples = [example for example, _ in clips]
 
     def without_shares(clip):  # a run at full scale may lie across two blocks
-        return clip if isinstance(clip, str) else replace(clip, odd=[])
+        return clip if isinstance(clip, str) else replace(clip, odd=None)
 
     again = check.decode_all(examples, 30)
     assert [*map(without_shares, again)] == [without_shares(clip) for _, clip in clips]

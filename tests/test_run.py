@@ -217,22 +217,6 @@ assert step.weight.grad.dtype == torch.float32
         train_cord.main(["--shard", "--data", "any.jsonl"])
 
 
-def test_a_folder_that_is_not_the_same_for_all_is_refused(tmp_path):
-    on_two_ranks(
-        """
-checkpoints.claim("shared")
-try:
-    checkpoints.claim(f"of-rank-{rank}")
-except SystemExit as error:
-    assert "not the same folder for all: rank 1 does not see what rank 0 writes" in str(error)
-else:
-    raise AssertionError
-assert ranks.of_rank_zero(rank + 7) == 7
-""",
-        tmp_path,
-    )
-
-
 # -------------------- 2. numbers that go wrong ---------------------------------------------------
 
 

@@ -23,7 +23,7 @@ import losses
 import mini.world
 import models
 import train_source_layer
-from plumbing import checkpoints, tables
+from plumbing import checkpoints
 from plumbing.optimizer import learning_rate_factor, parameter_groups
 from plumbing.run import examples_of_step
 from train_source_layer import SourceLayerStep, main, parse_flags
@@ -649,16 +649,3 @@ def test_models_that_do_not_fit(world, tmp_path):
         main(small_run(world, tmp_path, "--batch-size", "5"))
     with pytest.raises(SystemExit, match="not a checkpoint"):
         main(small_run(world, tmp_path, "--resume", str(tmp_path)))
-
-
-def test_failures_are_named():
-    def results(sound, music, speech, ser):
-        return {"aqa": {"sound": sound, "music": music, "speech": speech}, "ser": {"ua": ser}}
-
-    assert tables.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 80)) == []
-    assert "--alpha-ac" in tables.name_failures(results(50, 50, 50, 80), results(60, 60, 60, 70))[0]
-    (sentence,) = tables.name_failures(results(50, 50, 50, 80), results(61, 51, 60, 80))
-    assert sentence.startswith("music") and "descriptions" in sentence
-    assert (
-        tables.name_failures(results(50, 90, 50, 80), results(60, 92, 60, 80)) == []
-    )  # near 100 two points are as much
