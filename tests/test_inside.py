@@ -163,6 +163,7 @@ def test_states_are_the_layers_that_lead_to_the_logits(world, loaded):
     ).float().mean() > 0.9  # the positions are those that predict the response
 
 
+@pytest.mark.slow
 def test_the_command_before_and_after_training(world, tmp_path):
     import train_source_layer
 

@@ -96,7 +96,11 @@ def nearly_equal(script, one, other):
 @pytest.mark.parametrize(
     "script, flags",
     [
-        ("train_source_layer.py", ("--batch-size", "8", "--micro-batch", "8")),
+        pytest.param(
+            "train_source_layer.py",
+            ("--batch-size", "8", "--micro-batch", "8"),
+            marks=pytest.mark.slow,
+        ),
         ("train_cord.py", ("--batch-size", "2", "--weights", "bfloat16", "--max-new-tokens", "12")),
     ],
 )
