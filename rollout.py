@@ -218,7 +218,6 @@ class Rollout:
     ids: list[int]              # its tokens, the one that ended it too
     text: str = ""
     ended: bool = True          # by itself; False: cut at max_new_tokens
-    reward: float = 0.0
     advantage: float = 0.0
     divergence: list[float] = field(default_factory=list)      # D_t of its tokens, once scored
 

@@ -161,7 +161,7 @@ def recite(prompts, references):
 
 
 def reward(rollouts, prompts, references, verdicts, run):
-    """r_i and A_i of the group's rollouts, in place, and their means for the log.
+    """The rewards r_i of the group's rollouts -> their advantages A_i, in place; the log's means.
 
     A prompt whose reference was cut at the token limit has none: its rollouts leave the group."""
     group = [r for r in rollouts if r.group]
@@ -185,8 +185,7 @@ def reward(rollouts, prompts, references, verdicts, run):
 
     # A_i = r_i - mean over the group                                      [prompts, N]
     advantages = losses.group_advantages(rewards)
-    for r, r_i, a_i in zip(group, rewards.flatten().tolist(), advantages.flatten().tolist()):
-        r.reward = r_i
+    for r, a_i in zip(group, advantages.flatten().tolist()):
         r.advantage = a_i
 
     # Groups whose rewards are all alike teach nothing
@@ -210,7 +209,7 @@ class CordBatch:
     kl_rollouts: list           # the Rollouts of the text view, in its order
 
 
-def pack(rollouts, prompts, processor, size, device):
+def micro_batches(rollouts, prompts, processor, size, device):
     """Rollouts -> CordBatches of at most `size`; what carries no gradient stays out.
 
     A prompt's rollouts go together, so that they share it; long prompts go with long ones, so that
@@ -513,11 +512,11 @@ def train(args, run):
 
         # 3. Losses are means over the rollouts of the WHOLE step, all ranks and micro-batches
         counts = run.sum(kl=sum(r.kl for r in rollouts), group=sum(r.group for r in rollouts))
-        batches = pack(rollouts, prompts, processor, args.micro_batch, run.device)
+        batches = micro_batches(rollouts, prompts, processor, args.micro_batch, run.device)
         # FSDP needs as many batches on every rank: fill up with one that has no gradient
-        no_gradient = dataclasses.replace(rollouts[0], kl=False, advantage=0.0)
+        no_gradient = [dataclasses.replace(rollouts[0], kl=False, advantage=0.0)]
         batches = run.equalised(
-            batches, idle=lambda: pack([no_gradient], prompts, processor, 1, run.device)[0])
+            batches, idle=lambda: micro_batches(no_gradient, prompts, processor, 1, run.device)[0])
 
         # 4. p(. | transcript): the teacher READS the words, then the same y; no gradient
         with autocast():

@@ -92,7 +92,8 @@ def batches_of(args, built, flags, examples, device, roll_out, read):
     # A judge would call random words all wrong; here all rollouts of the group count
     for i, r in enumerate(rollouts):
         r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
-    batches = train_cord.pack(rollouts, prompts, built.processor, flags.micro_batch, device)
+    batches = train_cord.micro_batches(
+        rollouts, prompts, built.processor, flags.micro_batch, device)
     n_kl, n_group = len(examples), len(examples) * flags.group_size
     work = [(batch, hidden, n_kl, n_group) for batch, hidden in zip(batches, read(batches))]
     views = []

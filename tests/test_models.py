@@ -334,7 +334,7 @@ def test_snapshot_and_teacher_are_read_with_the_adapter_off(adapted, folders, ex
         parts[0]["acoustic"], parts[1]["acoustic"]
     )
     prompts = data.encode_prompts(examples[:1], processor, processor.tokenizer, words="transcript")
-    (chunk,) = train_cord.pack(
+    (chunk,) = train_cord.micro_batches(
         [rollout.Rollout(0, 1.0, True, False, [1, 2, 3])], prompts, processor, 4, "cpu"
     )
     banned = torch.tensor([0])
