@@ -35,7 +35,7 @@ from transformers import (
 import models
 
 OMNI_TEMPLATE = STUDENT_TEMPLATE.replace("Audio 1: ", "").replace(
-    "<|audio_eos|>\\n", "<|audio_eos|>"
+    "<|audio_eos|>\n", "<|audio_eos|>"
 )
 FLAMINGO_TEMPLATE = OMNI_TEMPLATE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", "<sound>")
 GRANITE_TEMPLATE = (  # knows no parts: contents are text
