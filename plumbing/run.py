@@ -14,6 +14,7 @@ It holds no forward, no loss and no schedule. On N ranks every rank calls every 
 """
 import argparse
 import ctypes
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import data
 import models
-from plumbing import check, checkpoints, ranks
+from plumbing import check, checkpoints, ranks, tracking
 from plumbing.files import append_jsonl, open_log, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
@@ -74,6 +75,8 @@ def add_run_flags(add, *, out):
     add("--eval-every", 0, "steps between evaluations; 0: before and after alone")
     add("--eval-batch", 64, "questions answered at once on one rank")
     add("--no-eval", False, "train only")
+    add("--track", None, "send the log's numbers there too (plumbing/tracking.py)",
+        choices=["wandb", "tensorboard", "trackio"])
     add("--dry-run", False, "two steps and a small evaluation of everything, then stop")
     add("--workers", 1, "processes on each rank that prepare the next steps' clips")
     # many GPUs
@@ -93,6 +96,8 @@ def check_run_flags(args, parser):
                      "--epochs above 0")
     if min(args.workers, args.lora, args.eval_every) < 0:
         parser.error("--workers, --lora and --eval-every are at least 0")
+    if args.track and importlib.util.find_spec(args.track) is None:
+        parser.error(f"--track {args.track} needs its package: pip install {args.track}")
 
 
 def examples_of_step(examples, step, batch_size, seed):
@@ -137,6 +142,7 @@ class Run:
         self.handlers = {}                  # of SIGTERM and Ctrl-C, as they were before the loop
         self.signals = []                   # when SIGTERM and Ctrl-C came
         self.bad_steps = 0                  # in a row
+        self.track = None                   # sends numbers to --track
         torch.manual_seed(args.seed)
 
     def __enter__(self):
@@ -396,6 +402,12 @@ class Run:
 
         if self.rank == 0:
             append_jsonl(self.out / "log.jsonl", line)
+            if self.args.track and self.track is None:
+                self.track = tracking.start(self.args.track, self.out, self.first, vars(self.args))
+            if self.track:
+                numbers = {name: x for name, x in line.items() if isinstance(x, int | float)}
+                del numbers["step"]
+                self.track(numbers, self.done)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         now = time.time()

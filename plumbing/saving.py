@@ -1,5 +1,6 @@
 """Models on disk: saved as the hub has them, filled in again, and the card beside them."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -95,12 +96,18 @@ def _fill_adapter(model, file):
 def write_card(folder, *, base, script, flags, results=None):
     """README.md beside the weights: the base, the flags, and what the model scored (a table, as
     text). Nothing where there is no folder."""
+    import huggingface_hub
+
     folder = Path(folder)
     if not folder.is_dir():
         return
-    library = "peft" if (folder / models.ADAPTER).exists() else "transformers"
-    lines = ["---", f"base_model: {base}", f"library_name: {library}"]
-    lines += ["tags: [audio, distillation]", "---"]
+    about = {"pipeline_tag": "audio-text-to-text", "tags": ["audio", "distillation"]}
+    about["library_name"] = "peft" if (folder / models.ADAPTER).exists() else "transformers"
+    with contextlib.suppress(huggingface_hub.errors.HFValidationError):     # the hub wants its ids
+        huggingface_hub.utils.validate_repo_id(base)
+        if not Path(base).exists():
+            about["base_model"] = base
+    lines = ["---", huggingface_hub.ModelCardData(**about).to_yaml(), "---"]
     lines += [f"# {folder.resolve().parent.name}, {folder.name}", ""]
     lines += [f"{base}, trained further by `{script}` with these flags:", "", "```"]
     lines += [f"{name}: {value}" for name, value in flags.items() if value is not None]

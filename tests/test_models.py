@@ -712,11 +712,22 @@ def test_the_card_says_what_the_model_is(tmp_path):
         flags={"lr": 3e-5, "batch_size": 64, "resume": None},
         results="audio 51.7 61.7",
     )
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith(
-        "---\nbase_model: Qwen/Qwen2-Audio-7B-Instruct\nlibrary_name: transformers\n"
-    )
-    assert "batch_size: 64" in card and "resume" not in card and "audio 51.7 61.7" in card
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "Qwen/Qwen2-Audio-7B-Instruct",
+        "library_name": "transformers",
+        "pipeline_tag": "audio-text-to-text",
+        "tags": ["audio", "distillation"],
+    }
+    for words in ("batch_size: 64", "audio 51.7 61.7"):
+        assert words in card.text
+    assert "resume" not in card.text
+
+    # A folder is none of the hub's models, and its validator would refuse the card
+    for base in (str(models.MINI / "student"), "mini/student"):
+        saving.write_card(tmp_path, base=base, script="train_cord.py", flags={"student": base})
+        card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+        assert card.data.base_model is None and f"student: {base}" in card.text
 
 
 # ------------------------------------------- the traps -------------------------------------------
@@ -942,9 +953,8 @@ def test_a_run_with_lora_goes_on_and_merges(folders, world, tmp_path, monkeypatc
         for name in ("merged", "step-0000004")
     )
     assert all(torch.allclose(merged[key], from_adapter[key], atol=1e-6) for key in merged)
-    assert (
-        "base_model: " + student in (tmp_path / "whole" / "step-0000004" / "README.md").read_text()
-    )
+    card = (tmp_path / "whole" / "step-0000004" / "README.md").read_text()
+    assert f"{student}, trained further by" in card and "library_name: peft" in card
     refused(
         "was saved by another model, .*size mismatch",
         train_source_layer.main,

@@ -14,6 +14,7 @@ import safetensors.torch
 import scipy.spatial.distance
 import scipy.special
 import soundfile
+import test_tracking
 import torch
 
 import data
@@ -343,7 +344,7 @@ def one_process(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "OPTIMIZER_FILE", 10**6)  # so that there are several
-        main(small_run(world, out, "--save-every", "2"))
+        main(small_run(world, out, "--save-every", "2", "--track", "tensorboard"))
     return out
 
 
@@ -412,6 +413,15 @@ def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
     assert [line["grad_norm"] for line in log_of(tmp_path)] == [
         line["grad_norm"] for line in log_of(one_process)
     ]
+
+
+def test_a_tracker_has_what_the_log_has(one_process):
+    log = log_of(one_process)
+    numbers = test_tracking.scalars(one_process)
+    assert numbers.keys() == log[0].keys() - {"step"} >= {"loss", "lr", "memory_gb"}
+    for name, values in numbers.items():
+        expected = [(line["step"], pytest.approx(line[name])) for line in log]
+        assert values == expected, name
 
 
 def test_a_checkpoint_is_an_ordinary_model_with_its_projections_beside_it(one_process):
