@@ -142,11 +142,22 @@ def loss_inputs(args, device):
 
 def contenders(case, x):
     """{name: callable that returns the loss}; "ours" first, Liger's where it can be installed
-    (Linux). Its GRPO is worth -A, ours -A log p, with the same gradient."""
+    (Linux). Its GRPO is worth -A, ours -A log p, with the same gradient. TRL's (the chunked JSD of
+    its DistillationTrainer) is the divergence alone. "X, PART" has the gradient of "ours, PART"."""
     there = importlib.util.find_spec("liger_kernel") is not None
     if there:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
     gpu, tokens = x["hidden"].is_cuda, len(x["hidden"])
+
+    def trl(beta, count):
+        student, weight, teacher, teacher_weight, _ = heads
+        return chunked_divergence(
+            student, weight, None, teacher, teacher_weight, None, beta)[0].sum() / count
+
+    chunked_divergence = None
+    with contextlib.suppress(ImportError):                  # since TRL 1.16
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+        chunked_divergence = ChunkedDivergenceFunction.apply
     heads = [x[name] for name in ("hidden", "weight", "teacher", "teacher_weight", "labels")]
     if case == "states":
         how = dict(mean=x["taught"].float().mean(0), std=x["taught"].float().std(0))
@@ -174,10 +185,13 @@ def contenders(case, x):
             if there
             else {}
         )
+        works["ours, JSD alone"] = lambda: fused.jsd_ce(*heads, ce_weight=0.0)[0]
+        if chunked_divergence:
+            works["TRL, JSD alone"] = lambda: trl(0.5, tokens)
         if gpu and there:
             from liger_kernel.transformers import LigerFusedLinearJSD
 
-            works["Liger, Triton, JSD alone"] = lambda: LigerFusedLinearJSD()(*heads)
+            works["Liger's Triton, JSD alone"] = lambda: LigerFusedLinearJSD()(*heads)
         return works
 
     carries = torch.full((tokens,), case == "cord", device=x["hidden"].device)
@@ -195,12 +209,10 @@ def contenders(case, x):
         "the formula": lambda: losses.cord(*heads, **how)[0],
     }
     if case == "cord":
-        return {
-            **works,
-            "ours, uniform (alpha = beta = 1)": lambda: fused.cord(
-                *heads, **how, alpha=1.0, beta=1.0
-            )[0],
-        }
+        works["ours, alpha = beta = 1"] = lambda: fused.cord(*heads, **how, alpha=1.0, beta=1.0)[0]
+        if chunked_divergence:
+            works["TRL, alpha = beta = 1"] = lambda: trl(1.0, tokens // ROLLOUT)
+        return works
     if not there:
         return works
     grpo = LigerFusedLinearGRPOLoss(beta=0.0, compiled=gpu, use_ref_model=False, loss_type="grpo")
@@ -280,7 +292,7 @@ def bench_losses(args):
         f" forward and backward, head and hidden states learn; {args.rounds} rounds"
     )
     for case, title in CASES.items():
-        works, too_large, gradients, ours = contenders(case, x), [], None, None
+        works, too_large, gradients, ours = contenders(case, x), [], None, {}
         for name, loss in list(works.items()):
             try:
                 step_of(loss, x)()
@@ -294,11 +306,12 @@ def bench_losses(args):
             gradients = [
                 x[learner].grad.float() for learner in LEARN if x[learner].grad is not None
             ]
-            ours = gradients if name == "ours" else ours
-            off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients, ours))
-            if off > (3e-2 if gpu else 1e-4) and not name.endswith(
-                ("uniform (alpha = beta = 1)", "JSD alone")
-            ):
+            who, _, part = name.partition(", ")
+            if who == "ours":
+                ours[part] = gradients
+            twin = ours.get(part, ours[""])
+            off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients, twin))
+            if off > (3e-2 if gpu else 1e-4):
                 raise SystemExit(
                     f"{title}: the gradient of {name!r} is off ours by {off:.1e}; nothing is worth"
                     " timing"
