@@ -16,8 +16,7 @@ Nothing here is a list of families. What cannot be asked of the model's class is
 on two clips of noise (check): does the audio reach the decoder, are there as many placeholders as
 audio vectors, is the head a matrix alone, which parameters get a gradient, can rollouts share a
 prompt? So a family that nobody thought of works, or is refused with a sentence that says why.
-Tried with random weights: Qwen2-Audio, Qwen2.5-Omni and Qwen3-Omni (their thinkers, also out of a
-full checkpoint), AudioFlamingo3, Granite Speech.
+docs/families.md lists those of transformers.
 
     python models.py mini/student                          # check a model and print its parts
     python models.py mini/student --teacher mini/teacher   # and compare the vocabularies

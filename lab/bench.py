@@ -1,7 +1,7 @@
 """
 Speed and memory, side by side with the peers, in one run: what is quoted in README is printed here.
 
-    python -m lab.bench losses        # fused losses beside the formulas and Liger-Kernel: 3 minutes
+    python -m lab.bench losses        # beside the formulas, Liger-Kernel and TRL: 3 minutes
     python -m lab.bench step --script cord --shapes qwen2-audio-7b --layers 1 \\
         --prompts 1 --seconds 5 --response-tokens 50                        # two cores
     python -m lab.bench step --script cord --shapes qwen2-audio-7b       # a 141 GB GPU
@@ -20,6 +20,7 @@ contenders must agree on the gradients.
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -51,6 +52,7 @@ import sampler
 import train_cord
 import train_source_layer
 from lab import memory
+from lab.printed import Printed
 from plumbing import optimizer as split_adamw
 from plumbing import run
 from plumbing.optimizer import parameter_groups
@@ -104,6 +106,32 @@ def take_turns(works, rounds):
 def paired(times, name, other):
     """Median of the ratio name / other within each round."""
     return statistics.median(a / b for a, b in zip(times[name], times[other]))
+
+
+def ceiling(device):
+    """What a product of two bfloat16 matrices reaches here -> (FLOP/s, its side)."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).bfloat16()
+    return 2 * side**3 / min(seconds(lambda: a @ a) for _ in range(5)), side
+
+
+def bench_device(args, out):
+    """Versions, memory, and the two ceilings: a large product and a copy."""
+    device = the_device()
+    out.say(machine())
+    out.table("package", "version")
+    for name in ("torch", "transformers", "triton", "liger-kernel", "trl", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            out.row(name, importlib.metadata.version(name))
+    out.table("ceiling", "measured")
+    if device.type == "cuda":
+        out.row("memory, GB", f"{torch.cuda.mem_get_info()[1] / 1e9:.0f}")
+    flops, side = ceiling(device)
+    out.row(f"bfloat16 product of {side}, TFLOP/s", f"{flops / 1e12:.1f}")
+    numbers = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)
+    copy = torch.empty_like(numbers)
+    fastest = min(seconds(lambda: copy.copy_(numbers)) for _ in range(5))
+    out.row("copy, read and written, GB/s", f"{2 * numbers.nbytes / fastest / 1e9:,.0f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,8 +207,8 @@ def contenders(case, x):
         }
         works |= (
             {
-                "Liger, chunks of 1,024 (its default)": liger(1024),
-                "Liger, chunks of 128": liger(128),
+                "Liger in chunks of 1,024 (its default)": liger(1024),
+                "Liger in chunks of 128": liger(128),
             }
             if there
             else {}
@@ -219,7 +247,7 @@ def contenders(case, x):
     rollouts = [t.view(-1, ROLLOUT, *t.shape[1:]) for t in (heads[0], heads[4])]
     return {
         **works,
-        "Liger, GRPO": lambda: grpo(
+        "Liger's GRPO": lambda: grpo(
             rollouts[0], heads[1], rollouts[1], torch.ones_like(rollouts[1]), x["advantage"]
         )[0],
     }
@@ -229,20 +257,29 @@ def step_of(loss, x):
     def step():
         for name in LEARN:
             x[name].grad = None
-        loss().backward()
+        value = loss()
+        value.backward()
+        return value.item()
 
     return step
+
+
+def gradients_of(x):
+    return [x[name].grad for name in LEARN if x[name].grad is not None]
+
+
+def furthest(gradients, others):
+    """The largest relative distance of two lists of gradients."""
+    return max(((a.to(b.dtype) - b).norm() / b.norm()).item() for a, b in zip(gradients, others))
 
 
 def floor(case, x):
     """The products alone, into memory that is there already: two of logits and two of gradients;
     without a teacher one less."""
     h, w, t, v = (x[name].detach() for name in ("hidden", "weight", "teacher", "teacher_weight"))
-    z, dh, dw = (
-        torch.empty(len(h), len(w), dtype=h.dtype, device=h.device),
-        torch.empty_like(h),
-        torch.empty_like(w),
-    )
+    z = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
+    dh = torch.empty_like(h)
+    dw = torch.empty_like(w)
 
     def products():
         if case != "group":
@@ -255,7 +292,8 @@ def floor(case, x):
 
 
 def peak_of(case, name, args):
-    """Gigabytes that one contender needs beyond its inputs; runs in a process of its own."""
+    """Gigabytes that one contender needs beyond its inputs. On a CPU it wants a process of its own;
+    a GPU's allocator tells."""
     device = the_device()
     x = loss_inputs(args, device)
     step = step_of(contenders(case, x)[name], x)
@@ -265,94 +303,122 @@ def peak_of(case, name, args):
     return run.peak_memory_gb(device) - before
 
 
-def bench_losses(args):
+def exactness(case, args, device):
+    """{contender: (error of the loss, largest error of a gradient)}, relative, on two rollouts:
+    against the formula in float64, from the same numbers."""
+    x = loss_inputs(argparse.Namespace(**{**vars(args), "tokens": 2 * ROLLOUT}), device)
+    exact = {}
+    for name, tensor in x.items():
+        exact[name] = tensor.detach()
+        if tensor.is_floating_point():
+            exact[name] = exact[name].double().requires_grad_(tensor.requires_grad)
+    truth = step_of(contenders(case, exact)["the formula"], exact)()
+    errors = {}
+    for name, work in contenders(case, x).items():
+        if part_of(name) == "":
+            loss = step_of(work, x)()
+            off = furthest(gradients_of(x), gradients_of(exact))
+            errors[name] = abs(loss - truth) / abs(truth), off      # GRPO's loss is another one
+    return errors
+
+
+def part_of(name):
+    """"TRL, JSD alone" -> "JSD alone": what this contender has of the loss; "": all of it."""
+    return name.partition(", ")[2]
+
+
+def agreeing(case, x, gpu):
+    """Every contender once -> those that fit into memory, those that do not, and the seconds of
+    each one's first call, with what it compiles. Raises SystemExit where a gradient is another."""
+    works, too_large, first, ours = contenders(case, x), [], {}, {}
+    for name, loss in list(works.items()):
+        try:
+            first[name] = seconds(step_of(loss, x))
+        # The formula's matrices of tokens x vocabulary, on 80 GB
+        except torch.cuda.OutOfMemoryError:
+            if name == "ours":
+                raise
+            too_large.append(name)
+            del works[name]
+            continue
+        gradients = [gradient.float() for gradient in gradients_of(x)]
+        if name.startswith("ours"):
+            ours[part_of(name)] = gradients
+        off = furthest(gradients, ours[part_of(name)])
+        if off > (3e-2 if gpu else 1e-4):
+            raise SystemExit(f"{CASES[case]}: the gradient of {name!r} is off ours by {off:.1e}; "
+                             "nothing is worth timing")
+    return works, too_large, first
+
+
+def bench_losses(args, out):
     device = the_device()
     gpu = device.type == "cuda"
-    args.tokens, args.vocab = args.tokens or (8192 if gpu else 1024), args.vocab or (
-        151_936 if gpu else 16_384
-    )
-    args.hidden, args.teacher_hidden = args.hidden or (
-        3584 if gpu else 512
-    ), args.teacher_hidden or (4096 if gpu else 512)
+    sizes = {"tokens": (8192, 1024), "vocab": (151_936, 16_384), "hidden": (3584, 512),
+             "teacher_hidden": (4096, 512)}
+    for name, (on_a_gpu, on_a_cpu) in sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, on_a_gpu if gpu else on_a_cpu)
     if args.tokens % ROLLOUT:
-        raise SystemExit(
-            f"--tokens {args.tokens} is no multiple of {ROLLOUT}, the length of a rollout here;"
-            " change it"
-        )
-    x = loss_inputs(args, device)
-    # a clean process for each, with the libraries loaded once
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["torch", "plumbing.run", "losses", "liger_kernel.chunked_loss"]
-    )
-    fresh = ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1)
-    print(
-        f"{machine()}; {args.tokens:,} tokens, hidden {args.hidden:,}, teacher"
-        f" {args.teacher_hidden:,}, vocabulary {args.vocab:,}, {'bfloat16' if gpu else 'float32'};"
-        f" forward and backward, head and hidden states learn; {args.rounds} rounds"
-    )
+        raise SystemExit(f"--tokens {args.tokens} is no multiple of {ROLLOUT}, the length of a "
+                         "rollout here; change it")
+    fresh = None
+    if not gpu:
+        # a clean process for each, with the libraries loaded once
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(
+            ["torch", "plumbing.run", "losses", "liger_kernel.chunked_loss"])
+        fresh = ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1)
+
+    out.say(f"{machine()}; {args.tokens:,} tokens, hidden {args.hidden:,}, teacher "
+            f"{args.teacher_hidden:,}, vocabulary {args.vocab:,}, "
+            f"{'bfloat16' if gpu else 'float32'}; forward and backward, head and hidden states "
+            f"learn; {args.rounds} rounds")
     for case, title in CASES.items():
-        works, too_large, gradients, ours = contenders(case, x), [], None, {}
-        for name, loss in list(works.items()):
-            try:
-                step_of(loss, x)()
-            # The formula's matrices of tokens x vocabulary, on 80 GB
-            except torch.cuda.OutOfMemoryError:
-                if name == "ours":
-                    raise
-                too_large.append(name)
-                del works[name]
-                continue
-            gradients = [
-                x[learner].grad.float() for learner in LEARN if x[learner].grad is not None
-            ]
-            who, _, part = name.partition(", ")
-            if who == "ours":
-                ours[part] = gradients
-            twin = ours.get(part, ours[""])
-            off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients, twin))
-            if off > (3e-2 if gpu else 1e-4):
-                raise SystemExit(
-                    f"{title}: the gradient of {name!r} is off ours by {off:.1e}; nothing is worth"
-                    " timing"
-                )
-        del gradients, ours
-        products = {} if case == "states" else {"floor": floor(case, x)}
-        times = take_turns(
-            {**{name: step_of(loss, x) for name, loss in works.items()}, **products}, args.rounds
-        )
-        print(
-            f"\n| {title} | time, over ours | seconds | memory, over ours | GB | share of the floor"
-            " |\n| --- | --- | --- | --- | --- | --- |"
-        )
-        if gpu:
-            # The fresh processes need what the contenders had
-            torch.cuda.empty_cache()
+        x = loss_inputs(args, device)
+        works, too_large, first = agreeing(case, x, gpu)
+        steps = {name: step_of(loss, x) for name, loss in works.items()}
+        if case != "states":
+            steps["floor"] = floor(case, x)
+        times = take_turns(steps, args.rounds)
+        del steps, x
+
+        out.table(title, "time, over ours", "seconds", "memory, over ours", "GB",
+                  "share of the floor", *["first call"] * gpu)
         peaks = {}
         for name in works:
-            peaks[name] = fresh.submit(peak_of, case, name, args).result()
-            print(
-                f"| {name} | {paired(times, name, 'ours'):.2f} |"
-                f" {statistics.median(times[name]):.3f} | {peaks[name] / peaks['ours']:.2f} |"
-                f" {peaks[name]:.2f} | "
-                + (f"{100 * paired(times, 'floor', name):.0f} % |" if products else "|"),
-                flush=True,
-            )
+            if gpu:
+                torch.cuda.empty_cache()
+            peak = fresh.submit(peak_of, case, name, args).result() if fresh else peak_of(
+                case, name, args)
+            peaks[name] = peak
+            share = ""
+            if "floor" in times:
+                share = f"{100 * paired(times, 'floor', name):.0f} %"
+            ratio = f"{peak / peaks['ours']:.2f}" if peaks["ours"] else ""
+            out.row(name, f"{paired(times, name, 'ours'):.2f}",
+                    f"{statistics.median(times[name]):.3f}", ratio, f"{peak:.2f}", share,
+                    *[f"{first[name]:.1f}"] * gpu)
         for name in too_large:
-            print(f"| {name} | out of memory | | | | |")
-        if products:
-            print(
-                f"| the {3 if case == 'group' else 4} matrix products alone |"
-                f" {paired(times, 'floor', 'ours'):.2f} | {statistics.median(times['floor']):.3f} |"
-                " | | |"
-            )
+            out.row(name, "out of memory", "", "", "", "", *[""] * gpu)
+        if "floor" in times:
+            out.row(f"the {3 if case == 'group' else 4} matrix products alone",
+                    f"{paired(times, 'floor', 'ours'):.2f}",
+                    f"{statistics.median(times['floor']):.3f}", "", "", "", *[""] * gpu)
+
+    out.table("against the formula in float64", "loss", "gradients", "")
+    for case, title in CASES.items():
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            for name, (loss, gradients) in exactness(case, args, device).items():
+                loss = "" if name == "Liger's GRPO" else f"{loss:.0e}"
+                out.row(name, loss, f"{gradients:.0e}", title)
 
 
 # ------------------------------------------------------------------------------------------------
 # rollouts
 
 
-def bench_rollouts(args):
+def bench_rollouts(args, out):
     """One step's rollouts of CORD with the mini world's student. All three ways must say the same,
     token by token: the sampler's numbers are keyed."""
     device = the_device()
@@ -422,19 +488,16 @@ def bench_rollouts(args):
     said = {name: work() for name, work in works.items()}
     lengths = [len(ids) for ids in said["ours: all in one call, sound and prompt once"]]
     times = take_turns(works, args.rounds)
-    print(
-        f"{machine()}; the mini world's student, {len(examples)} prompts of"
-        f" {sum(map(len, prompts.audio)) / len(examples):.0f} tokens, {n} rollouts each of"
-        f" {sum(lengths) / len(lengths):.0f} tokens (longest {max(lengths)}); {args.rounds}"
-        " rounds\n\n| rollouts | tokens/s, ours over this | tokens/s | same tokens |\n| --- | ---"
-        " | --- | --- |"
-    )
+    out.say(f"{machine()}; the mini world's student, {len(examples)} prompts of "
+            f"{sum(map(len, prompts.audio)) / len(examples):.0f} tokens, {n} rollouts each of "
+            f"{sum(lengths) / len(lengths):.0f} tokens (longest {max(lengths)}); {args.rounds} "
+            "rounds")
+    out.table("rollouts", "tokens/s, ours over this", "tokens/s", "same tokens")
     for name in works:
         same = sum(a == b for a, b in zip(said[name], next(iter(said.values()))))
-        print(
-            f"| {name} | {paired(times, name, next(iter(works))):.2f} |"
-            f" {sum(lengths) / statistics.median(times[name]):,.0f} | {same} of {len(lengths)} |"
-        )
+        out.row(name, f"{paired(times, name, next(iter(works))):.2f}",
+                f"{sum(lengths) / statistics.median(times[name]):,.0f}",
+                f"{same} of {len(lengths)}")
 
     # The update: neighbours with one prompt share its sequence (data.audio_view), so an order in
     # which neighbours differ shares nothing.
@@ -465,16 +528,13 @@ def bench_rollouts(args):
         },
         args.rounds,
     )
-    print(
-        "\n| update, forward and backward | seconds, over ours | seconds | tokens run |\n| --- |"
-        " --- | --- | --- |"
-    )
+    out.table("update, forward and backward", "seconds, over ours", "seconds", "tokens run")
     for name, view in views.items():
-        print(
-            f"| {name} | {paired(times, name, next(iter(views))):.2f} |"
-            f" {statistics.median(times[name]):.2f} | {view.inputs['input_ids'].numel():,} |"
-        )
-    print(f"hidden states differ by {((sums[0] - sums[1]).norm() / sums[1].norm()).item():.0e}")
+        out.row(name, f"{paired(times, name, next(iter(views))):.2f}",
+                f"{statistics.median(times[name]):.2f}",
+                f"{view.inputs['input_ids'].numel():,}")
+    off = ((sums[0] - sums[1]).norm() / sums[1].norm()).item()
+    out.say(f"hidden states differ by {off:.0e}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -486,7 +546,7 @@ FLOPS = dict.fromkeys(
 )
 
 
-def bench_step(args):
+def bench_step(args, out):
     """Real steps of the real step modules: one warms up, in one the FLOPs are counted, the others
     are timed."""
     device, spent, peak, running = the_device(), {}, {}, []
@@ -588,9 +648,7 @@ def bench_step(args):
         work, tokens, views = batches()
         update(work)
 
-    side = 4096 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device).bfloat16()
-    ceiling = 2 * side**3 / min(seconds(lambda: a @ a) for _ in range(5))
+    top, side = ceiling(device)
     inner = [
         name
         for name in spent
@@ -619,31 +677,28 @@ def bench_step(args):
         .item()
         for view in views
     ) / sum(view.inputs["input_ids"].numel() for view in views)
-    print(
-        f"{machine()}; train_{args.script}.py at the shapes of"
-        f" {args.shapes}{f', {args.layers} layer(s) of each' * bool(args.layers)}, bfloat16"
-        f" weights, {sum(p.numel() for p in learns):,} parameters learn; {len(examples)} clips of"
-        f" {args.seconds:g} s, {tokens:,} response tokens, {100 * padding:.0f} % padding; mean of"
-        f" {args.steps} steps\n"
-    )
-    print(
-        f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips an"
-        f" hour; {counter.get_total_flops() / 1e12:.3g} TFLOP outside the rollout,"
-        f" {100 * counter.get_total_flops() / outside / ceiling:.0f} % of what a matrix product of"
-        f" {side} reaches here ({ceiling / 1e12:.1f} TFLOP/s in bfloat16)\n"
-    )
-    print("| part | seconds | share | peak GB |\n| --- | --- | --- | --- |")
+    depth = f", {args.layers} layer(s) of each" if args.layers else ""
+    learning = f"LoRA of rank {args.lora}" if args.lora else "all weights"
+    out.say(f"{machine()}; train_{args.script}.py at the shapes of {args.shapes}{depth}, bfloat16 "
+            f"weights, {learning}: {sum(p.numel() for p in learns):,} parameters learn; "
+            f"{len(examples)} clips of {args.seconds:g} s, {tokens:,} response tokens, "
+            f"{100 * padding:.0f} % padding; mean of {args.steps} steps")
+    out.say(f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips "
+            f"an hour; {counter.get_total_flops() / 1e12:.3g} TFLOP outside the rollout, "
+            f"{100 * counter.get_total_flops() / outside / top:.0f} % of what a matrix product "
+            f"of {side} reaches here ({top / 1e12:.1f} TFLOP/s in bfloat16)")
+    out.table("part", "seconds", "share", "peak GB")
     for name in sorted(spent, key=spent.get, reverse=True):
-        print(
-            f"| {name} | {spent[name]:.3f} | {100 * spent[name] / whole:.0f} % | {peak[name]:.1f} |"
-        )
-    show = (
-        lambda held: ", ".join(f"{name} {value:.1f}" for name, value in held.items())
-        + f"; together {sum(held.values()):.1f}"
-    )
-    print(f"\nheld all the time, GB: {show(held)}")
+        out.row(name, f"{spent[name]:.3f}", f"{100 * spent[name] / whole:.0f} %",
+                f"{peak[name]:.1f}")
+
+    def listed(held):
+        parts = [f"{name} {value:.1f}" for name, value in held.items()]
+        return f"{', '.join(parts)}; together {sum(held.values()):.1f}"
+
+    out.say(f"held all the time, GB: {listed(held)}")
     if args.layers:
-        print(f"at full depth, by arithmetic: {show(memory.at_full_depth(args, flags))}")
+        out.say(f"at full depth, by arithmetic: {listed(memory.at_full_depth(args, flags))}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -698,38 +753,30 @@ def resident_mb(pid):
     return 0.0
 
 
-def bench_data(args):
+def bench_data(args, out):
     """How long training waits for its data; and how many long clips a worker prepares."""
     # The workers start when the loop does
     first = min(5, args.steps // 2)
-    print(
-        f"{machine()}; both scripts on the mini world, {args.steps} steps, of which the first"
-        f" {first} are left out\n\n| script | --workers | seconds a step | waited for data, share"
-        " of the time | longest wait, seconds |\n| --- | --- | --- | --- | --- |"
-    )
+    out.say(f"{machine()}; both scripts on the mini world, {args.steps} steps, of which the first "
+            f"{first} are left out")
+    out.table("script", "--workers", "seconds a step", "waited for data, share of the time",
+              "longest wait, seconds")
     for script in RUNS:
         for workers in args.workers:
             log = run_script(
                 script, *RUNS[script], "--max-steps", str(args.steps), "--workers", str(workers)
             )[0][first:]
-            waits, whole = [line["seconds_waiting"] for line in log], sum(
-                line["seconds"] for line in log
-            )
-            print(
-                f"| {script} | {workers} | {whole / len(log):.3f} | {100 * sum(waits) / whole:.2f}"
-                f" % | {max(waits):.3f} |",
-                flush=True,
-            )
+            waits = [line["seconds_waiting"] for line in log]
+            whole = sum(line["seconds"] for line in log)
+            out.row(script, workers, f"{whole / len(log):.3f}",
+                    f"{100 * sum(waits) / whole:.2f} %", f"{max(waits):.3f}")
 
     processor = memory.random_models(args, torch.device("meta"), 1)[1]
-    print(
-        f"\nclips of {args.seconds:g} s at 44.1 kHz for the processor of {args.shapes}"
-        f" ({data.extractor(processor).feature_size} mel bins), responses of {args.response_tokens}"
-        f" tokens; mean of {args.clips}\n\n| clips | decode, ms | to 16 kHz, ms | features, ms |"
-        " the rest, ms | clips/s, one worker's work |\n"
-        + "| --- " * 6
-        + "|"
-    )
+    out.say(f"clips of {args.seconds:g} s at 44.1 kHz for the processor of {args.shapes} "
+            f"({data.extractor(processor).feature_size} mel bins), responses of "
+            f"{args.response_tokens} tokens; mean of {args.clips}")
+    out.table("clips", "decode, ms", "to 16 kHz, ms", "features, ms", "the rest, ms",
+              "clips/s, one worker's work")
     for kind in ("wav", "flac", "mp3"):
         with tempfile.TemporaryDirectory() as folder:
             examples = memory.write_examples(args, Path(folder), args.clips, kind, 44_100)
@@ -755,22 +802,17 @@ def bench_data(args):
             ]
             torch.set_num_threads(threads)
         decode, load, features, whole = (1000 * x for x in spent)
-        print(
-            f"| {kind} | {decode:.0f} | {load - decode:.0f} | {features:.0f} |"
-            f" {max(0.0, whole - load - features):.0f} | {1000 / whole:.1f} |",
-            flush=True,
-        )
+        out.row(kind, f"{decode:.0f}", f"{load - decode:.0f}", f"{features:.0f}",
+                f"{max(0.0, whole - load - features):.0f}", f"{1000 / whole:.1f}")
 
 
-def bench_long(args):
+def bench_long(args, out):
     """What a run's processes hold of the main memory, from its beginning to its end."""
     marks = [max(1, args.steps // 20), args.steps // 2, args.steps]
-    print(
-        f"{machine()}; both scripts on the mini world, a checkpoint every 100 steps; resident"
-        " MB\n\n| script, process | "
-        + " | ".join(f"step {mark:,}" for mark in marks)
-        + " | more in 1,000 steps, second half |\n| --- | --- | --- | --- | --- |"
-    )
+    out.say(f"{machine()}; both scripts on the mini world, a checkpoint every 100 steps; resident "
+            "MB")
+    out.table("script, process", *(f"step {mark:,}" for mark in marks),
+              "more in 1,000 steps, second half")
     for script in args.script:
         log, workers = run_script(
             script, *LONG[script], "--max-steps", str(args.steps), "--workers", "1"
@@ -781,12 +823,8 @@ def bench_long(args):
         }
         for name, held in of.items():
             at = [min(held, key=lambda x: abs(x[0] - mark))[1] for mark in marks]
-            print(
-                f"| {script}, {name} | "
-                + " | ".join(f"{mb:,.0f}" for mb in at)
-                + f" | {slope([x for x in held if x[0] >= marks[1]]):+.1f} |",
-                flush=True,
-            )
+            out.row(f"{script}, {name}", *(f"{mb:,.0f}" for mb in at),
+                    f"{slope([x for x in held if x[0] >= marks[1]]):+.1f}")
 
 
 def slope(points):
@@ -807,6 +845,7 @@ def main(argv=None):
     part = functools.partial(
         commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    part("device", help="what this machine is, and its ceilings")
     losses_part = part("losses", help="the fused losses against the formulas and Liger-Kernel")
     for name, text in (
         ("tokens", "response tokens (CPU: 1,024; GPU: 8,192)"),
@@ -875,14 +914,18 @@ def main(argv=None):
     ):
         where.add_argument(f"--{name}", type=kind, default=default, help=text)
     data_part.set_defaults(shapes="qwen2-audio-7b", weights="bfloat16", lora=0)
+    for one in commands.choices.values():
+        one.add_argument("--json", metavar="FILE", help="write there what is printed, too")
     args = parser.parse_args(argv)
-    {
+    work = {
+        "device": bench_device,
         "losses": bench_losses,
         "rollouts": bench_rollouts,
         "step": bench_step,
         "data": bench_data,
         "long": bench_long,
-    }[args.command](args)
+    }[args.command]
+    work(args, Printed(args.json))
 
 
 if __name__ == "__main__":

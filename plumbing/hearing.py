@@ -67,7 +67,7 @@ def _check_hearing(model, view, features):
     if not scatters.seen:
         raise SystemExit(f"{name} does not scatter the sound into the prompt's embeddings "
                          "(masked_scatter), so nothing here can tell whether it hears; take a "
-                         "family of README's table")
+                         "family of docs/families.md")
     if any(values != places for values, places in scatters.seen):
         raise SystemExit(f"{name} does not put the sound where the prompt's placeholders are "
                          f"((values, places): {scatters.seen}); take model and processor from one "
@@ -129,7 +129,7 @@ def _check_sharing(model, processor, prompts):
     if not _close(alone[[0, 1, 3, 4, 2]], joint):
         raise SystemExit(f"{type(model).__name__}'s attention does not take a mask of its own, so "
                          "that a prompt's rollouts cannot share it, as CORD has them do; take a "
-                         "family of README's table")
+                         "family of docs/families.md")
 
 
 def _check_window(model):

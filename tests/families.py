@@ -1,11 +1,12 @@
 """
-Tiny random models of five families, each of its real classes with its real processor, and a text
+Tiny random models of eight families, each of its real classes with its real processor, and a text
 teacher that speaks its chat format.
 
     save_family("qwen2_5_omni", folder) -> folder / "student", folder / "teacher"
 """
 
 import torch
+import transformers
 from conftest import STUDENT_TEMPLATE, TEACHER_TEMPLATE, bpe
 from transformers import (
     AudioFlamingo3Config,
@@ -254,9 +255,96 @@ def granite_speech():
     return GraniteSpeechForConditionalGeneration(config), processor
 
 
+def musicflamingo():
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<sound>", "<|sound_bos|>", "<|sound_eos|>"]
+    words = tokenizer(special, FLAMINGO_TEMPLATE, "<|im_end|>")
+    processor = transformers.MusicFlamingoProcessor(
+        WhisperFeatureExtractor(**WHISPER), words, chat_template=FLAMINGO_TEMPLATE
+    )
+    ears = dict(
+        model_type="audioflamingo3_encoder",
+        num_mel_bins=16,
+        hidden_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_source_positions=150,
+    )
+    config = transformers.MusicFlamingoConfig(
+        audio_config=ears,
+        text_config=text_shape(words, model_type="qwen2"),
+        audio_token_id=processor.audio_token_id,
+        audio_bos_token_id=processor.audio_bos_token_id,
+        audio_eos_token_id=processor.audio_eos_token_id,
+    )
+    return transformers.MusicFlamingoForConditionalGeneration(config), processor
+
+
+def qwen3_asr():
+    template = OMNI_TEMPLATE.replace("<|AUDIO|>", "<|audio_pad|>")
+    named = {
+        "audio_token": "<|audio_pad|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
+    words = tokenizer(special, template, "<|im_end|>", **named)
+    # Its own since transformers 5.20 or so
+    features = getattr(transformers, "Qwen3ASRFeatureExtractor", WhisperFeatureExtractor)
+    processor = transformers.Qwen3ASRProcessor(
+        features(feature_size=16), words, chat_template=template
+    )
+    config = transformers.Qwen3ASRConfig(
+        audio_config=dict(output_dim=48, downsample_hidden_size=8, **EARS),
+        text_config=text_shape(words, model_type="qwen3", head_dim=12, tie_word_embeddings=True),
+        audio_token_id=processor.audio_token_id,
+        tie_word_embeddings=True,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    return transformers.Qwen3ASRForConditionalGeneration(config), processor
+
+
+def glmasr():
+    """With a template that closes turns; its own does not, and is refused."""
+    template = FLAMINGO_TEMPLATE.replace("<sound>", "<|begin_of_audio|><|pad|><|end_of_audio|>")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|pad|>", "<|begin_of_audio|>", "<|end_of_audio|>"]
+    words = tokenizer(special, template, "<|im_end|>")
+    processor = transformers.GlmAsrProcessor(
+        WhisperFeatureExtractor(feature_size=16, chunk_length=4), words, chat_template=template
+    )
+    ears = dict(
+        num_mel_bins=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=200,
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = transformers.GlmAsrConfig(
+        audio_config=ears,
+        text_config=text_shape(words, model_type="llama", rope_parameters=rope),
+        audio_token_id=processor.audio_token_id,
+        tie_word_embeddings=False,
+    )
+    return transformers.GlmAsrForConditionalGeneration(config), processor
+
+
 FAMILIES = {
     make.__name__: make
-    for make in (qwen2_audio, qwen2_5_omni, qwen3_omni, audioflamingo3, granite_speech)
+    for make in (
+        qwen2_audio,
+        qwen2_5_omni,
+        qwen3_omni,
+        audioflamingo3,
+        granite_speech,
+        musicflamingo,
+        qwen3_asr,
+        glmasr,
+    )
 }
 
 

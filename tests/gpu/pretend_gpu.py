@@ -64,6 +64,18 @@ def build(folder):
     return folder / "libcuda.so.1"
 
 
+def everywhere(folder, first=""):
+    """-> environment variables with which every python sees the pretended GPU from its first line
+    on. folder: for the library. first: what each does before."""
+    library = str(build(folder))
+    (folder / "sitecustomize.py").write_text(
+        f"{first}\nimport pretend_gpu\npretend_gpu.install()\npretend_gpu.Mode().__enter__()\n"
+    )
+    here = Path(__file__).parent
+    path = [str(folder), str(here), str(here.parent), str(here.parent.parent)]
+    return {"LD_PRELOAD": library, "PRETENDED": library, "PYTHONPATH": os.pathsep.join(path)}
+
+
 if __name__ == "__main__" and "PRETENDED" not in os.environ:
     with tempfile.TemporaryDirectory() as made:
         library = str(build(Path(made)))
