@@ -60,6 +60,8 @@ def test_the_bounds_are_arithmetic():
     products = 2 * 8192 * 151_936 * (3 * 3584 + 4096) / 989e12
     assert products == pytest.approx(0.0374, rel=0.01)
     assert bounds["L_top + L_SFT (paper A)"] == pytest.approx(products + 0.0067, rel=0.01)
+    page = (ROOT / "docs/speed.md").read_text()
+    assert "\n".join(report_gpu.bounds_table([])) in page
     for chip, rates in report_gpu.CHIPS.items():
         steps = report_gpu.step_bounds(*rates)
         assert sorted(steps) == sorted(STEPS) and all(0.01 < x < 1 for x in steps.values()), chip
