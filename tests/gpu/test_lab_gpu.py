@@ -72,8 +72,8 @@ def test_the_bounds_are_arithmetic():
 def test_rehearsed_whole_on_the_pretended_gpu(tmp_path):
     """With models of a few thousand parameters, every part ends well."""
     shrink = "import test_bench; test_bench.shrink(dict.__setitem__)"
-    # Liger makes a tensor on the GPU where no mode of Python's sees it
-    shrink += "; import sys; sys.modules['liger_kernel'] = None"
+    # Peers make tensors on the GPU where no mode of Python's sees it, and run Triton
+    shrink += "; import sys; sys.modules.update(liger_kernel=None, trl=None)"
     (tmp_path / "made").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "lab.gpu", "--rehearse", "--out", str(tmp_path / "out")],
@@ -83,7 +83,7 @@ def test_rehearsed_whole_on_the_pretended_gpu(tmp_path):
     )
     assert done.returncode == 0
     records = json.loads((tmp_path / "out/gpu.json").read_text())
-    assert records[0] == {"part": "packages", "missing": ["liger_kernel"]}
+    assert records[0] == {"part": "packages", "missing": ["liger_kernel", "trl"]}
     assert {r["part"]: r["ended"] for r in records[1:]} == {
         part.name: "well" for part in gpu.parts(True, tmp_path)
     }, [record["tail"] for record in records[1:] if record["ended"] != "well"]
