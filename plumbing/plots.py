@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-BLUE, RED, ORANGE = "#2f5d9b", "#b04a5a", "#d98c3f"
+BLUE, PALE, RED, ORANGE = "#2f5d9b", "#b8c4d6", "#b04a5a", "#d98c3f"
 TINY = 1e-6                 # what a log scale shows of 0
 
 
@@ -68,6 +68,18 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def scores(results):
+    """An evaluation -> [(name, per cent, low, high)] of every task, of all, and of emotions."""
+    rows = []
+    aqa = results.get("aqa", {})
+    for name in [*aqa.get("correct", ()), "average"]:
+        if aqa.get(name) is not None:
+            rows.append((name, aqa[name], *aqa["intervals"][name]))
+    if "ser" in results:
+        rows.append(("SER\n(never trained)", results["ser"]["ua"], *results["ser"]["interval"]))
+    return rows
+
+
 def plot_run(folder):
     """A training run's folder (log.jsonl, results.json) -> run.png: the loss terms over the steps,
     accuracies before and after."""
@@ -80,34 +92,21 @@ def plot_run(folder):
     for name in ("sft", "top", "layer", "acoustic"):
         steps, values = curve(log, name)
         if values:
-            left.plot(steps, np.maximum(values, 1e-6), label=name, linewidth=1.5)
+            left.plot(steps, np.maximum(values, TINY), label=name, linewidth=1.5)
     left.set(xlabel="step", ylabel="loss term, unweighted", yscale="log")
     left.set_title("what the student learns from")
     left.legend(frameon=False)
 
-    aqa = results["before"].get("aqa", {})
-    tasks = [*aqa.get("correct", ()), "average"]
-    labels = [name for name in tasks if aqa.get(name) is not None]
-    if "ser" in results["before"]:
-        labels.append("SER\n(never trained)")
-    for side, (when, colour) in enumerate((("before", "#b8c4d6"), ("after", "#2f5d9b"))):
-        found = results[when]
-        at = np.arange(len(labels)) + 0.4 * side - 0.2
-        heights = [found["aqa"][name] for name in tasks if name in labels]
-        intervals = [found["aqa"]["intervals"][name] for name in tasks if name in labels]
-        if len(labels) > len(heights):
-            heights.append(found["ser"]["ua"])
-            intervals.append(found["ser"]["interval"])
-        height = np.array(heights)
-        low, high = np.array(intervals).reshape(-1, 2).T
-        error = [np.maximum(0, height - low), np.maximum(0, high - height)]
-        right.bar(at, height, 0.38, color=colour, label=when, yerr=error, ecolor="#555", capsize=2)
+    for side, (when, bar, ink) in enumerate((("before", PALE, "black"), ("after", BLUE, "white"))):
+        names, height, low, high = zip(*scores(results[when]))
+        at = np.arange(len(names)) + 0.4 * side - 0.2
+        error = np.maximum(0, [np.subtract(height, low), np.subtract(high, height)])
+        right.bar(at, height, 0.38, color=bar, label=when, yerr=error, ecolor="#555", capsize=2)
         for x, y in zip(at, height):
-            shade = "black" if side == 0 else "white"
-            right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color=shade)
+            right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color=ink)
     right.set(ylabel="accuracy (%)", title="hearing questions, before and after",
               ylim=(0, 112), yticks=range(0, 101, 20))          # room for the legend
-    right.set_xticks(range(len(labels)), labels)
+    right.set_xticks(range(len(names)), names)
     right.legend(frameon=False, loc="upper center", ncols=2)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
