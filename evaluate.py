@@ -3,26 +3,27 @@ one run is really better than another.
 
 Audio question answering (AQA) is scored as MMAU and MMAR score it: multiple choice over sound,
 music, speech and their mixes, accuracy in per cent. Emotion recognition (SER) is scored by
-unweighted accuracy, the mean of the recall of each emotion: a model that says "neutral" to
-everything gets 25 of 100, however many neutral sentences there are.
+unweighted accuracy, the mean of the recall of each emotion: of four emotions, a model that says
+"neutral" to everything gets 25 of 100, however many neutral sentences there are.
 
 Where this departs from the papers and from the benchmarks' own scripts:
-1. Both counts are given. MMAU's script matches words in the whole output, where a reasoning trace
-   that merely discusses a wrong choice loses the point. As in the paper, our headline drops the
-   trace and extracts the chosen option; MMAU's rule then judges that option. The same rule on the
-   raw text is under "official". predictions.json is in MMAU's format, for its own script.
+1. Two accuracies are given. MMAU's script matches words in the whole output, where a reasoning
+   trace that merely discusses a wrong choice loses the point. As in the paper, our headline drops
+   the trace and extracts the chosen option; MMAU's rule then judges that option. The same rule on
+   the raw text is under "official". predictions.json is in MMAU's format, for its own script.
 2. An answer that names no option, or two, is wrong and counted under "no_answer". VoiceBench's
    script draws a letter where its templates find none; nothing is drawn here.
 3. "average" is over questions (micro), not over tasks. On MMAU test-mini the two agree.
-4. Decoding is the paper's (temperature 0.6, top-k 5, top-p 0.5), but every random number belongs
-   to (seed, example, position): the same question gets the same answer in any batch, on any ranks.
+4. Temperature, top-k and top-p are the paper's (0.6, 5, 0.5), but random numbers are keyed: each
+   belongs to (seed, example, position). So the same question gets the same answer in any batch, on
+   any number of ranks.
 
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl --out runs/eval
     python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
     python evaluate.py --task gap --model DIR --data mmsu.jsonl obqa.jsonl    # paper B's Table 1
     torchrun --nproc_per_node 8 evaluate.py --task gap ...  # each GPU asks its share
 
-Each manifest behind the first is reported apart. A run's picture: python -m lab.report RUN; a look
+Each manifest is reported apart. A run's picture: python -m lab.report RUN; a look
 inside a model: python -m lab.inside --help.
 """
 
@@ -113,8 +114,8 @@ def ser_class(output, classes):
     return extract_choice(output, classes)
 
 
-def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
-    """labels, predictions: class names, one per utterance; None is no answer, which is wrong.
+def score_ser(labels, said, classes, *, samples=10_000, seed=0):
+    """labels, said: class names, one per utterance; None is no answer, which is wrong.
 
     Returns {"ua": per cent; "recall": per class; "interval": bootstrap 95 %, resampled within each
     class; "confusion": label -> prediction or "no answer" -> count}. Raises ValueError for an
@@ -123,8 +124,8 @@ def score_ser(labels, predictions, classes, *, samples=10_000, seed=0):
     if unknown:
         raise ValueError(f"the label {unknown[0]!r} is not among the classes {', '.join(classes)}")
     confusion = {label: dict.fromkeys((*classes, NO_ANSWER), 0) for label in classes}
-    for label, prediction in zip(labels, predictions, strict=True):
-        confusion[label][prediction if prediction in classes else NO_ANSWER] += 1
+    for label, name in zip(labels, said, strict=True):
+        confusion[label][name if name in classes else NO_ANSWER] += 1
 
     # UA = 1/C sum_c right_c / n_c, over the classes that have an utterance
     sizes = {label: sum(row.values()) for label, row in confusion.items()}
@@ -354,7 +355,8 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
     results["keys"] = {e.id: predictions.question_key(e) for e in asked}
     decided = decoding_of(temperature=temperature, **decoding)
     results["decoding"] = {**decided, "words": "transcript"}
-    rest = [e for e in examples if e not in asked]
+    ids = {e.id for e in asked}
+    rest = [e for e in examples if e.id not in ids]
     if elsewhere and rest:
         found = evaluate_model(model, processor, rest, temperature=temperature, **decoding)
         results["samples"] += [{"view": "audio", **s} for s in found.pop("samples")]
@@ -506,7 +508,7 @@ def print_comparison(results, other, path):
     decoded = f", which was decoded with {decoded}" if decoded else ""
     print(f"against {path}{decoded}, paired, 95 % bootstrap interval:")
     for name, part in {results["set"]: results, **results["splits"]}.items():
-        found = compare(part, predictions.set_of(other, name))
+        found = compare(part, predictions.set_of(other, name, path))
         print(f"-- {name}", *tables.difference_lines(found), sep="\n")
 
 
@@ -545,7 +547,10 @@ def flags():
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
+    parser = flags()
+    args = parser.parse_args(argv)
+    if args.compare and args.task == "gap" or args.baseline and args.task != "gap":
+        parser.error("--baseline goes with --task gap, --compare with the others")
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "gap" else 0.6
 

@@ -1,5 +1,5 @@
 """
-Speed and memory, side by side with the peers, in one run: what is quoted in README is printed here.
+Speed and memory, side by side with the peers, in one run: what docs/speed.md quotes.
 
     python -m lab.bench losses        # beside the formulas, Liger-Kernel and TRL: 3 minutes
     python -m lab.bench step --script cord --shapes qwen2-audio-7b --layers 1 \\
@@ -384,7 +384,7 @@ def bench_losses(args, out):
         del steps, x
 
         out.table(title, "time, over ours", "seconds", "memory, over ours", "GB",
-                  "share of the floor", *["first call"] * gpu)
+                  "floor over this", *["first call"] * gpu)
         peaks = {}
         for name in works:
             if gpu:
@@ -704,7 +704,6 @@ def bench_step(args, out):
 # ------------------------------------------------------------------------------------------------
 # the data's share of a step, and whether memory stays what it is
 
-# Seconds in which a GPU trains on a clip, about (README's arithmetic for an H100); here the main
 # On the mini world
 RUNS = {"source_layer": ["--batch-size", "16", "--micro-batch", "8"], "cord": ["--batch-size", "4"]}
 # Many steps, soon

@@ -4,7 +4,7 @@ A GPU's eight minutes: every open question about speed, most valuable first, on 
 
     python -m lab.gpu --out runs/gpu                # at most 8 minutes; writes runs/gpu/gpu.json
     python -m lab.report_gpu runs/gpu/gpu.json      # that, as the rows of docs/speed.md
-    python -m lab.gpu --rehearse --out runs/r       # the same parts, tiny, on any machine
+    python -m lab.gpu --rehearse --out runs/r       # the same, tiny, anywhere: at most 24 minutes
 
 Each part is a process of its own with a limit of time, and gpu.json is written anew behind each:
 what is stopped leaves the tables that it had. Models of 7B have random weights: nothing is
@@ -43,7 +43,6 @@ class Part:
 
 
 def parts(rehearse, out):
-    """What is asked, in this order."""
     bench = ["-m", "lab.bench"]
     losses = ["losses"]
     rollouts = ["rollouts"]
@@ -60,7 +59,7 @@ def parts(rehearse, out):
     source = ["step", "--script", "source_layer", "--shapes", "qwen2.5-omni-7b+qwen3-8b", *size]
     lora = ["--lora", "64"]
     tests = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "tests"]
-    everything = [
+    return [
         Part("the machine", 30, [*bench, "device"]),
         Part("fused losses", 150, [*bench, *losses]),
         Part("a CORD step, LoRA", 80, [*bench, *cord, *lora]),
@@ -73,7 +72,6 @@ def parts(rehearse, out):
              ["train_source_layer.py", "--out", str(out / "a"), *mini]),
         Part("paper B on the mini world", 120, ["train_cord.py", "--out", str(out / "b"), *mini]),
     ]
-    return everything
 
 
 def run(part, limit, out):

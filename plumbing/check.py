@@ -1,7 +1,7 @@
 """
 Is the data good? Every clip is decoded from end to end before anything trains on it.
 
-    seconds = check_clips(examples, max_seconds=30)     # raises DataError at the first bad clip
+    seconds = check_clips(examples, max_seconds=30)     # DataError: the first bad clip of them all
     python data.py check FILE                           # names every fault, and what looks odd
 
 A fault is what training cannot use: a clip that is missing, empty, cut off, too long or too short,
@@ -25,7 +25,7 @@ from data import DataError
 SILENT = 2e-4       # peak-to-peak below this share of full scale is silence: 6 steps of 16 bits
 FULL = 0.9999       # of full scale: three samples in a row at this level are clipped
 BLOCK = 2**18       # samples decoded at a time, all channels together: no clip is too long
-TASK = 8            # clips that a thread decodes before it asks for more
+AT_ONCE = 8         # clips that a thread decodes before it asks for more
 
 
 @dataclass
@@ -72,7 +72,7 @@ def open_audio(path, *, where=None, max_seconds=None):
     if absent > 0:
         raise DataError(f"{clip} is cut off ({absent:,} bytes that its header promises are not "
                         "there); make or fetch it again")
-    if not 1_000 <= rate <= 1_000_000 or frames > 2**40:        # a streamed FLAC does not know
+    if not 1_000 <= rate <= 1_000_000 or frames > 2**40:        # a streamed FLAC's
         raise DataError(f"{clip} claims {frames} samples at {rate} Hz; convert it to a new file")
     if frames == 0:             # of a WAV whose writer was killed, libsndfile reads nothing
         raise DataError(f"{clip} is empty (it holds no samples, or its header does not know how "
@@ -143,9 +143,8 @@ def missing_bytes(path, form) -> int:
 # 2. All clips
 
 def check_clips(examples, max_seconds=None) -> list[float]:
-    """Decodes every clip -> their durations in seconds, on every rank the same.
-
-    Raises DataError for the first clip with a fault."""
+    """Decodes every clip -> their durations in seconds, on every rank the same. Then raises
+    DataError for the first with a fault."""
     seconds = []
     for example, clip in zip(examples, decode_all(examples, max_seconds)):
         if isinstance(clip, str):
@@ -164,7 +163,7 @@ def decode_all(examples, max_seconds=None) -> list[Clip | str]:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     paths = list(dict.fromkeys(example.audio for example in examples))
     share = paths[rank::world]
-    tasks = [share[start:start + TASK] for start in range(0, len(share), TASK)]
+    tasks = [share[start:start + AT_ONCE] for start in range(0, len(share), AT_ONCE)]
 
     def decode_some(task):
         clips = []

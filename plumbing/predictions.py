@@ -1,6 +1,7 @@
 """
-results.json of another run, for --compare and --baseline: read, checked, and matched question by
-question. What is wrong is said in one sentence (DataError).
+evaluate.py's files: samples.jsonl, and the results.json of another run for --compare and
+--baseline, read, checked, and matched question by question. What is wrong is said in one sentence
+(DataError).
 """
 import dataclasses
 import json
@@ -77,9 +78,14 @@ def flat(by_group):
     return {i: right for group in by_group.values() for i, right in group.items()}
 
 
-def set_of(other, name):
-    """Another run's results of the manifest `name`; a training run asks all its files at once."""
-    return other.get("splits", {}).get(name, other)
+def set_of(other, name, path):
+    """Another run's results of the manifest `name`. A training run asks all its files at once.
+    DataError where the other was not asked it."""
+    sets = {other.get("set"): other, **other.get("splits", {})}
+    if name not in sets and None not in sets:
+        raise data.DataError(f"{path}: has no manifest called {name}, only {', '.join(sets)}; give "
+                             "the same files to both")
+    return sets.get(name) or sets[None]
 
 
 def question_key(example):
@@ -91,7 +97,7 @@ def question_key(example):
 def earlier_verdicts(baseline, name, examples, path):
     """What the model before training said to these examples of the manifest `name` -> view -> kind
     -> id -> right? DataError where it was not asked one of them."""
-    other = set_of(baseline, name)
+    other = set_of(baseline, name, path)
     missing = [e.id for e in examples if other["keys"].get(e.id) != question_key(e)]
     if missing:
         raise data.DataError(f"{path}: lacks {len(missing):,} of the {len(examples):,} questions "

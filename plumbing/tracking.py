@@ -1,9 +1,12 @@
 """
---track: the numbers of log.jsonl where you look at all your runs. log.jsonl stays the source.
+--track NAME sends the numbers of each line of log.jsonl to a tracker, too.
 
-    tensorboard     tensorboard --logdir runs
-    wandb           as its own WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline, ... say
-    trackio         trackio show
+    tensorboard     to look: tensorboard --logdir runs
+    wandb           set up by its own variables: WANDB_PROJECT, WANDB_MODE=offline, ...
+    trackio         to look: trackio show
+
+Steps behind the last checkpoint of a run that was killed are made again, and sent again.
+TensorBoard drops the old ones; the others get the same numbers twice.
 """
 import importlib
 import uuid
@@ -14,8 +17,8 @@ from plumbing.files import replace_text
 def start(tracker, out, done, config):
     """-> send({name: number}, step). tracker: the name of a package, as above.
 
-    A run that goes on behind step `done` goes on in the same tracked run: tracked.txt in its folder
-    has the name. Called when the data workers have been forked, because trackers start threads."""
+    done: the run's step when it started. A resumed run continues the same tracked run: its name is
+    in tracked.txt. Called after the data workers are forked, because trackers start threads."""
     mark = out / "tracked.txt"
     if done == 0 or not mark.exists():
         replace_text(mark, f"{out.name}-{uuid.uuid4().hex[:8]}")

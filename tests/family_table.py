@@ -27,14 +27,14 @@ MADE = {
     "qwen3_omni_moe_thinker": "qwen3_omni",
     **{name: name for name in families.FAMILIES},
 }
-WHOLE = {"qwen2_5_omni": "its thinker", "qwen3_omni_moe": "its thinker"}
+WHOLE = {"qwen2_5_omni": "runs, as its thinker", "qwen3_omni_moe": "runs, as its thinker"}
 # What neither the class nor its structure tells, read in its processor or its documentation
 READ = {
     "voxtral": "refused: its processor builds prompts with mistral-common alone, without a chat "
                "template",
     "voxtral_realtime": "refused: as Voxtral; and it listens while it writes",
     "moshi": "refused: it listens and speaks in streams, without prompts",
-    "vibevoice": "refused: it speaks",
+    "vibevoice": "refused: it writes speech, not text",
     "glmasr": "runs with a chat template that closes turns; its own never does, and is refused",
 }
 
@@ -104,6 +104,8 @@ def verdict(model_type, name):
         if model_type in MADE:
             return asked(MADE[model_type])
         return structure(model_type, name)
+    except ImportError:
+        return "not looked at: it needs the package timm"
     except (SystemExit, Exception) as error:            # whatever a class of somebody's says
         return f"refused: {short(error) or type(error).__name__}"
 
