@@ -367,7 +367,8 @@ def bench_losses(args, out):
         # a clean process for each, with the libraries loaded once
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(
-            ["torch", "plumbing.run", "losses", "liger_kernel.chunked_loss"])
+            ["torch", "plumbing.run", "losses", "liger_kernel.chunked_loss",
+             "trl.kernels.chunked_divergence"])
         fresh = ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1)
 
     out.say(f"{machine()}; {args.tokens:,} tokens, hidden {args.hidden:,}, teacher "

@@ -241,7 +241,9 @@ def spoil(monkeypatch, script, steps, value=math.nan):
     monkeypatch.setattr(plumbing_run.Run, "finite", finite)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", ["cord", pytest.param("source_layer", marks=pytest.mark.slow)]
+)
 def test_a_step_with_a_spoilt_loss_is_left_out(script, worlds, tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, script, {2})
     more = ["--max-steps", 3, "--save-every", 1, "--keep", 9]

@@ -801,6 +801,7 @@ def test_the_fused_loss_trains_as_the_formulas_do(world, tmp_path, flags):
     assert len(logs[0]) == 3 and logs[0][-1]["loss"] != logs[0][0]["loss"]
 
 
+@pytest.mark.slow
 def test_16_bit_weights_train_save_and_go_on(world, tmp_path):
     flags = ["--weights", "bfloat16", "--lr", "3e-4", "--save-every", "2"]
     main(small_run(world, tmp_path / "a", *flags))

@@ -24,14 +24,14 @@ def test_what_is_stopped_leaves_what_it_had(tmp_path, monkeypatch):
         "time.sleep(99)"
     )
     (tmp_path / "lab.bench").write_text("")  # so that it is told where to write
-    part = gpu.Part("fused losses", 2, ["-c", code, "lab.bench"])
-    record = gpu.run(part, 8, tmp_path)
-    assert record["ended"] == "stopped after 8 s" and record["seconds"] < 20
+    part = gpu.Part("fused losses", 9, ["-c", code, "lab.bench"])
+    record = gpu.run(part, 3, tmp_path)
+    assert record["ended"] == "stopped after 3 s" and record["seconds"] < 20
     assert record["printed"] == [
         {"columns": ["loss", "time, over ours", "seconds"], "rows": [["ours", "1.00", "0.044"]]}
     ]
     lines = report_gpu.report([record])
-    assert "| ours | 1.00 | 0.044 |" in lines and "8 s, ended stopped after 8 s." in lines
+    assert "| ours | 1.00 | 0.044 |" in lines and "3 s, ended stopped after 3 s." in lines
     assert report_gpu.measured([record]) == {"loss": 0.044}
 
 
