@@ -41,8 +41,22 @@ def test_ratios_are_taken_within_a_round():
     assert "".join(calls) == "abbaab" and [len(t) for t in times.values()] == [2, 2]
 
 
-def test_losses(capsys):
+class Inline:
+    """In place of processes of their own, whose start takes ten seconds: work is done at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, work, *a):
+        value = work(*a)
+        return argparse.Namespace(result=lambda: value)
+
+
+@pytest.mark.parametrize("inline", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_losses(inline, monkeypatch, capsys):
     pytest.importorskip("liger_kernel")
+    if inline:
+        monkeypatch.setattr(bench, "ProcessPoolExecutor", Inline)
     bench.main(
         [
             "losses",
@@ -96,6 +110,7 @@ def test_a_contender_that_does_not_fit_has_a_row_that_says_so(monkeypatch, capsy
     def too_large(*a, **k):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(bench.losses, "cord", too_large)
     bench.main(
         [
