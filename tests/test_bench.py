@@ -296,17 +296,10 @@ def test_data(short_runs, capsys):
     ]
     assert all(0 < float(step) and 0 <= float(share) < 100 for *_, step, share, _ in waits)
     clips = rows(text.split("clips of 1 s")[1])
-    assert list(clips) == ["clips", "wav", "flac", "mp3"] and all(
-        float(x) > 0 for kind in ("wav", "flac", "mp3") for x in clips[kind][4:7]
-    )
-    assert (
-        all(
-            0 < float(x.removesuffix(" %")) < 50
-            for kind in ("wav", "flac", "mp3")
-            for x in clips[kind][7:]
-        )
-        and len(clips["wav"]) == 9
-    )
+    assert list(clips) == ["clips", "wav", "flac", "mp3"]
+    for kind in ("wav", "flac", "mp3"):
+        *milliseconds, clips_a_second = map(float, clips[kind])
+        assert len(milliseconds) == 4 and min(milliseconds) >= 0 and clips_a_second > 0
 
 
 @pytest.mark.slow
