@@ -209,31 +209,41 @@ def find(folder, resume, dry_run):
 def start_folder(folder, checkpoint):
     """Make a run's folder ready; what a kill or a dry run left there is removed.
 
-    A run that does not go on from a checkpoint in it wants the folder to itself. Raises SystemExit
-    where it holds another run's checkpoints, which would pass for this run's own. (Nothing keeps
-    two runs that start together out of one folder.)"""
-    folder = Path(folder)
+    A run that does not go on from a checkpoint in it wants the folder to itself. Raises SystemExit,
+    on every rank, where it holds another run's checkpoints, which would pass for this run's own.
+    (Nothing keeps two runs that start together out of one folder.)"""
+    fault = None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        make_folder(folder)
-        with writing(folder):
-            if checkpoint is None or not _is_inside(checkpoint, folder):
-                old_checkpoints = list(folder.glob("step-*"))
-                if old_checkpoints and not _was_dry(folder):
-                    raise SystemExit(f"{folder} holds the checkpoints of another run; go on with "
-                                     "it by --resume auto, or give another --out")
-                for old in old_checkpoints:
-                    shutil.rmtree(old)
-                for pattern in ("eval-*.json", "before.json", "after.json", "results.json"):
-                    for old in folder.glob(pattern):
-                        old.unlink()
-            else:
-                (folder / "after.json").unlink(missing_ok=True)
-                for old in folder.glob("eval-*.json"):      # made behind the checkpoint
-                    if old.stem.removeprefix("eval-") > checkpoint.name.removeprefix("step-"):
-                        old.unlink()
-            for old in folder.glob("partial-*"):
-                shutil.rmtree(old)
-    ranks.wait_for_all()
+        try:
+            make_folder(folder)
+            with writing(folder):
+                _clear(Path(folder), checkpoint)
+        except SystemExit as error:
+            fault = str(error)
+    fault = ranks.of_rank_zero(fault)
+    if fault:
+        raise SystemExit(fault)
+
+
+def _clear(folder, checkpoint):
+    old_evaluations = sorted(folder.glob("eval-*.json"))
+    if checkpoint is None or not _is_inside(checkpoint, folder):
+        old_checkpoints = list(folder.glob("step-*"))
+        if old_checkpoints and not _was_dry(folder):
+            raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
+                             "--resume auto, or give another --out")
+        for old in old_checkpoints:
+            shutil.rmtree(old)
+        for name in ("before.json", "results.json"):
+            (folder / name).unlink(missing_ok=True)
+    else:                                               # evaluations made behind the checkpoint
+        step = checkpoint.name.removeprefix("step-")
+        old_evaluations = [old for old in old_evaluations
+                           if old.stem.removeprefix("eval-") > step]
+    for old in (folder / "after.json", *old_evaluations):
+        old.unlink(missing_ok=True)
+    for old in folder.glob("partial-*"):
+        shutil.rmtree(old)
 
 
 def _is_inside(checkpoint, folder):
