@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,8 @@ def main(argv=None):
     begun = time.time()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("a", "b"):                     # the runs of an earlier time
+        shutil.rmtree(out / name, ignore_errors=True)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     records = [{"part": "packages", "missing": missing}]
     if missing:

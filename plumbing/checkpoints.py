@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+import uuid
 import warnings
 from pathlib import Path
 
@@ -210,17 +211,26 @@ def start_folder(folder, checkpoint):
     """Make a run's folder ready; what a kill or a dry run left there is removed.
 
     A run that does not go on from a checkpoint in it wants the folder to itself. Raises SystemExit,
-    on every rank, where it holds another run's checkpoints, which would pass for this run's own.
-    (Nothing keeps two runs that start together out of one folder.)"""
+    on every rank, where it holds another run's checkpoints, which would pass for this run's own, or
+    where a rank does not see it: each node would keep a part of every checkpoint. (Nothing keeps
+    two runs that start together out of one folder.)"""
+    mark = Path(folder) / ranks.of_rank_zero(f"partial-{uuid.uuid4().hex}")
     fault = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             make_folder(folder)
             with writing(folder):
                 _clear(Path(folder), checkpoint)
+                mark.mkdir()
         except SystemExit as error:
             fault = str(error)
     fault = ranks.of_rank_zero(fault)
+    seen_by_all = all(ranks.gather_lists([mark.exists()]))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(mark, ignore_errors=True)
+    if fault is None and not seen_by_all:
+        fault = (f"--out {folder} is not the same folder for all ranks; give one that every node "
+                 "can write to")
     if fault:
         raise SystemExit(fault)
 

@@ -217,6 +217,21 @@ assert step.weight.grad.dtype == torch.float32
         train_cord.main(["--shard", "--data", "any.jsonl"])
 
 
+def test_a_folder_that_is_not_the_same_for_all_is_refused(tmp_path):
+    on_two_ranks(
+        """
+checkpoints.start_folder("shared", None)
+try:
+    checkpoints.start_folder(f"of-rank-{rank}", None)
+except SystemExit as error:
+    assert "is not the same folder for all ranks" in str(error)
+else:
+    raise AssertionError
+""",
+        tmp_path,
+    )
+
+
 # -------------------- 2. numbers that go wrong ---------------------------------------------------
 
 
