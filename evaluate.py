@@ -1,5 +1,5 @@
-"""Listen, answer, score: the two benchmarks of paper A, the audio-text gap of paper B, and whether
-one run is really better than another.
+"""Listen, answer, score: the two benchmarks of paper A, the audio-text gap of paper B, and how sure
+we are.
 
 Audio question answering (AQA) is scored as MMAU and MMAR score it: multiple choice over sound,
 music, speech and their mixes, accuracy in per cent. Emotion recognition (SER) is scored by
@@ -19,17 +19,20 @@ Where this departs from the papers and from the benchmarks' own scripts:
    any number of ranks.
 
     python evaluate.py --task both --model DIR --data test.jsonl noise.jsonl --out runs/eval
-    python evaluate.py --task both --model DIR2 --data test.jsonl --compare runs/eval/results.json
     python evaluate.py --task gap --model DIR --data mmsu.jsonl obqa.jsonl    # paper B's Table 1
     torchrun --nproc_per_node 8 evaluate.py --task gap ...  # each GPU asks its share
 
-Each manifest is reported apart. A run's picture: python -m lab.report RUN; a look
-inside a model: python -m lab.inside --help.
+Each manifest is reported apart. Two results, paired: python -m lab.compare A/results.json
+B/results.json; a run's picture: python -m lab.report RUN; a look inside a model: python -m
+lab.inside --help.
 """
 
 import argparse
+import dataclasses
+import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,9 +41,8 @@ import data
 import judge
 import models
 from judge import extract_choice
-from plumbing import hearing, predictions, ranks, tables
-from plumbing.files import make_folder, write_json
-from plumbing.whole import newest_checkpoint
+from plumbing import hearing, ranks, tables
+from plumbing.files import make_folder, newest_checkpoint, replace_text, write_json
 from rollout import generate
 
 TASKS = ("sound", "music", "speech")    # MMAU's; every other task gets a row behind them
@@ -53,6 +55,8 @@ EMOTIONS = {                            # IEMOCAP: excited is happy
     "excitement": "happy",
 }
 NO_ANSWER = "no answer"
+VIEWS = ("text", "audio")
+TAKEN = {"average", "ua", "intervals", "official", "counts", "correct"}     # no task's names
 
 
 # -------------------------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ def evaluate_model(model, processor, examples, *, splits=(), **decoding):
     groups = [("main", examples), *splits]
     everything = sum((list(examples) for _, examples in groups), [])
     for e in everything:
-        if e.task in predictions.TAKEN:
+        if e.task in TAKEN:
             raise data.DataError(f"{e.where}: the task {e.task!r} has the name of one of the "
                                  "results; rename it")
         if not e.choices:
@@ -296,6 +300,17 @@ def spoken(examples):
     return [e for e in examples if e.transcript and e.task != SER_TASK]
 
 
+def flat(by_group):
+    """group -> id -> right? -> {id: right?}"""
+    return {i: right for group in by_group.values() for i, right in group.items()}
+
+
+def question_key(example):
+    """The same for the same words about the same clip, wherever the folder of the clips lies."""
+    clip = Path(*example.audio.parts[-2:])
+    return data.fingerprint([dataclasses.replace(example, audio=clip)])
+
+
 def gap_of(text, audio):
     """{id: right?} of both views -> accuracies in per cent, their gap in points, 95 % intervals."""
     n = len(text)
@@ -312,7 +327,7 @@ def table_of(correct):
     text = correct["text"]
     audio = correct["audio"]
     kinds = {kind: gap_of(text[kind], audio[kind]) for kind in text}
-    both = gap_of(predictions.flat(text), predictions.flat(audio))
+    both = gap_of(flat(text), flat(audio))
     return {**both, "kinds": kinds, "correct": correct}
 
 
@@ -338,7 +353,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
                              "measured; add transcripts to the manifest")
     samples = []
     kinds = sorted({e.kind or e.task for e in asked})
-    correct = {view: {kind: {} for kind in kinds} for view in predictions.VIEWS}
+    correct = {view: {kind: {} for kind in kinds} for view in VIEWS}
     for view, words in ("text", "transcript"), ("audio", None):
         how = {"view": view, "words": words, "temperature": temperature, **decoding}
         for e, output in zip(asked, generate(model, processor, asked, **how)):
@@ -352,7 +367,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
 
     results = table_of(correct)
     results["samples"] = samples
-    results["keys"] = {e.id: predictions.question_key(e) for e in asked}
+    results["keys"] = {e.id: question_key(e) for e in asked}
     decided = decoding_of(temperature=temperature, **decoding)
     results["decoding"] = {**decided, "words": "transcript"}
     ids = {e.id for e in asked}
@@ -374,9 +389,9 @@ def report_gap(results, before=None):
     reductions["together"] = gap_reduction(before, results)
     lines = tables.gap_lines(results, reductions)
 
-    for view in predictions.VIEWS:
-        now = predictions.flat(results["correct"][view])
-        then = predictions.flat(before["correct"][view])
+    for view in VIEWS:
+        now = flat(results["correct"][view])
+        then = flat(before["correct"][view])
         shared = [i for i in now if i in then]
         if shared:
             pairs = [now[i] for i in shared], [then[i] for i in shared]
@@ -392,11 +407,11 @@ def report_gap(results, before=None):
 
 def together(by_set):
     """set -> table_of's dict -> one such dict of all questions, whose kinds are the sets."""
-    correct = {view: {} for view in predictions.VIEWS}
+    correct = {view: {} for view in VIEWS}
     for name, table in by_set.items():
-        for view in predictions.VIEWS:
+        for view in VIEWS:
             # Two files may use the same id
-            verdicts = predictions.flat(table["correct"][view])
+            verdicts = flat(table["correct"][view])
             correct[view][name] = {f"{name} {i}": verdict for i, verdict in verdicts.items()}
     return table_of(correct)
 
@@ -411,67 +426,64 @@ def load(args, device):
     return model, processor
 
 
-def run_gap(args, rank, device):
-    """--task gap: every question of every manifest, heard and read; with --baseline, how much of
-    its gap is gone. Each rank asks its share."""
-    say = print if rank == 0 else (lambda *_: None)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    decoding = {name: getattr(args, name) for name in names}
-    baseline = None
-    if args.baseline:
-        asked = {**decoding_of(**decoding), "words": "transcript"}
-        baseline = predictions.read_baseline(args.baseline, asked)
+def stems(files):
+    """The names that several manifests are reported by. DataError where two have the same."""
+    names = [Path(file).stem for file in files]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise data.DataError(f"two of the manifests are called {twice[0]}, and results are "
+                             "reported by that name; rename one")
+    return names
 
-    # 1. The questions, and what the baseline said to each of them
+
+def decoding_flags(args):
+    names = ("batch_size", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def write(args, results, samples):
+    """results.json, and samples.jsonl: each question with what was answered."""
+    out = Path(args.out)
+    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    write_json(out / "results.json", {**results, "settings": vars(args)})
+
+
+def run_gap(args, rank, device):
+    """--task gap: every question of every manifest, heard and read. Each rank asks its share."""
     sets = {}
-    befores = {}
-    for name, file in zip(predictions.stems(args.data), args.data):
+    for name, file in zip(stems(args.data), args.data):
         examples = spoken(data.read_manifest(file, split=args.split))[:args.limit]
         if not examples:
             raise data.DataError(f"{file}: has no example with a transcript, so nothing can be "
                                  "asked in both views; add transcripts")
         sets[name] = examples
-        if baseline:
-            correct = predictions.earlier_verdicts(baseline, name, examples, args.baseline)
-            befores[name] = table_of(correct)
     data.check_audio(sum(sets.values(), []))        # by every rank, so that all stop for one clip
 
-    # 2. The model, asked
     model, processor = load(args, device)
     found = {}
     samples = []
     for name, examples in sets.items():
-        how = {"batch_size": args.batch_size, **decoding}
-        found[name] = evaluate_views(model, processor, examples, **how)
+        found[name] = evaluate_views(model, processor, examples, **decoding_flags(args))
         samples += [{"set": name, **s} for s in found[name].pop("samples")]
-
-    # 3. The tables: of each set and, of several, together
-    whole = dict(found)
-    if len(sets) > 1:
-        whole["all files"] = together(found)
-        befores["all files"] = together(befores) if baseline else None
-    for name, table in whole.items():
-        before = befores.get(name)
-        if before:
-            table["gap_reduction_percent"] = gap_reduction(before, table)
-        say(f"-- {name}\n{report_gap(table, before)}")
     if rank > 0:
         return
 
+    # Of each manifest and, of several, together
     first, *further = found
     results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
+    tables_by_name = dict(found)
     if further:
-        results["together"] = whole["all files"]
+        tables_by_name["all files"] = results["together"] = together(found)
         del results["together"]["correct"]                  # it stands in the sets
-    out = predictions.write_samples(args.out, samples)
-    write_json(out / "results.json", {**results, "settings": vars(args)})
+    for name, table in tables_by_name.items():
+        print(f"-- {name}\n{report_gap(table)}")
+    write(args, results, samples)
 
 
 def run_model(args, rank, device):
     """--task aqa, ser and both: a model is asked. Each rank asks its share (rollout.generate)."""
-    other = predictions.read_results(args.compare) if args.compare else None
     sets = []
-    for name, file in zip(predictions.stems(args.data), args.data):
+    for name, file in zip(stems(args.data), args.data):
         examples = data.read_manifest(file, split=args.split)
         if args.task != "both":
             examples = [e for e in examples if (e.task == SER_TASK) == (args.task == "ser")]
@@ -482,34 +494,17 @@ def run_model(args, rank, device):
     data.check_audio(sum((examples for _, examples in sets), []))
 
     model, processor = load(args, device)
-    names = ("batch_size", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    decoding = {name: getattr(args, name) for name in names}
-    name, examples = sets[0]
-    results = evaluate_model(model, processor, examples, splits=sets[1:], **decoding)
+    (name, examples), *splits = sets
+    results = evaluate_model(model, processor, examples, splits=splits, **decoding_flags(args))
     if rank > 0:
         return
 
     results["set"] = name
     samples = results.pop("samples")
-    out = predictions.write_samples(args.out, samples)
+    write(args, results, samples)
     # MMAU's format, for its own script
-    write_json(out / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
-    write_json(out / "results.json", {**results, "settings": vars(args)})
+    write_json(Path(args.out) / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
     print(tables.report(results))
-    if other:
-        print_comparison(results, other, args.compare)
-
-
-def print_comparison(results, other, path):
-    """--compare: each set of these results against the other's of the same name, paired."""
-    decoded = ""
-    if "decoding" in other:
-        decoded = predictions.differences(results["decoding"], other["decoding"])
-    decoded = f", which was decoded with {decoded}" if decoded else ""
-    print(f"against {path}{decoded}, paired, 95 % bootstrap interval:")
-    for name, part in {results["set"]: results, **results["splits"]}.items():
-        found = compare(part, predictions.set_of(other, name, path))
-        print(f"-- {name}", *tables.difference_lines(found), sep="\n")
 
 
 def flags():
@@ -519,11 +514,6 @@ def flags():
     add("--task", required=True, choices=["aqa", "ser", "both", "gap"],
         help="multiple choice, emotions or both; gap: the same questions heard and read")
     add("--out", default="runs/evaluate", help="folder for results.json and samples.jsonl")
-    add("--compare", metavar="RESULTS",
-        help="aqa, ser, both: another run's results.json: print how far this run is from it, "
-             "paired")
-    add("--baseline", metavar="RESULTS",
-        help="gap: the results.json of the model before training: print the gap's reduction")
 
     # what is scored
     add("--model", metavar="DIR", required=True,
@@ -547,10 +537,7 @@ def flags():
 
 
 def main(argv=None):
-    parser = flags()
-    args = parser.parse_args(argv)
-    if args.compare and args.task == "gap" or args.baseline and args.task != "gap":
-        parser.error("--baseline goes with --task gap, --compare with the others")
+    args = flags().parse_args(argv)
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "gap" else 0.6
 

@@ -34,7 +34,7 @@ import transformers
 
 import data
 from plumbing import hub
-from plumbing.whole import newest_checkpoint
+from plumbing.files import newest_checkpoint
 
 MINI = Path(__file__).resolve().parent / "mini"     # the embedded default: student and teacher
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights

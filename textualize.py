@@ -41,8 +41,7 @@ import models
 import rollout
 from plumbing import hearing, ranks
 from plumbing.check import about_clips
-from plumbing.files import write_json
-from plumbing.whole import newest_checkpoint
+from plumbing.files import newest_checkpoint, write_json
 
 # -------------------------------------------------------------------------------------------------
 # 1. Writing: one prompt per kind of sound, because what a reader must know differs

@@ -65,10 +65,9 @@ import models
 import rollout
 from plumbing import checkpoints, hearing, plots, ranks, saving
 from plumbing.check import about_clips
-from plumbing.files import append_jsonl
+from plumbing.files import append_jsonl, newest_checkpoint
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
-from plumbing.whole import newest_checkpoint
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}

@@ -61,9 +61,9 @@ import losses
 import models
 from plumbing import checkpoints, hearing, plots, ranks, saving
 from plumbing.check import about_clips
+from plumbing.files import newest_checkpoint
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
-from plumbing.whole import newest_checkpoint
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = {"aqa": (67.7, 79.2), "ser": (80.5, 80.9)}

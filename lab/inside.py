@@ -28,10 +28,9 @@ import layer_map
 import losses
 import models
 import rollout
-from plumbing import hearing, whole
-from plumbing.files import make_folder, write_json, writing
+from plumbing import hearing
+from plumbing.files import make_folder, newest_checkpoint, read_json, write_json, writing
 from plumbing.plots import pyplot
-from plumbing.predictions import read_json
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
 MOST_TOKENS = 2000          # CKA compares every two tokens: 32 MB a layer
@@ -483,7 +482,7 @@ def settings_of(model):
     """The flags of the run that a checkpoint belongs to; none for another model."""
     if not (model / "checkpoint.json").exists():
         return {}
-    return read_json(model.parent / "config.json", "a run's flags")
+    return read_json(model.parent / "config.json") or {}
 
 
 def load(name):
@@ -592,7 +591,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = make_folder(args.out)
     try:
-        args.model = whole.newest_checkpoint(args.model)
+        args.model = newest_checkpoint(args.model)
         run = run_kl if args.task == "kl" else run_layers
         run(args, out)
     except data.DataError as error:

@@ -5,7 +5,7 @@ goes on as if nothing had happened, with any number of ranks.
     step-N/model*.safetensors, config.json, ...    the model in the hub's layout, with its card
     step-N/NAME.safetensors                        what lies beside it, such as the projections
     step-N/optimizer/*.safetensors                 each rank writes its part
-    step-N/checkpoint.json                         step, ranks, and every file with its bytes
+    step-N/checkpoint.json                         step and ranks
 
 Everything random is a function of (seed, step), so that no generator's state has to be saved. A
 checkpoint is written under a temporary name, flushed to the disk and renamed when it is complete.
@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 import models
-from plumbing import ranks, saving, whole
-from plumbing.files import flush, make_folder, read_json, writing
+from plumbing import ranks, saving
+from plumbing.files import complete, flush, make_folder, read_json, writing
 
 OPTIMIZER_FILE = 5 * 10**9      # bytes, about, in one file of the optimizer's
 
@@ -82,12 +82,10 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
             if moments:
                 dcp.save(moments, storage_writer=writer)
 
-        # All is there: list it, flush it, give it its name
+        # All is there: flush it, give it its name
         with _failing_together():
             if on_rank_zero:
-                paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-                sizes = {str(path.relative_to(partial)): path.stat().st_size for path in paths}
-                about = {"step": step, "ranks": ranks.world_size(), "files": sizes}
+                about = {"step": step, "ranks": ranks.world_size()}
                 (partial / "checkpoint.json").write_text(json.dumps(about))
                 for path in [*partial.rglob("*"), partial]:
                     flush(path)
@@ -151,12 +149,6 @@ def _gathered(module, on_rank_zero):
     return state
 
 
-def complete(folder):
-    """The complete checkpoints of a run's folder, oldest first."""
-    found = sorted(Path(folder).glob("step-*"))
-    return [path for path in found if (path / "checkpoint.json").is_file()]
-
-
 def _remove(checkpoint):
     # Renamed first: half of a folder must not look whole
     if checkpoint.exists():
@@ -171,8 +163,9 @@ def _remove(checkpoint):
 def find(folder, resume, dry_run):
     """The checkpoint that a run starts from, the same on every rank; None: from nothing.
 
-    resume: None, "auto" (the newest whole checkpoint in folder, if there is one), or a path.
-    Raises SystemExit where it is no whole checkpoint, or the folder holds later ones."""
+    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. Raises
+    SystemExit where it is no checkpoint, or the folder holds later ones. (Files are not looked at
+    until they are loaded: one that a copy left truncated is refused then, by its name.)"""
     folder = Path(folder)
     if resume is None:
         return None
@@ -181,25 +174,13 @@ def find(folder, resume, dry_run):
                          "--out than that of a real run")
 
     if resume == "auto":
-        newest, passed_over = None, []
-        if not _was_dry(folder):
-            newest, passed_over = whole.newest_whole(folder)
-        newest, passed_over = ranks.of_rank_zero((newest, passed_over))
-        if passed_over and newest is None:
-            raise SystemExit(f"{folder} has no checkpoint that is whole: {'; '.join(passed_over)}; "
-                             "give another --out")
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            for sentence in passed_over:
-                print(sentence)
-        return newest
+        found = [] if _was_dry(folder) else complete(folder)
+        return ranks.of_rank_zero(found[-1] if found else None)
 
     checkpoint = Path(resume)
     if not (checkpoint / "checkpoint.json").is_file():
         raise SystemExit(f"{checkpoint} is not a checkpoint (it has no checkpoint.json); give a "
                          f"folder such as {folder}/step-0000100, or auto")
-    fault = whole.fault_of(checkpoint)
-    if fault:
-        raise SystemExit(f"{checkpoint} is not whole ({fault}); go on from another, or with auto")
     later = [path.name for path in complete(folder) if path.name > checkpoint.name]
     if later and _is_inside(checkpoint, folder):
         raise SystemExit(f"{folder} holds {later[-1]}, later than {checkpoint.name}: give another "
@@ -286,10 +267,6 @@ def load_optimizer(path, module, optimizer):
     were trained."""
     from torch.distributed import checkpoint as dcp
 
-    listed = "files" in read_json(Path(path) / "checkpoint.json")      # else nobody has looked
-    if not listed and not any(Path(path).glob("optimizer/*.safetensors")):
-        raise SystemExit(f"{path} is not whole (no optimizer/*.safetensors); go on from another")
-
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     state = {}
     with _fitting(path):
@@ -307,7 +284,7 @@ def load_optimizer(path, module, optimizer):
             if moment != "step":
                 state[key] = torch.zeros_like(trainable[name], dtype=about.properties.dtype)
         missing = sorted(trainable.keys() - trained_there)
-        if saved and missing:
+        if missing and read_json(Path(path) / "checkpoint.json")["step"] > 0:
             raise ValueError(f"{missing[0]} did not learn there")
         if state:
             with warnings.catch_warnings(action="ignore"):

@@ -87,3 +87,13 @@ def open_log(path, done):
                 raise SystemExit(f"{path}:{number} is no line that a run wrote ({error!r}); mend "
                                  "it, or move the file away, and start again") from None
     replace_text(path, "".join(kept))
+
+
+def complete(folder):
+    """The checkpoints of a run's folder, oldest first: one gets its name when it is complete."""
+    return sorted(file.parent for file in Path(folder).glob("step-*/checkpoint.json"))
+
+
+def newest_checkpoint(path):
+    """A run's folder -> its newest checkpoint; any other path or hub id: itself."""
+    return str([path, *complete(path)][-1])

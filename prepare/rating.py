@@ -22,7 +22,6 @@ import soundfile
 import data
 import evaluate
 from plumbing.files import write_json
-from plumbing.predictions import read_json
 
 CATEGORIES = {
     "speech": ["the words", "who speaks", "manner and emotion", "background"],
@@ -84,6 +83,15 @@ def wav_in_page(example):
 
 # -------------------------------------------------------------------------------------------------
 # 2. The answers
+
+def read_json(path, what):
+    """what: what the user should give instead of a file that cannot be read."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise data.DataError(f"{path}: cannot be read as JSON ({error}); give {what}") from None
+
 
 def score_ratings(files, page):
     """Saved answers -> {task: {category: {"description" and "foil": {item: [a verdict a rater]}}}}.

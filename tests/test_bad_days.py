@@ -34,8 +34,15 @@ import evaluate
 import layer_map
 import mini.world
 import models
-from plumbing import checkpoints, saving, whole
-from plumbing.files import append_jsonl, open_log, read_json, write_json
+from plumbing import checkpoints, saving
+from plumbing.files import (
+    append_jsonl,
+    complete,
+    newest_checkpoint,
+    open_log,
+    read_json,
+    write_json,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 SCRIPTS = ("source", "cord")
@@ -717,63 +724,18 @@ def test_a_folder_that_cannot_be_gone_on_from(flags, undisturbed, tmp_path):
 
 # -------------------- checkpoints that are not whole ---------------------------------------------
 
-DAMAGE = {
-    "config.json": ("config.json", None, "config.json is missing"),
-    "optimizer": ("optimizer/*.safetensors", None, r"optimizer/.*\.safetensors is missing"),
-    "projections": ("projections.safetensors", None, "projections.safetensors is missing"),
-    "truncated": (
-        "model.safetensors",
-        1 << 20,
-        r"model.safetensors is truncated: 1,048,576 of [\d,]+ bytes",
-    ),
-    "gone": ("checkpoint.json", None, "checkpoint.json is missing"),
-    "cut": ("checkpoint.json", 5, "checkpoint.json is broken: JSONDecodeError"),
-}
 
-
-def damage(checkpoint, name):
-    """A file of a checkpoint is deleted, or cut to so many bytes -> what shall be said of it."""
-    pattern, size, words = DAMAGE[name]
-    path = min(checkpoint.glob(pattern))
-    path.unlink() if size is None else os.truncate(path, size)
-    return words
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_checkpoint_that_is_not_whole_is_refused_by_name(name, undisturbed, tmp_path, capsys):
-    """--resume DIR refuses it and says why; auto says why, and takes the one before; without any
-    other it stops."""
-    whole, folder = undisturbed("source", 4), tmp_path / "run"
-    shutil.copytree(whole, folder)
-    newest, before = folder / "step-0000004", folder / "step-0000003"
-    words = damage(newest, name)
-    with pytest.raises(SystemExit, match=f"{newest} is not (whole .{words}|a checkpoint)"):
-        checkpoints.find(folder, newest, dry_run=False)
-    assert checkpoints.find(folder, "auto", dry_run=False) == before
-    (sentence,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"{newest} is passed over \({words}.*\)", sentence)
-    shutil.rmtree(before)
-    with pytest.raises(SystemExit, match=f"{folder} has no checkpoint that is whole: .*{words}"):
-        checkpoints.find(folder, "auto", dry_run=False)
-
-
-def test_auto_goes_on_from_the_newest_that_is_whole(flags, undisturbed, tmp_path):
-    """To the last bit of what an undisturbed run gives; what was broken is written anew."""
-    out = tmp_path / "run"
-    shutil.copytree(undisturbed("source", 4), out)
-    damage(out / "step-0000004", "truncated")
-    goes_on("source", flags, out, undisturbed("source", 4), 4)
-    assert f"{out / 'step-0000004'} is passed over (model.safetensors is truncated" in (
-        said := said_by(out)
-    )
-    assert f"going on from step 3, {out / 'step-0000003'}" in said
-    assert whole.fault_of(out / "step-0000004") is None
-
-
-def said_by(out):
-    return "".join(
-        path.read_text(errors="replace") for path in out.parent.glob(f"{out.name}-*.txt")
-    )
+def test_only_what_was_completed_counts_as_a_checkpoint(undisturbed, tmp_path):
+    """checkpoint.json is written last; a folder without it, or under a temporary name, is none."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed("source", 4), folder)
+    assert [path.name for path in complete(folder)] == ["step-0000003", "step-0000004"]
+    (folder / "step-0000004").rename(folder / "partial-0000004")
+    assert checkpoints.find(folder, "auto", dry_run=False) == folder / "step-0000003"
+    (folder / "step-0000003" / "checkpoint.json").unlink()
+    assert checkpoints.find(folder, "auto", dry_run=False) is None
+    with pytest.raises(SystemExit, match="step-0000003 is not a checkpoint .*no checkpoint.json"):
+        checkpoints.find(folder, folder / "step-0000003", dry_run=False)
 
 
 def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
@@ -798,12 +760,10 @@ def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
         saving.fill(model, folder)
 
 
-def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
-    """A checkpoint of before files were listed, or of the right size with other bytes in it."""
+def test_a_truncated_file_is_called_that_when_it_is_loaded(undisturbed, tmp_path):
+    """Of the model or of the optimizer; and an optimizer that is gone is not begun anew."""
     folder = tmp_path / "step"
     shutil.copytree(undisturbed("source", 4) / "step-0000004", folder)
-    saved = json.loads((folder / "checkpoint.json").read_text())
-    write_json(folder / "checkpoint.json", {"step": 4, "ranks": 1})
     os.truncate(folder / "model.safetensors", 1 << 20)
     model = models.load_audio_model(mini.world.MINI / "student")[0]
     with pytest.raises(
@@ -818,38 +778,24 @@ def test_damage_that_only_reading_shows_is_called_that(undisturbed, tmp_path):
     step.student.get_encoder(modality="audio").embed_positions.requires_grad_(False)
     with pytest.raises(SystemExit, match="holds a file that is truncated or damaged"):
         checkpoints.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
+    for file in files:
+        file.unlink()
+    with pytest.raises(SystemExit, match="or is not whole .*did not learn there"):
+        checkpoints.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
     shutil.rmtree(folder / "optimizer")
-    with pytest.raises(SystemExit, match=r"is not whole \(no optimizer"):
-        checkpoints.load_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
-    assert saved["files"].keys() >= {
-        "config.json",
-        "model.safetensors",
-        "projections.safetensors",
-        "statistics.safetensors",
-    }
+    with pytest.raises(SystemExit, match="or is not whole"):
+        checkpoints.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
 
 
-def test_a_runs_folder_is_its_newest_whole_checkpoint(undisturbed, tmp_path, capsys):
+def test_a_runs_folder_is_its_newest_checkpoint(undisturbed, tmp_path):
     """Wherever a model is named: --model runs/a, --student runs/a. A model needs no optimizer."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed("source", 4), folder)
-    assert whole.newest_checkpoint(folder) == str(folder / "step-0000004")
-    assert whole.newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and whole.newest_checkpoint(
-        mini.world.MINI / "student"
-    ) == str(mini.world.MINI / "student")
-    damage(folder / "step-0000004", "optimizer")
-    assert (
-        models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004")
-        and not capsys.readouterr().out
-    )
-    damage(folder / "step-0000004", "truncated")
-    assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000003")
-    assert "step-0000004 is passed over (model.safetensors is truncated" in capsys.readouterr().out
-    damage(folder / "step-0000003", "config.json")
-    with pytest.raises(
-        SystemExit, match="has no checkpoint that is whole: .*config.json is missing"
-    ):
-        models.load_audio_model(folder)
+    assert newest_checkpoint(folder) == str(folder / "step-0000004")
+    assert newest_checkpoint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert newest_checkpoint(mini.world.MINI / "student") == str(mini.world.MINI / "student")
+    shutil.rmtree(folder / "step-0000004" / "optimizer")
+    assert models.load_audio_model(folder)[0].name_or_path == str(folder / "step-0000004")
 
 
 def test_a_run_that_starts_from_a_runs_folder_notes_which_checkpoint(flags, undisturbed, tmp_path):

@@ -29,6 +29,7 @@ import rollout
 import sampler
 from evaluate import mmau_correct, paired_bootstrap, score_mmau, score_ser, wilson
 from judge import extract_choice
+from lab import compare
 from plumbing import plots, tables
 
 ROOT = Path(__file__).parent.parent
@@ -862,28 +863,30 @@ def test_compare_pairs_each_file_with_its_namesake(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(evaluate.hearing, "check", lambda *_: None)
     model = type("Model", (), {"to": lambda self, device: self})()
     monkeypatch.setattr(evaluate.models, "load_audio_model", lambda *_, **__: (model, None))
-    command = ["--task", "aqa", "--model", "x", "--out", tmp_path / "out", "--data"]
-    run_main(monkeypatch, *command, clean, noise)
-    same = ["--compare", tmp_path / "out/results.json"]
+    command = ["--task", "aqa", "--model", "x", "--data"]
+    run_main(monkeypatch, *command, clean, noise, "--out", tmp_path / "a")
+    run_main(monkeypatch, *command, noise, clean, "--out", tmp_path / "b")
+    run_main(monkeypatch, *command, noise, "--out", tmp_path / "c")
     capsys.readouterr()
-    run_main(monkeypatch, *command, noise, clean, *same)
+    results = {name: str(tmp_path / name / "results.json") for name in "abc"}
+    compare.main([results["b"], results["a"]])
     assert capsys.readouterr().out.count("aqa average   +0.00 points  [+0.00, +0.00]  4 pairs") == 2
+    with pytest.raises(SystemExit, match="has no manifest called clean, only noise"):
+        compare.main([results["a"], results["c"]])
+
     asked = {"decoding": {"max_new_tokens": 9}, "aqa": {"correct": {"sound": {"q0": False}}}}
-    (tmp_path / "training.json").write_text(json.dumps({"before": {}, "after": asked}))
-    run_main(monkeypatch, *command, noise, "--compare", tmp_path / "training.json")
+    (tmp_path / "after.json").write_text(json.dumps(asked))
+    compare.main([results["c"], str(tmp_path / "after.json")])
     printed = capsys.readouterr().out
-    assert "training.json, which was decoded with max_new_tokens 9, not 2048, temp" in printed
+    assert "after.json was decoded with max_new_tokens 9, not 2048, temp" in printed
     assert "+100.00 points" in printed and "1 pairs" in printed
 
     nothing = evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, asked)
     assert tables.difference_lines(nothing) == ["the two have no example in common"]
-    for content in "[]", '{"aqa": 5}', '{"aqa": {"sound": 3}}':
+    for content in "[]", '{"aqa": 5}', '{"aqa": {"sound": 3}}', "{":
         (tmp_path / "other.json").write_text(content)
-        with pytest.raises(SystemExit, match="other.json: holds no results"):
-            run_main(monkeypatch, *command, noise, "--compare", tmp_path / "other.json")
-    (tmp_path / "other.json").write_text("{")
-    with pytest.raises(SystemExit, match="other.json: cannot be read as JSON"):
-        run_main(monkeypatch, *command, noise, "--compare", tmp_path / "other.json")
+        with pytest.raises(SystemExit, match="other.json cannot be compared"):
+            compare.main([results["a"], str(tmp_path / "other.json")])
 
 
 def test_an_answer_that_is_a_letter_is_a_place_not_a_choice():

@@ -15,7 +15,7 @@ import evaluate
 import mini.world
 import models
 import rollout
-from lab import inside
+from lab import compare, inside
 from plumbing import hearing
 
 
@@ -25,7 +25,7 @@ def views(text, audio, kind="sum"):
         view: {kind: {f"q{i}": bool(int(bit)) for i, bit in enumerate(bits)}}
         for view, bits in (("text", text), ("audio", audio))
     }
-    gap = evaluate.gap_of(*map(evaluate.predictions.flat, correct.values()))
+    gap = evaluate.gap_of(*map(evaluate.flat, correct.values()))
     return {**gap, "correct": correct, "kinds": {kind: gap}}
 
 
@@ -138,25 +138,12 @@ def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch
     assert list(found["together"]["kinds"]) == ["spoken", "telephone"]
     capsys.readouterr()
     before = str(tmp_path / "a" / "results.json")
-    run("--out", str(tmp_path / "b"), "--baseline", before)  # the same student again
-    again = json.loads((tmp_path / "b" / "results.json").read_text())
-    parts = again, again["splits"]["telephone"], again["together"]
-    assert [part["gap_reduction_percent"] for part in parts] == [0, 0, 0]
-    assert capsys.readouterr().out.count("+0.0 points") == 6
-    with pytest.raises(SystemExit, match="with max_new_tokens 70, not 60; give both"):
-        run("--baseline", before, "--max-new-tokens", "60")
-    with pytest.raises(SystemExit, match="holds no gap"):
-        run(
-            "--baseline",
-            (
-                str(tmp_path / "a" / "samples.jsonl".replace("samples.jsonl", "nothing.json"))
-                if (tmp_path / "a" / "nothing.json").write_text("{}")
-                else ""
-            ),
-        )
+    compare.main([before, before])  # the same student again
+    printed = capsys.readouterr().out
+    assert printed.count("+0.0 points") == 6 and printed.count(" 0.0 %") >= 3
 
 
-# ------------------------------------ --baseline, file by file ------------------------------------
+# ------------------------------------ two results, manifest by manifest ---------------------------
 
 
 class Planted:
@@ -201,6 +188,12 @@ class Planted:
         return results, self.capsys.readouterr().out
 
 
+    def compare(self, results, other):
+        self.capsys.readouterr()
+        compare.main([str(self.folder / results), str(self.folder / other)])
+        return self.capsys.readouterr().out
+
+
 @pytest.fixture
 def planted(tmp_path, monkeypatch, capsys):
     return Planted(tmp_path, monkeypatch, capsys)
@@ -211,7 +204,7 @@ def said_of(**files):
     and 1 when they are heard."""
     return {
         view: {(name, i) for name, both in files.items() for i in both[at]}
-        for at, view in enumerate(evaluate.predictions.VIEWS)
+        for at, view in enumerate(evaluate.VIEWS)
     }
 
 
@@ -224,61 +217,57 @@ def test_an_unchanged_student_has_reduced_nothing(planted, order):
     sizes = {"a": 8, "b": 4, "c": 2}
     files = {name: planted.manifest(name, "01234567"[:size]) for name, size in sizes.items()}
     planted.run(BEFORE, "before", "--data", *files.values())
-    given = ["--baseline", planted.folder / "before/results.json", "--data"]
-    given += [files[name] for name in order]
+    given = [files[name] for name in order]
 
     def reductions(said):
-        found, printed = planted.run(said, "after", *given)
-        parts = dict(zip(order, [found, *found["splits"].values()]))
-        if len(order) > 1:
-            parts["together"] = found["together"]
-        return {name: part["gap_reduction_percent"] for name, part in parts.items()}, printed
+        planted.run(said, "after", "--data", *given)
+        printed = planted.compare("after/results.json", "before/results.json")
+        parts = re.findall(r"^-- (.*)\n(?:.*\n)*?together.* (-?[\d.]+) %$", printed, re.M)
+        return {name: float(share) for name, share in parts}, printed
 
     gone, _ = reductions(BEFORE)
     assert len(gone) in (1, 4) and set(gone.values()) == {0}
     better = {**BEFORE, "audio": BEFORE["audio"] | {("b", "0"), ("b", "1"), ("b", "2")}}
     gone, printed = reductions(better)  # of the gaps 4, 4 and 1, 3 questions of b
-    expected = {"a": 0, "b": 75, "c": 0, "together": 100 * 3 / 9}
-    assert gone == pytest.approx({name: expected[name] for name in gone})
+    expected = {"a": 0, "b": 75, "c": 0, "all files": 33.3}
+    assert gone == {name: expected[name] for name in gone}
     if order == "abc":
         table = r"-- all files\n.*\na .*\nb .* 75.0 %\nc .*\ntogether .* 33.3 %"
         assert re.search(table, printed)
 
 
-def test_a_training_runs_before_is_a_baseline_of_each_file(planted):
-    """train_cord.py asks all files at once and writes one "before". A run that was decoded
-    otherwise is refused; so is one that was not asked these questions, or in other words."""
+def test_a_training_runs_before_is_compared_with_each_file(planted):
+    """train_cord.py asks all files at once and writes one before.json. Another decoding is named;
+    a run that was not asked these questions, or in other words, is refused."""
     files = [planted.manifest("a", "01234567"), planted.manifest("b", "89")]
     said = said_of(a=("01234567", "0123"), b=("89", ""))
     planted.generate(said)
     asked = data.read_manifests(files)
     before = evaluate.evaluate_views(None, None, asked, batch_size=64, max_new_tokens=200, seed=3)
     before.pop("samples")
-    results = planted.folder / "results.json"
-    results.write_text(json.dumps({"before": before, "after": before}))
-    base = ["--baseline", results]
-    same = [*base, "--max-new-tokens", 200]
-    found, _ = planted.run(said, "after", "--data", *files, *same)
-    parts = found, found["splits"]["b"], found["together"]
-    assert [part["gap_reduction_percent"] for part in parts] == [0, 0, 0]
+    (planted.folder / "before.json").write_text(json.dumps(before))
+    same = ["--max-new-tokens", 200]
+    planted.run(said, "after", "--data", *files, *same)
+    printed = planted.compare("after/results.json", "before.json")
+    assert "decoded" not in printed
+    assert re.findall(r"^together.* (\S+ %)$", printed, re.M) == ["0.0 %"] * 3
+
+    planted.run(said, "hot", "--data", *files, "--temperature", 0.6)
+    printed = planted.compare("hot/results.json", "before.json")
+    assert "decoded with max_new_tokens 200, not 2048, temperature 0.0, not 0.6, top_k" in printed
 
     def refusal(*arguments):
+        planted.run(said, "refused", "--data", *arguments, *same)
         with pytest.raises(SystemExit) as refused:
-            planted.run(said, "refused", *arguments)
+            planted.compare("refused/results.json", "before.json")
         sentence = str(refused.value.code)
-        assert str(results) in sentence and "\n" not in sentence
+        assert "before.json" in sentence and "\n" not in sentence
         return sentence
 
-    assert "was decoded with max_new_tokens 200, not 2048;" in refusal("--data", *files, *base)
-    hot = refusal("--data", *files, *same, "--temperature", 0.6)
-    assert "temperature 0.0, not 0.6, top_k None, not 5" in hot
     other = planted.manifest("c", "01")
-    assert "lacks 2 of the 2 questions of c" in refusal("--data", files[0], other, *same)
+    assert "lacks 2 of the 2 questions of c" in refusal(files[0], other)
     words = planted.manifest("b", "89", question="Put it in a box.")
-    assert "of b, or had them in other words (8 is" in refusal("--data", files[0], words, *same)
-    before.pop("decoding")
-    results.write_text(json.dumps(before))
-    assert "holds no gap" in refusal("--data", *files, *same)
+    assert "of b, or had them in other words (8 is" in refusal(files[0], words)
 
 
 def test_paper_bs_table_out_of_one_command(tmp_path, monkeypatch):
