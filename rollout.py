@@ -12,20 +12,18 @@ gradient that is taken on it.
 
 import contextlib
 import inspect
-import json
-import os
 import time
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
 import data
 import models
+from plumbing import ranks
+from plumbing.files import append_jsonl, keep_lines
 from sampler import chooser
 
 # -------------------------------------------------------------------------------------------------
@@ -90,13 +88,10 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     torch.distributed each rank takes its share, and every rank returns all outputs."""
     tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
     stop, banned = stop_ids(tokenizer), banned_ids(model, tokenizer)
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
 
     # The rows of a batch should be about as long. In tokens, roughly: 25 a second of audio, and one
     # for 4 characters of text. Longest first, so that out of memory shows at once
-    mine = list(range(rank, len(examples), world))
+    mine = list(range(ranks.rank(), len(examples), ranks.world_size()))
     lengths = {}
     for i in mine:
         read = getattr(examples[i], words) if words else None
@@ -107,7 +102,7 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
     mine.sort(key=lengths.get, reverse=True)
 
     said = {}
-    quiet = not progress or rank > 0
+    quiet = not progress or ranks.rank() > 0
     with plain_decoding(model):
         for start in tqdm(range(0, len(mine), batch_size), "answers", disable=quiet, leave=False):
             rows = mine[start:start + batch_size]
@@ -127,10 +122,7 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
                 text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
                 said[i] = (text, ended, with_stop) if with_end else text
 
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, said)
-        said = {i: text for share in shares for i, text in share.items()}
+    said = dict(ranks.gather_lists(list(said.items())))
     return [said[i] for i in range(len(examples))]
 
 
@@ -139,13 +131,8 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     """The text view's greedy answers -> {id: {"text", "ids", "ended"}}. What a file at `path` holds
     of the same model and prompts is not asked again.
 
-    Each rank takes its share of a chunk; rank 0 appends a chunk's lines at once, so that a kill
-    loses one chunk at most. After the first chunk it says how long all of them will take."""
-    path = Path(path)
-    first, world = True, 1
-    if dist.is_initialized():
-        first, world = dist.get_rank() == 0, dist.get_world_size()
-
+    Each rank takes its share of a chunk; rank 0 appends a chunk's lines, so that a kill loses one
+    chunk at most. After the first chunk it says how long all of them will take."""
     # An answer's key: these weights, this prompt. Another student, or this one trained further,
     # asks anew
     weights = _checksum_of_weights(model)
@@ -153,43 +140,30 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     for e in examples:
         prompt = data.text_prompt(processor.tokenizer, e.transcript, data.question_text(e))
         keys[e.id] = zlib.crc32(f"{weights} {max_new_tokens} {prompt}".encode())
+    stored = []
+    if ranks.rank() == 0:
+        stored = keep_lines(path, lambda line: keys.get(line["id"]) == line["key"])
+    answers = {line["id"]: line for line in ranks.of_rank_zero(stored)}
 
-    # Keep the stored answers of these weights and prompts; drop others, and a last line that a kill
-    # cut off
-    lines = []
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(True)
-                 if line.endswith("}\n")]
-    known = {line["id"]: line for line in map(json.loads, lines)
-             if keys.get(line["id"]) == line["key"]}
-    if world > 1:
-        dist.barrier()                              # everybody has read before anybody writes
-    if first:
-        partial = path.with_name(f"{path.name}.part")       # renamed: a kill here costs nothing
-        partial.write_text("".join(json.dumps(line) + "\n" for line in known.values()),
-                           encoding="utf-8")
-        os.replace(partial, path)
-
-    # Answer the rest
-    todo = [e for e in examples if e.id not in known]
-    chunk = 4 * batch_size * world
-    quiet = not progress or not todo or not first
+    # Ask the rest
+    todo = [e for e in examples if e.id not in answers]
+    chunk = 4 * batch_size * ranks.world_size()
+    quiet = not progress or not todo or ranks.rank() > 0
     begun = time.time()
     for start in tqdm(range(0, len(todo), chunk), "the text view's answers", disable=quiet):
         rows = todo[start:start + chunk]
         said = generate(model, processor, rows, view="text", words="transcript", temperature=0,
                         max_new_tokens=max_new_tokens, with_end=True, batch_size=batch_size,
                         progress=False)
-        new = [{"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
-               for e, (text, ended, ids) in zip(rows, said)]
-        known |= {line["id"]: line for line in new}
-        if first:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in new))
+        for e, (text, ended, ids) in zip(rows, said):
+            line = {"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
+            answers[e.id] = line
+            if ranks.rank() == 0:
+                append_jsonl(path, line)
         if not quiet and start == 0 and len(todo) > chunk:
             minutes = (time.time() - begun) / chunk * len(todo) / 60
             tqdm.write(f"the text view answers {len(todo):,} prompts, about {minutes:.0f} minutes")
-    return {e.id: known[e.id] for e in examples}
+    return {e.id: answers[e.id] for e in examples}
 
 
 def _checksum_of_weights(model):

@@ -399,7 +399,7 @@ def train(args, run):
     if train_file is None:
         import mini.world
 
-        with ranks.rank_zero_first(run.rank, run.world):
+        with ranks.rank_zero_first():
             train_file, *test_files = mini.world.spoken(args.seed, small=args.dry_run)
         eval_files = eval_files or test_files
     examples, scored, seconds = run.read_data(train_file, eval_files, require=["transcript"])

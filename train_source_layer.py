@@ -308,7 +308,7 @@ def train(args, run):
     if train_file is None:
         import mini.world
 
-        with ranks.rank_zero_first(run.rank, run.world):
+        with ranks.rank_zero_first():
             small = args.dry_run
             train_file = mini.world.build("train", seed=args.seed, per_task=16 if small else None)
             test_file = mini.world.build("test", seed=args.seed, per_task=8 if small else 300)

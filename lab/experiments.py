@@ -412,7 +412,6 @@ def prepare(flags, seeds, threads, dry_run):
             RUNS / f"textualize-seed{seed}.txt",
             threads,
             "textualize.py",
-            "--check",
             "--data",
             world("train", seed, dry_run),
         )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import data
 from data import DataError
+from plumbing import ranks
 
 SILENT = 2e-4       # peak-to-peak below this share of full scale is silence: 6 steps of 16 bits
 FULL = 0.9999       # of full scale: three samples in a row at this level are clipped
@@ -158,11 +159,8 @@ def decode_all(examples, max_seconds=None) -> list[Clip | str]:
 
     Each file is decoded once, in threads (libsndfile lets go of Python's lock), and under
     torch.distributed by one rank, which tells the others."""
-    rank, world = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     paths = list(dict.fromkeys(example.audio for example in examples))
-    share = paths[rank::world]
+    share = paths[ranks.rank()::ranks.world_size()]
     tasks = [share[start:start + AT_ONCE] for start in range(0, len(share), AT_ONCE)]
 
     def decode_some(task):
@@ -177,13 +175,9 @@ def decode_all(examples, max_seconds=None) -> list[Clip | str]:
     threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, threads)) as pool:
         bar = tqdm(pool.map(decode_some, tasks), "decoding clips", len(tasks), leave=False,
-                   disable=True if rank > 0 else None)
+                   disable=True if ranks.rank() > 0 else None)
         clips = list(itertools.chain(*bar))
-    if world > 1:
-        shares = [None] * world
-        torch.distributed.all_gather_object(shares, clips)
-        clips = [shares[i % world][i // world] for i in range(len(paths))]
-    by_path = dict(zip(paths, clips))
+    by_path = dict(ranks.gather_lists(list(zip(share, clips))))
     return [by_path[example.audio] for example in examples]
 
 

@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import models
 from plumbing import ranks, saving
@@ -44,7 +43,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     folder = Path(folder)
     final = folder / f"step-{step:07d}"
     partial = folder / f"partial-{step:07d}"
-    on_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+    on_rank_zero = ranks.rank() == 0
 
     moments = {}                                            # {"parameter.exp_avg": tensor}
     for name, parameter in module.named_parameters():
@@ -197,7 +196,7 @@ def start_folder(folder, checkpoint):
     two runs that start together out of one folder.)"""
     mark = Path(folder) / ranks.of_rank_zero(f"partial-{uuid.uuid4().hex}")
     fault = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if ranks.rank() == 0:
         try:
             make_folder(folder)
             with writing(folder):
@@ -207,7 +206,7 @@ def start_folder(folder, checkpoint):
             fault = str(error)
     fault = ranks.of_rank_zero(fault)
     seen_by_all = all(ranks.gather_lists([mark.exists()]))
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if ranks.rank() == 0:
         shutil.rmtree(mark, ignore_errors=True)
     if fault is None and not seen_by_all:
         fault = (f"--out {folder} is not the same folder for all ranks; give one that every node "

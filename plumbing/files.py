@@ -67,26 +67,30 @@ def read_json(path):
 def append_jsonl(path, record):
     """One more line, on disk even if we are killed next. Raises SystemExit where it is full."""
     with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def open_log(path, done):
-    """Start a log, or cut an old one back to `done` steps: a resumed run writes the rest again.
+def keep_lines(path, wanted):
+    """Cut a JSONL file of a run, or an empty one if there is none, down to the records that
+    wanted(record) is true of -> these records.
 
     A last line that a kill cut off goes too. Raises SystemExit for any other broken line."""
     lines = []
-    if done and path.exists():
-        lines = path.read_bytes().splitlines()
-    kept = []
+    if Path(path).exists():
+        lines = Path(path).read_bytes().splitlines()
+    kept, records = "", []
     for number, line in enumerate(lines, 1):
         try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line.decode() + "\n")
+            record = json.loads(line)
+            if wanted(record):
+                kept += line.decode() + "\n"
+                records.append(record)
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise SystemExit(f"{path}:{number} is no line that a run wrote ({error!r}); mend "
                                  "it, or move the file away, and start again") from None
-    replace_text(path, "".join(kept))
+    replace_text(path, kept)
+    return records
 
 
 def complete(folder):

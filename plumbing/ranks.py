@@ -46,6 +46,10 @@ def stop_distributed():
         dist.destroy_process_group()
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -56,13 +60,13 @@ def wait_for_all():
 
 
 @contextlib.contextmanager
-def rank_zero_first(rank, world):
+def rank_zero_first():
     """Rank 0 runs the block alone, then the others, who find what it downloaded or made."""
-    if rank > 0:
+    if rank() > 0:
         dist.barrier()
     yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+    if rank() == 0:
+        wait_for_all()
 
 
 # The functions below are collective: every rank has to call them.

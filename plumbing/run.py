@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 import models
 from plumbing import check, checkpoints, ranks, tracking
-from plumbing.files import append_jsonl, open_log, read_json, replace_text, write_json
+from plumbing.files import append_jsonl, keep_lines, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
 
@@ -205,8 +205,8 @@ class Run:
         if self.rank == 0:
             flags = {**vars(self.args), "ranks": self.world, "steps": steps}
             write_json(self.out / "config.json", {**flags, **_facts()})
-            for name in logs:
-                open_log(self.out / f"{name}.jsonl", self.done)
+            for name in logs:       # a resumed run writes the steps behind its checkpoint again
+                keep_lines(self.out / f"{name}.jsonl", lambda line: line["step"] <= self.done)
         return self.checkpoint
 
     def wrap(self, step_module, student, compute):

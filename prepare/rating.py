@@ -1,7 +1,7 @@
 """What do people find in a description that is in the clip? One page to listen and tick.
 
-textualize.py asks a text LLM whether it can answer from the descriptions. This asks people, blind:
-a third of the texts are foils, another clip's description, which show what a generous rater would
+prepare.reading asks a text LLM whether it can answer from the descriptions. This asks people,
+blind: a third of the texts are foils, which show what a generous rater would
 find anyway.
 
     python -m prepare.rating --data cota-described.jsonl --rating-sheet runs/sheet.html

@@ -445,7 +445,7 @@ def speak_manifest(args):
     )
     rank, world, device = ranks.start_distributed()
     say = print if rank == 0 else (lambda *a, **k: None)
-    with ranks.rank_zero_first(rank, world):
+    with ranks.rank_zero_first():
         folder.mkdir(parents=True, exist_ok=True)
         said = check_settings(folder, settings)
         notes = read_journals(folder)

@@ -20,7 +20,7 @@ import mini.world
 import models
 import rollout
 import textualize
-from prepare import rating
+from prepare import rating, reading
 
 ROOT = Path(__file__).parent.parent
 
@@ -187,7 +187,6 @@ def test_two_ranks_write_what_one_writes(world, described, tmp_path):
             str(path),
             "--batch-size",
             "32",
-            "--check",
         ],
         check=True,
         capture_output=True,
@@ -301,7 +300,7 @@ def test_an_output_by_another_model_or_of_another_kind_is_refused(world, describ
         match="holds descriptions by .*student, grounding: none, not somebody, grounding: reasoning; give another --out",  # noqa: E501
     ):
         textualize.main(["--data", str(path), "--model", "somebody"])
-    with pytest.raises(data.DataError, match="is not what an earlier run of this command wrote"):
+    with pytest.raises(SystemExit, match="other.jsonl:1 is no line that a run wrote"):
         textualize.main(
             ["--data", str(path), "--out", str(shutil.copy(path, path.with_name("other.jsonl")))]
         )
@@ -359,7 +358,7 @@ def test_training_takes_the_descriptions(described, tmp_path):
 def test_check_tells_good_descriptions_from_none(world, described, tmp_path):
     teacher, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
     truth, ours = data.read_manifest(world), data.read_manifest(described)
-    found = textualize.check(truth, ours, teacher, tokenizer, batch_size=16)
+    found = reading.check(ours, truth, teacher, tokenizer, batch_size=16)
     assert found["questions"] == 16 and found["true"].keys() == {"sound", "music", "average"}
     assert (
         found["true"]["average"] > 85
@@ -370,11 +369,18 @@ def test_check_tells_good_descriptions_from_none(world, described, tmp_path):
         dataclasses.replace(e, description=ours[i - 2].description) for i, e in enumerate(ours)
     ]  # of the same task
     assert (
-        textualize.check(truth, wrong, teacher, tokenizer, batch_size=16)["described"]["average"]
+        reading.check(wrong, truth, teacher, tokenizer, batch_size=16)["described"]["average"]
         < found["described"]["average"]
     )
-    nameless = [dataclasses.replace(e, description=None) for e in truth]
-    assert "true" not in textualize.check(nameless[:4], ours[:4], teacher, tokenizer, batch_size=16)
+    assert "true" not in reading.check(ours[:4], None, teacher, tokenizer, batch_size=16)
+
+
+def test_the_command_reads_a_manifest_and_writes_its_table(world, described, capsys):
+    reading.main([str(described), "--true", str(world)])
+    table = capsys.readouterr().out
+    found = json.loads(described.with_suffix(".check.json").read_text())
+    for view in ("described", "true", "nothing"):
+        assert re.search(rf"^{view} .* {found[view]['average']:.1f}$", table, re.M)
 
 
 # -------------------- rating ---------------------------------------------------------------------
