@@ -524,20 +524,6 @@ def audio_prefix(view: View) -> View:
     return View(inputs, view.predict_positions[:0], row * cut + column)
 
 
-def denominators(batches: list[Batch]) -> dict[str, int]:
-    """Response and audio tokens of the global batch: all given micro-batches, all ranks.
-
-    A sum divided by these is the large batch's mean; the mean of the ranks' means is not."""
-    response = sum(len(batch.labels) for batch in batches)
-    audio = sum(len(batch.audio.audio_positions) for batch in batches)
-    counts = torch.tensor([response, audio])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_backend() == "nccl":
-            counts = counts.cuda()
-        torch.distributed.all_reduce(counts)
-    return dict(zip(("response", "audio"), counts.tolist()))
-
-
 # ---------------------------------------------------------------------------------------------
 # 4. Manifests
 

@@ -499,7 +499,7 @@ def _count(tokens, denominator):
         return 1
     if denominator is not None and denominator <= 0:
         raise ValueError(f"denominator {denominator} for {tokens} tokens: pass the whole step's "
-                         "token count (data.denominators)")
+                         "token count")
     return tokens if denominator is None else denominator
 
 

@@ -26,11 +26,10 @@ Where the paper is silent, we choose:
 
 This file needs nothing but torch (and safetensors in `load`), and can be copied by itself.
 
-    python layer_map.py 28 36              # every student layer (the paper's "layer-wise")
-    python layer_map.py 28 36 --every 7    # the paper's "skip-layer, 1-in-7"
+    pairs(28, 36)              # every student layer (the paper's "layer-wise")
+    pairs(28, 36, every=7)     # "skip-layer, 1-in-7": [(7, 9), (14, 18), (21, 27), (28, 36)]
 """
 
-import argparse
 from contextlib import contextmanager
 
 import torch
@@ -245,37 +244,3 @@ def load(module, path):
             f"{path}: made for layers {theirs}, or for other widths, but this run maps layers "
             f"{ours['layers'].tolist()}: use the flags and models of the run that saved it")
     module.load_state_dict(saved)
-
-
-# -------------------------------------------------------------------------------------------------
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Show which teacher layer teaches which student layer.")
-    parser.add_argument("student_layers", type=int)
-    parser.add_argument("teacher_layers", type=int)
-    parser.add_argument("--every", type=int, default=1, metavar="K",
-                        help="one student layer in K (paper: 1 and 7)")
-    args = parser.parse_args()
-    students, teachers = args.student_layers, args.teacher_layers
-    try:
-        found = pairs(students, teachers, args.every)
-    except ValueError as error:
-        parser.error(str(error))
-
-    which = "every student layer"
-    if args.every > 1:
-        which = f"one student layer in {args.every}, counted down from the last"
-    print(f"teacher layer = floor(student layer * {teachers} / {students} + 1/2), for {which}\n")
-    print("   student        teacher   depth")
-    for student, teacher in reversed(found):     # the last layer on top, as networks are drawn
-        depth = student / students
-        bar = "#" * round(30 * depth)
-        print(f"   {student:>7}  <---  {teacher:>7}   {100 * depth:4.0f} %  {bar}")
-    taught_by = len(set(teacher for _, teacher in found))
-    print(f"\n{len(found)} of {students} student layers are taught, by {taught_by} of {teachers} "
-          "teacher layers")
-
-
-if __name__ == "__main__":
-    main()

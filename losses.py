@@ -81,7 +81,7 @@ def _mean(per_token, denominator):
         denominator = tokens
     if denominator <= 0:
         raise ValueError(f"denominator {denominator} for {tokens} tokens: pass the whole step's "
-                         "token count (data.denominators)")
+                         "token count")
     return per_token.sum() / denominator
 
 

@@ -166,33 +166,27 @@ def reward(rollouts, prompts, references, verdicts, run):
     group = [r for r in rollouts if r.group]
     if not group:
         return
-    # Prompts whose reference was cut at the token limit get no reward
+    size = len(group) // len(prompts.examples)                          # N, of every prompt
     for r in group:
         r.group = references[prompts.examples[r.row].id]["ended"]
-    cut = [not references[example.id]["ended"] for example in prompts.examples]
-    run.note_mean("reference_cut", sum(cut), over=len(cut))
+    group = [r for r in group if r.group]
 
     # r_i: 1 where the rollout gives the answer that the text view gives, else 0
-    group = [r for r in rollouts if r.group]
     asked = []
     for r in group:
         example = prompts.examples[r.row]
         asked.append((example, r.text, references[example.id]["text"]))
-    judged = verdicts(asked)
-    number = cut.count(False)
-    rewards = torch.tensor(judged, dtype=torch.float32).view(number, -1 if number else 1)
+    rewards = torch.tensor(verdicts(asked), dtype=torch.float32).view(-1, size)     # [prompts, N]
 
-    # A_i = r_i - mean over the group                                      [prompts, N]
+    # A_i = r_i - mean over the group
     advantages = losses.group_advantages(rewards)
     for r, a_i in zip(group, advantages.flatten().tolist()):
         r.advantage = a_i
 
     # Groups whose rewards are all alike teach nothing
-    mixed = 0
-    if number:
-        mixed = (rewards.min(-1).values < rewards.max(-1).values).sum().item()
-    run.note_mean("reward", rewards.sum().item(), over=rewards.numel())
-    run.note_mean("signal", mixed, over=number)
+    mixed = rewards.min(-1).values < rewards.max(-1).values
+    run.note_mean("reward", rewards.sum(), over=rewards.numel())
+    run.note_mean("signal", mixed.sum(), over=len(rewards))
 
 
 @dataclasses.dataclass
@@ -264,8 +258,8 @@ class CordStep(nn.Module):
 
     teacher_hidden: [kl tokens, hidden] from CordStep.read. n_kl, n_group: rollouts of the GLOBAL
     batch that carry L_tok and L_seq, so that sums over batches and ranks are global means.
-    seen, for the log and without gradient: scalars "token" and "group"; and "kl", "entropy",
-    "weight" and "top" (the weight where D_t is among the K largest), [kl tokens] each.
+    seen, for the log and without gradient: both parts of the loss, "token" and "group"; D_t "kl"
+    and "entropy", [kl tokens] each.
 
     The teacher lives in a dict: no submodule, so that DDP neither broadcasts nor checks it.
     """
@@ -326,30 +320,22 @@ class CordStep(nn.Module):
             divergence_beta=0.0 if args.token_loss == "forward-kl" else 1.0,
             denominator=n_kl, **weighting)
 
-        # For the log: both parts of the sum, and what the weights fell on
-        kl = kl[batch.carries_kl]                                        # D_t [kl tokens]
-        weight = losses.cord_weights(kl, lengths, **weighting)
-        largest = losses.largest_share(kl, lengths, args.top_share)
+        group = -(advantage * log_q).sum()
         seen = {
-            "token": (weight * kl).sum() / max(n_kl, 1),
-            "group": -(advantage * log_q).sum(),
-            "kl": kl,
-            "entropy": entropy[batch.carries_kl],
-            "weight": weight,
-            "top": weight * largest}
+            "token": loss.detach() - group,
+            "group": group,
+            "kl": kl[batch.carries_kl],
+            "entropy": entropy[batch.carries_kl]}
         return loss, seen
 
     def sft_loss(self, batch, student_hidden, n_kl):
         # The baseline's cross-entropy: L_seq with every A_i = 1, on the text view's own answers
-        advantage = batch.carries_kl / n_kl                              # A_i = 1, over the answers
-        none = torch.zeros_like(batch.carries_kl)
-        loss, _, log_q, _ = self.cord(
+        loss, *_ = self.cord(
             student_hidden, models.head_weight(self.student), None, None, batch.labels,
-            lengths=[], carries_kl=none, advantage=advantage, temperature=batch.temperature,
-            banned=self.banned)
-        empty = student_hidden.new_zeros(0)
-        seen = dict.fromkeys(("kl", "entropy", "weight", "top"), empty)
-        return loss, {"token": -(advantage * log_q).sum(), "group": empty.sum(), **seen}
+            lengths=[], carries_kl=torch.zeros_like(batch.carries_kl),
+            advantage=batch.carries_kl / n_kl, temperature=batch.temperature, banned=self.banned)
+        none = student_hidden.new_zeros(0)
+        return loss, {"token": loss.detach(), "group": none.sum(), "kl": none, "entropy": none}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -366,7 +352,6 @@ def note_batch(run, batch, loss, seen):
     tokens = len(seen["kl"])
     run.note_mean("kl", seen["kl"].sum(), over=tokens)
     run.note_mean("entropy", seen["entropy"].sum(), over=tokens)
-    run.note_mean("top_weight", seen["top"].sum(), over=seen["weight"].sum())
     if tokens:
         by_rollout = seen["kl"].split([len(r.ids) for r in batch.kl_rollouts])
         for r, divergence in zip(batch.kl_rollouts, by_rollout):

@@ -440,7 +440,9 @@ def train(args, run):
 
         # 1. Losses are means over the tokens of the WHOLE step, all ranks and micro-batches
         batches = [batch.to(run.device) for batch in batches]
-        tokens = data.denominators(batches)                 # {"response", "audio"}, global counts
+        tokens = run.sum(
+            response=sum(len(batch.labels) for batch in batches),
+            audio=sum(len(batch.audio.audio_positions) for batch in batches))
 
         # 2. L = L_top + alpha_layer L_layer + alpha_ac L_ac + alpha_sft L_SFT
         for batch in run.accumulate(batches):

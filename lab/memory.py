@@ -81,7 +81,7 @@ def batches_of(args, built, flags, examples, device, roll_out, read):
         table = data.token_map(*built.shared, built.student.config.text_config.vocab_size)
         batch = data.collate(examples, built.processor, built.tokenizer,
                              student_to_teacher=table).to(device)
-        counts = data.denominators([batch])
+        counts = {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)}
         return [(batch, counts)], counts["response"], (batch.audio, batch.text)
 
     words = built.processor.tokenizer

@@ -7,7 +7,6 @@ an error message."""
 
 import json
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -427,44 +426,6 @@ def test_planted_right_padding_at_generation(
     pad = data.pad
     monkeypatch.setattr(data, "pad", lambda rows, tokenizer, side: pad(rows, tokenizer, "right"))
     assert generate(tiny_student_model, data.prompt_batch(examples, tiny_processor)) != alone
-
-
-def _rank(rank, folder, counts, answers):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    empty = torch.zeros(0, dtype=torch.int64)
-    batches = [
-        data.Batch(
-            data.View({}, empty, torch.zeros(audio)),
-            data.View({}, empty, empty),
-            torch.zeros(response),
-            [],
-            [],
-        )
-        for response, audio in counts[rank]
-    ]
-    answers.put(data.denominators(batches))
-    torch.distributed.destroy_process_group()
-
-
-def test_denominators_over_micro_batches_and_ranks(make_batch, tmp_path):
-    batch = make_batch()
-    single = {"response": 2 * len(batch.labels), "audio": 2 * len(batch.audio.audio_positions)}
-    assert data.denominators([batch, batch]) == single and data.denominators([]) == {
-        "response": 0,
-        "audio": 0,
-    }
-    fork = multiprocessing.get_context("fork")
-    answers, counts = fork.Queue(), [[(3, 10), (4, 0)], []]  # the second rank has nothing
-    ranks = [
-        fork.Process(target=_rank, args=(rank, tmp_path, counts, answers)) for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    assert [answers.get(timeout=60) for _ in ranks] == [{"response": 7, "audio": 10}] * 2
-    for rank in ranks:
-        rank.join()
 
 
 # ---------------------------------------------------------------------------------------------

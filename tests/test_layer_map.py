@@ -6,7 +6,6 @@ is planted, and must be caught.
 """
 
 import copy
-import sys
 import weakref
 
 import numpy as np
@@ -96,20 +95,6 @@ def test_properties_of_the_map(students, teachers, every):
 def test_impossible_maps_are_refused(arguments):
     with pytest.raises(ValueError):
         pairs(*arguments)
-
-
-def test_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", "layer_map.py 28 36 --every 7".split())
-    layer_map.main()
-    shown = capsys.readouterr().out
-    rows = [line.split() for line in shown.splitlines() if "<---" in line]
-    assert [(int(row[0]), int(row[2])) for row in rows] == pairs(28, 36, every=7)[
-        ::-1
-    ] and "4 of 28" in shown
-    monkeypatch.setattr(sys, "argv", "layer_map.py 28 36 --every 0".split())
-    with pytest.raises(SystemExit, match="2"):
-        layer_map.main()
-    assert "every 0" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
