@@ -231,30 +231,22 @@ def score(examples, outputs):
     return results, samples
 
 
-def evaluate_model(model, processor, examples, *, splits=(), **decoding):
-    """Generate (decoding: generate's keywords) and score; every task but SER's is AQA. splits:
-    [(name, examples), ...], each reported apart. DataError: an example without choices.
+def evaluate_model(model, processor, examples, **decoding):
+    """Generate (decoding: generate's keywords) and score; every task but SER's is AQA. DataError:
+    an example without choices.
 
-    Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "splits": name -> the same two,
-    "samples": list of dicts, "decoding"}."""
-    groups = [("main", examples), *splits]
-    everything = sum((list(examples) for _, examples in groups), [])
-    for e in everything:
+    Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "samples": list of dicts,
+    "decoding"}."""
+    for e in examples:
         if e.task in TAKEN:
             raise data.DataError(f"{e.where}: the task {e.task!r} has the name of one of the "
                                  "results; rename it")
         if not e.choices:
             raise data.DataError(f"{e.where}: an open question is not scored here; give it "
                                  "choices, or a transcript and --task gap")
-    outputs = iter(generate(model, processor, everything, **decoding))
-    results = {}
-    samples = []
-    for name, examples in groups:
-        results[name], answered = score(examples, [next(outputs) for _ in examples])
-        samples += [{"set": name, **s} for s in answered]
-    main_results = results.pop("main")
-    return {**main_results, "splits": results, "samples": samples,
-            "decoding": decoding_of(**decoding)}
+    outputs = generate(model, processor, examples, **decoding)
+    results, samples = score(examples, outputs)
+    return {**results, "samples": samples, "decoding": decoding_of(**decoding)}
 
 
 def decoding_of(*, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):
@@ -419,13 +411,6 @@ def together(by_set):
 # -------------------------------------------------------------------------------------------------
 # 5. The tasks of the command line
 
-def load(args, device):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, processor = models.load_audio_model(args.model, dtype=dtype)
-    hearing.check(model.to(device), processor)
-    return model, processor
-
-
 def stems(files):
     """The names that several manifests are reported by. DataError where two have the same."""
     names = [Path(file).stem for file in files]
@@ -436,75 +421,58 @@ def stems(files):
     return names
 
 
-def decoding_flags(args):
-    names = ("batch_size", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    return {name: getattr(args, name) for name in names}
+def wanted(examples, task):
+    """What --task asks of a manifest: gap needs transcripts, ser emotions, aqa all others."""
+    if task == "gap":
+        return spoken(examples)
+    if task == "both":
+        return examples
+    return [e for e in examples if (e.task == SER_TASK) == (task == "ser")]
 
 
-def write(args, results, samples):
-    """results.json, and samples.jsonl: each question with what was answered."""
-    out = Path(args.out)
-    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    write_json(out / "results.json", {**results, "settings": vars(args)})
-
-
-def run_gap(args, rank, device):
-    """--task gap: every question of every manifest, heard and read. Each rank asks its share."""
+def run(args, rank, device):
+    """Ask a model the questions of each manifest, its share on each rank, and score the answers."""
+    # 1. What is asked
     sets = {}
     for name, file in zip(stems(args.data), args.data):
-        examples = spoken(data.read_manifest(file, split=args.split))[:args.limit]
-        if not examples:
-            raise data.DataError(f"{file}: has no example with a transcript, so nothing can be "
-                                 "asked in both views; add transcripts")
-        sets[name] = examples
+        sets[name] = wanted(data.read_manifest(file, split=args.split), args.task)[:args.limit]
+        if not sets[name]:
+            raise data.DataError(f"{file}: has no example for --task {args.task} (gap needs "
+                                 "transcripts); check --task and --split")
     data.check_audio(sum(sets.values(), []))        # by every rank, so that all stop for one clip
 
-    model, processor = load(args, device)
+    # 2. The model, and its answers
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, processor = models.load_audio_model(args.model, dtype=dtype)
+    hearing.check(model.to(device), processor)
+    names = ("batch_size", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    decoding = {name: getattr(args, name) for name in names}
+    ask = evaluate_views if args.task == "gap" else evaluate_model
     found = {}
     samples = []
     for name, examples in sets.items():
-        found[name] = evaluate_views(model, processor, examples, **decoding_flags(args))
+        found[name] = ask(model, processor, examples, **decoding)
         samples += [{"set": name, **s} for s in found[name].pop("samples")]
     if rank > 0:
         return
 
-    # Of each manifest and, of several, together
+    # 3. The files and the tables, of each manifest and, of several gaps, together
     first, *further = found
     results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
-    tables_by_name = dict(found)
-    if further:
-        tables_by_name["all files"] = results["together"] = together(found)
-        del results["together"]["correct"]                  # it stands in the sets
-    for name, table in tables_by_name.items():
-        print(f"-- {name}\n{report_gap(table)}")
-    write(args, results, samples)
-
-
-def run_model(args, rank, device):
-    """--task aqa, ser and both: a model is asked. Each rank asks its share (rollout.generate)."""
-    sets = []
-    for name, file in zip(stems(args.data), args.data):
-        examples = data.read_manifest(file, split=args.split)
-        if args.task != "both":
-            examples = [e for e in examples if (e.task == SER_TASK) == (args.task == "ser")]
-        if not examples[:args.limit]:
-            raise data.DataError(f"{file}: has no example for --task {args.task}; check --task "
-                                 "and --split")
-        sets.append((name, examples[:args.limit]))
-    data.check_audio(sum((examples for _, examples in sets), []))
-
-    model, processor = load(args, device)
-    (name, examples), *splits = sets
-    results = evaluate_model(model, processor, examples, splits=splits, **decoding_flags(args))
-    if rank > 0:
-        return
-
-    results["set"] = name
-    samples = results.pop("samples")
-    write(args, results, samples)
-    # MMAU's format, for its own script
-    write_json(Path(args.out) / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
-    print(tables.report(results))
+    report = tables.report
+    if args.task == "gap":
+        report = report_gap
+        if further:
+            found["all files"] = results["together"] = together(found)
+            del results["together"]["correct"]              # it stands in the sets
+    for name, result in found.items():
+        print(f"-- {name}\n{report(result)}")
+    out = Path(args.out)
+    write_json(out / "results.json", {**results, "settings": vars(args)})
+    replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+    if args.task != "gap":
+        # MMAU's format, for its own script
+        write_json(out / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
 
 
 def flags():
@@ -546,10 +514,7 @@ def main(argv=None):
         args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
         if rank == 0:
             make_folder(args.out)                           # not after hours of answers
-        if args.task == "gap":
-            run_gap(args, rank, device)
-        else:
-            run_model(args, rank, device)
+        run(args, rank, device)
     except data.DataError as error:
         # Rank 0 mostly meets the same error: it says so first, and torchrun ends the others.
         if rank > 0:

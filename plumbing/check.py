@@ -58,7 +58,7 @@ def open_audio(path, *, where=None, max_seconds=None):
     import soundfile  # see data.py's imports
 
     path, clip = Path(path), clip_name(path, where)
-    if not path.is_file():
+    if not os.path.isfile(path):            # pathlib's raises for names that are too long
         raise DataError(f"{clip} does not exist; put it there or correct the path")
     if path.stat().st_size == 0:
         raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")

@@ -3,7 +3,6 @@ What a line of a manifest must hold, and a sentence for everything that may be w
 
 data.py calls it; nobody else has to. Every fault is a data.DataError.
 """
-import itertools
 import json
 import re
 from pathlib import Path
@@ -11,28 +10,18 @@ from pathlib import Path
 from data import STAGES, TAG, DataError
 
 TEXT_LIMIT = 100_000            # characters in a text: beyond is no question, but a file in a field
-LINE_LIMIT = 4_000_000          # bytes in a line
 
 
 def lines(path):
     """Yields (number, bytes) of each line that is not blank."""
-    # A file without line ends is not held: of a long line LINE_LIMIT bytes and one more
     with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = rest = file.readline(LINE_LIMIT + 1)
-            while len(rest) > LINE_LIMIT and not rest.endswith(b"\n"):
-                rest = file.readline(LINE_LIMIT + 1)
-            if not line:
-                return
+        for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line
 
 
 def parse_record(line: bytes, where: str) -> dict:
     """One line -> its object, with all fields of the right type. Raises DataError."""
-    if len(line) > LINE_LIMIT:
-        raise DataError(f"{where}: the line is longer than {LINE_LIMIT:,} bytes; "
-                        "write one JSON object per line, with the audio in a file of its own")
     try:
         record = json.loads(line.decode("utf-8-sig"))
         # Half a surrogate pair parses, but no tokenizer takes it
@@ -115,8 +104,6 @@ def inside(name: str, folders: list[Path], where: str) -> Path:
     # resolve() follows links first, so that neither "..", nor an absolute path, nor a link can
     # read a file from elsewhere
     try:
-        if len(name) > 1_000:
-            raise OSError("no file has so long a name")
         path = (folders[0] / name).resolve()
     except (OSError, RuntimeError, ValueError) as error:        # RuntimeError: a circle of links
         raise DataError(f"{where}: the audio path {short(name)} cannot be used "

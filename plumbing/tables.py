@@ -11,8 +11,6 @@ def report(results):
         lines += aqa_lines(results["aqa"])
     if "ser" in results:
         lines += ser_lines(results["ser"])
-    for name, split in results.get("splits", {}).items():
-        lines += [f"-- {name}", report(split)]
     return "\n".join(lines)
 
 

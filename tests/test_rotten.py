@@ -117,7 +117,7 @@ def test_load_audio_refuses_what_the_check_refuses_in_the_same_words(clips):
             data.load_audio(example.audio, where=example.where, max_seconds=30)
         assert str(refused.value) == f"{example.where}: {clip}"
         refusals += 1
-    assert refusals == len(rotten.BAD_AUDIO) - 5
+    assert refusals == len(rotten.BAD_AUDIO) - 5 + 1  # a name that is too long is a clip's fault
 
 
 def test_the_first_fault_stops(corpus, lines, clips):
