@@ -37,6 +37,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     beside: {file name: module}. module: holds every parameter that the optimizer knows.
     card(path): writes the model's card. Raises SystemExit where the disk is full; the checkpoints
     before are as they were."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from torch.distributed import checkpoint as dcp  # slow to import
 
@@ -44,62 +45,50 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     final = folder / f"step-{step:07d}"
     partial = folder / f"partial-{step:07d}"
     on_rank_zero = ranks.rank() == 0
-
-    moments = {}                                            # {"parameter.exp_avg": tensor}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}.{key}"] = value
-
-    needed = sum(map(_bytes, moments.values()))
-    for part in (model, *beside.values()):
-        needed += sum(map(_bytes, _saved_tensors(part).values()))
-
     try:
-        with _failing_together():
-            if on_rank_zero:
-                if shutil.disk_usage(folder).free < needed:
-                    raise OSError("the disk is full")
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / "optimizer").mkdir(parents=True)
+        if on_rank_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "optimizer").mkdir(parents=True)
 
         # The model, gathered tensor by tensor in rank 0's main memory
         weights = _gathered(model, on_rank_zero)
         states = {name: _gathered(part, on_rank_zero) for name, part in beside.items()}
-        with _failing_together():
-            if on_rank_zero:
-                saving.save(model, processor, partial, weights)
-                for name, state in states.items():
-                    save_file(state, partial / name)
+        if on_rank_zero:
+            saving.save(model, processor, partial, weights)
+            for name, state in states.items():
+                save_file(state, partial / name)
         del weights, states
+        ranks.wait_for_all()
 
         # The optimizer, each rank its part
-        ends = itertools.accumulate(map(_bytes, moments.values()))
-        files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, ends)}
-        writer = dcp.HuggingFaceStorageWriter(
-            str(partial / "optimizer"), files, save_distributed=True)
-        with _failing_together(), warnings.catch_warnings(action="ignore"):
-            if moments:
+        moments = {}                                        # {"parameter.exp_avg": tensor}
+        for name, parameter in module.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                moments[f"{name}.{key}"] = value
+        if moments:
+            ends = itertools.accumulate(map(_bytes, moments.values()))
+            files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, ends)}
+            writer = dcp.HuggingFaceStorageWriter(
+                str(partial / "optimizer"), files, save_distributed=True)
+            with warnings.catch_warnings(action="ignore"):
                 dcp.save(moments, storage_writer=writer)
 
         # All is there: flush it, give it its name
-        with _failing_together():
-            if on_rank_zero:
-                about = {"step": step, "ranks": ranks.world_size()}
-                (partial / "checkpoint.json").write_text(json.dumps(about))
-                for path in [*partial.rglob("*"), partial]:
-                    flush(path)
-                _remove(final)
-                os.replace(partial, final)
-                flush(folder)
-    except OSError as error:
+        if on_rank_zero:
+            about = {"step": step, "ranks": ranks.world_size()}
+            (partial / "checkpoint.json").write_text(json.dumps(about))
+            for path in [*partial.rglob("*"), partial]:
+                flush(path)
+            _remove(final)
+            os.replace(partial, final)
+            flush(folder)
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
         if on_rank_zero:
             shutil.rmtree(partial, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
-        free = shutil.disk_usage(folder).free / 1e9
         raise SystemExit(
-            f"checkpoint {final} cannot be written ({reason}): it needs {needed / 1e9:.2f} GB, and "
-            f"{free:.2f} GB are free in {folder}; make room, and go on with --resume auto from the "
-            "last one that is complete") from None
+            f"checkpoint {final} cannot be written ({_short(error)}); "
+            f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}: make room, and "
+            "go on with --resume auto from the last one that is complete") from None
 
     if on_rank_zero:
         with writing(final / "README.md"):
@@ -109,22 +98,14 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     return final
 
 
-@contextlib.contextmanager
-def _failing_together():
-    # What one rank cannot write is an OSError on every rank: none waits for one that gave up
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint import CheckpointException
+def _cause(error):
+    """A CheckpointException's cause, of the first rank that failed; any other error itself."""
+    failures = getattr(error, "failures", None)
+    return next(cause for cause, _ in failures.values()) if failures else error
 
-    fault = None
-    try:
-        yield
-    except CheckpointException as error:
-        fault = next(str(cause) for cause, _ in error.failures.values())
-    except (OSError, SafetensorError) as error:
-        fault = str(error)
-    faults = [text for text in ranks.gather_lists([fault]) if text is not None]
-    if faults:
-        raise OSError(faults[0])
+
+def _short(error):
+    return " ".join(str(_cause(error)).split())[:300]
 
 
 def _bytes(tensor):
@@ -303,11 +284,8 @@ def _fitting(path):
         yield
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError,
             CheckpointException) as error:
-        if isinstance(error, CheckpointException):          # one for each rank that failed
-            error = next(cause for cause, _ in error.failures.values())
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, SafetensorError):
-            raise SystemExit(f"{path} holds a file that is truncated or damaged ({reason}); go on "
-                             "from another checkpoint (--resume DIR)") from None
-        raise SystemExit(f"{path} was saved by another model, or is not whole ({reason}); resume "
-                         "with the flags of its config.json, or from another checkpoint") from None
+        what = "was saved by another model, or is not whole"
+        if isinstance(_cause(error), SafetensorError):
+            what = "holds a file that is truncated or damaged"
+        raise SystemExit(f"{path} {what} ({_short(error)}); resume with the flags of its "
+                         "config.json, or from another checkpoint (--resume DIR)") from None

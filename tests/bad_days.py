@@ -18,7 +18,6 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 from safetensors.numpy import load_file
 
@@ -323,8 +322,7 @@ def eat_before(name, step, path, rank):
     """Before a function ("saving.save") does its work for the step-th time on that rank, somebody
     else fills the disk with a file at `path`.
 
-    None: no small disk could be mounted. Then it says that it has no room, or, where it is not
-    asked again, files cannot grow beyond a megabyte."""
+    None: no small disk could be mounted. Then files cannot grow beyond a megabyte."""
     from plumbing import checkpoints, run
 
     module, function = name.split(".")
@@ -339,10 +337,8 @@ def eat_before(name, step, path, rank):
         is_now = hungry.calls == step and os.environ.get("RANK", "0") == str(rank)
         if is_now and path:
             fill(path)
-        elif is_now and name != "shutil.disk_usage":
+        elif is_now:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-        if name == "shutil.disk_usage" and not path and hungry.calls >= step:
-            return SimpleNamespace(free=1 << 20)
         return work(*args, **named)
 
     hungry.calls = 0
