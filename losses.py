@@ -402,9 +402,7 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
 def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, temperature, banned,
                 divergence_beta, denominator):
     if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden):
-        raise ValueError(
-            f"{len(hidden)} hidden states, {len(labels)} labels, {len(carries_kl)} carries_kl, "
-            f"{len(advantage)} advantages and {len(temperature)} temperatures must be as many")
+        raise ValueError("hidden, labels, carries_kl, advantage and temperature must be as long")
     taught = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == taught:
         raise ValueError(

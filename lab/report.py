@@ -26,7 +26,7 @@ import numpy as np
 import data
 import evaluate
 from plumbing.files import writing
-from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, pyplot, read_lines
+from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, pyplot
 
 # The terms of both scripts, and Paul Tol's colours, which the colour-blind can tell apart.
 LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")
@@ -47,6 +47,19 @@ def read_whole(path):
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_lines(path):
+    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts one."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
 
 
 def scores(found):

@@ -11,17 +11,10 @@ BLUE, PALE, RED, ORANGE = "#2f5d9b", "#b8c4d6", "#b04a5a", "#d98c3f"
 TINY = 1e-6                 # what a log scale shows of 0
 
 
-def read_lines(path):
-    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts one."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
+def read_log(folder):
+    """The lines of a finished run's log.jsonl, as dicts."""
+    with open(Path(folder) / "log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def curve(log, name):
@@ -86,7 +79,7 @@ def plot_run(folder):
     plt = pyplot()
     if plt is None:
         return
-    log = read_lines(Path(folder) / "log.jsonl")
+    log = read_log(folder)
     results = json.loads((Path(folder) / "results.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name in ("sft", "top", "layer", "acoustic"):
@@ -121,7 +114,7 @@ def plot_cord(folder):
     if plt is None:
         return
     folder = Path(folder)
-    log = read_lines(folder / "log.jsonl")
+    log = read_log(folder)
     points = [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")]
     points = sorted([(0, "before"), *points, (log[-1]["step"], "after")])
     steps = [step for step, _ in points]

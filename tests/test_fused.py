@@ -95,9 +95,11 @@ def compare(fused, formula, args, how, tolerance, chunk, scale=1.0):
     for name, x, y in zip(("loss", "second", "third", "fourth"), got[0], want[0]):
         assert x.isfinite().all(), name
         assert (x - y).norm() <= tolerance * y.norm() + floor * math.sqrt(x.numel()), (name, x, y)
-    for name, x, y, one in zip(("hidden", "weight"), got[1:], want[1:], unit):
+    # Where all tokens have the same row of weights the gradient is 0, and rounding is not
+    factors = [double(x).abs().max() / len(args[0]) if x.numel() else 0.0 for x in args[1::-1]]
+    for name, x, y, one, factor in zip(("hidden", "weight"), got[1:], want[1:], unit, factors):
         assert x.isfinite().all(), name
-        assert (x - y).norm() <= tolerance * y.norm() + floor * one.norm(), (
+        assert (x - y).norm() <= tolerance * y.norm() + floor * max(one.norm(), factor), (
             name,
             (x - y).norm() / y.norm(),
             y.norm(),
@@ -607,7 +609,7 @@ def test_bad_arguments_are_named():
                 labels,
                 **{**how, "advantage": torch.zeros(3)},
             ),
-            "3 advantages",
+            "must be as long",
         ),
         (
             lambda: fused.cord(

@@ -436,12 +436,12 @@ def test_smoothing_neither_lags_nor_loses_the_ends():
 
 def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
     left_out = {"step": 2, "skipped": "the gradient was not finite", "ids": ["q"]}
-    write_run(tmp_path / "a", [source_layer(1, sft=None), left_out, source_layer(3)])
+    write_run(tmp_path / "a", [source_layer(1, sft=None), left_out, source_layer(3)], cut="")
     (tmp_path / "a" / "results.json").write_text(
         json.dumps({"before": heard(50, 80), "after": heard(60, 75)})
     )
     plots.plot_run(tmp_path / "a")
-    write_run(tmp_path / "b", [cord(1), left_out, cord(3, kl=None)])
+    write_run(tmp_path / "b", [cord(1), left_out, cord(3, kl=None)], cut="")
     for name in "before", "after":
         (tmp_path / "b" / f"{name}.json").write_text(json.dumps(views(90, 70)))
     plots.plot_cord(tmp_path / "b")
