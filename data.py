@@ -264,11 +264,16 @@ def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
         samples = max(map(len, waves)) + 400
         options.update(padding="max_length", max_length=160 * math.ceil(samples / 160))
     with torch.autocast("cpu", enabled=False):          # the spectrogram is not for 16 bits
-        inputs = dict(processor(
-            text=prompts, audio=waves, audio_kwargs=options, return_tensors="pt",
-            text_kwargs={"add_special_tokens": False, "padding": True}))
+        inputs = processor(
+            text=prompts,
+            audio=waves,
+            audio_kwargs=options,
+            return_tensors="pt",
+            text_kwargs={"add_special_tokens": False, "padding": True},
+        )
 
     # Padding off again: it belongs after the response
+    inputs = dict(inputs)
     mask = inputs.pop("attention_mask").bool()
     ids = [row[keep].tolist() for row, keep in zip(inputs.pop("input_ids"), mask)]
     for name, tensor in inputs.items():                 # rows are picked by example from here on
@@ -351,8 +356,13 @@ class Batch:
     examples: list[Example]
 
     def to(self, device) -> "Batch":
-        return Batch(self.audio.to(device), self.text.to(device), self.labels.to(device),
-                     self.ids, self.examples)
+        return Batch(
+            self.audio.to(device),
+            self.text.to(device),
+            self.labels.to(device),
+            self.ids,
+            self.examples,
+        )
 
 
 def pad(rows: list[list[int]], tokenizer, side: str) -> dict[str, torch.Tensor]:
@@ -425,16 +435,25 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -
         sees = (branch[:, None] == 0) | same
         causal = torch.ones(seq, seq, dtype=torch.bool).tril()
         inputs["attention_mask"] = (sees & causal)[:, None]
-    return View({**inputs, **(features or {})}, torch.tensor(predict, dtype=torch.int64),
-                torch.tensor(audio, dtype=torch.int64))
+    return View(
+        {**inputs, **(features or {})},
+        torch.tensor(predict, dtype=torch.int64),
+        torch.tensor(audio, dtype=torch.int64),
+    )
 
 
 def audio_view(prompts: Prompts, rows, responses, processor) -> View:
     """Response i (list of ids) behind the audio prompt of example rows[i], with its sound."""
     sequences = torch.as_tensor([row for row, _ in itertools.groupby(rows)])
     features = {name: tensor[sequences] for name, tensor in prompts.features.items()}
-    return pack(prompts.audio, rows, responses, processor.tokenizer,
-                audio_id=_audio_id(processor), features=features)
+    return pack(
+        prompts.audio,
+        rows,
+        responses,
+        processor.tokenizer,
+        audio_id=_audio_id(processor),
+        features=features,
+    )
 
 
 def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
@@ -442,8 +461,15 @@ def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
     return pack(prompts.text, rows, responses, tokenizer)
 
 
-def collate(examples, processor, tokenizer, *, words="description", student_to_teacher=None,
-            max_seconds=None) -> Batch:
+def collate(
+    examples,
+    processor,
+    tokenizer,
+    *,
+    words="description",
+    student_to_teacher=None,
+    max_seconds=None,
+) -> Batch:
     """Examples -> Batch with their reference responses, reading the audio files.
 
     processor: the student's. tokenizer: the text view's, the text teacher's in paper A, the
@@ -694,8 +720,10 @@ def audio_seconds(path, *, where=None, max_seconds=None) -> float:
 
 def check_audio(examples, max_seconds=None) -> list[float]:
     """The clips' durations; raises DataError at the first whose header shows a fault."""
-    return [audio_seconds(example.audio, where=example.where, max_seconds=max_seconds)
-            for example in examples]
+    return [
+        audio_seconds(example.audio, where=example.where, max_seconds=max_seconds)
+        for example in examples
+    ]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -105,8 +105,13 @@ def score_mmau(records):
 
     per_cent, intervals = accuracies(correct)
     counts = {"records": len(records), "no_answer": no_answer}
-    return {**per_cent, "intervals": intervals, "official": accuracies(official)[0],
-            "counts": counts, "correct": correct}
+    return {
+        **per_cent,
+        "intervals": intervals,
+        "official": accuracies(official)[0],
+        "counts": counts,
+        "correct": correct,
+    }
 
 
 def ser_class(output, classes):
@@ -310,8 +315,13 @@ def gap_of(text, audio):
     audio_right = sum(audio.values())
     _, gap = paired_bootstrap(list(text.values()), [audio[i] for i in text])
     intervals = {"text": wilson(text_right, n), "audio": wilson(audio_right, n), "gap": gap}
-    return {"text_accuracy": 100 * text_right / n, "audio_accuracy": 100 * audio_right / n,
-            "gap": 100 * (text_right - audio_right) / n, "questions": n, "intervals": intervals}
+    return {
+        "text_accuracy": 100 * text_right / n,
+        "audio_accuracy": 100 * audio_right / n,
+        "gap": 100 * (text_right - audio_right) / n,
+        "questions": n,
+        "intervals": intervals,
+    }
 
 
 def table_of(correct):
@@ -376,8 +386,11 @@ def report_gap(results, before=None):
     if not before:
         return "\n".join(tables.gap_lines(results, None))
     kinds = results["kinds"].items()
-    reductions = {name: gap_reduction(before["kinds"][name], row)
-                  for name, row in kinds if name in before["kinds"]}
+    reductions = {
+        name: gap_reduction(before["kinds"][name], row)
+        for name, row in kinds
+        if name in before["kinds"]
+    }
     reductions["together"] = gap_reduction(before, results)
     lines = tables.gap_lines(results, reductions)
 

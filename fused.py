@@ -96,8 +96,20 @@ def _divergence(log_q, log_p, beta):
 # So the kernel reads both matrices three times (normalisers, sums, gradient), writes the gradient,
 # and stores nothing else of that size. tests/gpu/kernels_for_h100.py counts it in the code.
 
-def _chunk(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
-           beta, temperature, shared, entropy, dtype):
+def _chunk(
+    student,
+    teacher,
+    labels,
+    kl_weight,
+    nll_weight,
+    nll_temperature,
+    *,
+    beta,
+    temperature,
+    shared,
+    entropy,
+    dtype,
+):
     """Losses and gradient of n tokens.
 
     student [n, vocab], teacher [n, teacher vocab] or None   logits
@@ -249,9 +261,23 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
     return max(256, 2 ** 24 // vocab)
 
 
-def _head_pass(hidden, weight, teacher_hidden, teacher_weight, labels, kl_weight, nll_weight,
-               nll_temperature, d_weight, *, chunk_tokens, wants_hidden, shared=None, banned=None,
-               **how):
+def _head_pass(
+    hidden,
+    weight,
+    teacher_hidden,
+    teacher_weight,
+    labels,
+    kl_weight,
+    nll_weight,
+    nll_temperature,
+    d_weight,
+    *,
+    chunk_tokens,
+    wants_hidden,
+    shared=None,
+    banned=None,
+    **how,
+):
     """All rows through both heads, chunk by chunk.
 
     hidden [rows, hidden]; teacher_hidden [rows, teacher hidden] or None; the rest as in _chunk,
@@ -329,16 +355,27 @@ class _KnownGradient(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------
 # 6. The losses, as losses.py has them
 
-def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
-           jsd_weight=1.0, ce_weight=0.5, beta=0.5, temperature=1.0,
-           shared_ids=None, denominator=None, chunk_tokens=None):
+def jsd_ce(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    labels,
+    *,
+    jsd_weight=1.0,
+    ce_weight=0.5,
+    beta=0.5,
+    temperature=1.0,
+    shared_ids=None,
+    denominator=None,
+    chunk_tokens=None,
+):
     """Paper A: jsd_weight * L_top + ce_weight * L_SFT -> (loss, jsd, ce), as losses.jsd_ce.
 
     Both come from one pass over the student's logits. chunk_tokens: how many tokens at a time;
     None: by memory. ValueError for arguments that do not fit together."""
     if not 0 <= beta <= 1 or temperature <= 0:
         raise ValueError(f"beta {beta} must lie in [0, 1] and temperature {temperature} above 0")
-    _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, shared_ids)
     taught = None if teacher_hidden is None else len(teacher_hidden)
     if labels.shape != student_hidden.shape[:1] or taught not in (None, len(student_hidden)):
         raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
@@ -357,9 +394,14 @@ def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, label
     each = hidden.new_full((len(counted),), weight_of_row, dtype=_exact(hidden))        # [rows]
     divergence, nll, _, d_rows = _head_pass(
         hidden[counted], weight, teacher, teacher_weight, labels[counted],
-        jsd_weight * each, ce_weight * each, None, d_weight, chunk_tokens=chunk_tokens,
-        wants_hidden=d_hidden is not None, beta=beta, temperature=temperature, entropy=False,
-        shared=shared_ids)
+        jsd_weight * each, ce_weight * each, None, d_weight,
+        chunk_tokens=chunk_tokens,
+        wants_hidden=d_hidden is not None,
+        beta=beta,
+        temperature=temperature,
+        entropy=False,
+        shared=shared_ids,
+    )
     if d_hidden is not None:
         d_hidden.index_copy_(0, counted, d_rows)
 
@@ -369,9 +411,25 @@ def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, label
     return loss, top, ce
 
 
-def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
-         lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
-         alpha=2.0, beta=2.0, top_share=0.1, denominator=None, chunk_tokens=None):
+def cord(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    labels,
+    *,
+    lengths,
+    carries_kl,
+    advantage,
+    temperature,
+    banned=None,
+    divergence_beta=1.0,
+    alpha=2.0,
+    beta=2.0,
+    top_share=0.1,
+    denominator=None,
+    chunk_tokens=None,
+):
     """Paper B: L_tok + L_seq -> (loss, kl, log_q, entropy), as losses.cord.
 
     The position weights are known beforehand. Which tokens are a rollout's K largest is known only
@@ -380,9 +438,7 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
     gradient of all. Tokens that carry no KL never touch the teacher's head.
 
     chunk_tokens: how many tokens at a time; None: by memory. ValueError as losses.cord."""
-    _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage,
-                temperature, banned, divergence_beta, denominator)
-    _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, None)
+    _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
     hidden, weight, d_hidden, d_weight = _operands_and_gradients(student_hidden, student_weight)
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
@@ -394,9 +450,15 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
         """Adds these rows' gradients -> their D, -log q and entropy."""
         row_temperature = None if (temperature == 1).all() else temperature.to(exact)
         *values, d_rows = _head_pass(
-            hidden[rows], weight, teacher, teacher_weight, labels[rows], kl_weight, nll_weight,
-            row_temperature, d_weight, chunk_tokens=chunk_tokens, wants_hidden=d_hidden is not None,
-            beta=divergence_beta, temperature=1, banned=banned, entropy=True)
+            hidden[rows], weight, teacher, teacher_weight, labels[rows],
+            kl_weight, nll_weight, row_temperature, d_weight,
+            chunk_tokens=chunk_tokens,
+            wants_hidden=d_hidden is not None,
+            beta=divergence_beta,
+            temperature=1,
+            banned=banned,
+            entropy=True,
+        )
         if d_hidden is not None:
             d_hidden.index_add_(0, rows, d_rows)
         return values
@@ -469,19 +531,6 @@ def _exact(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, shared_ids):
-    fits = student_hidden.shape[1:] == student_weight.shape[1:]
-    if not fits or (teacher_hidden is None) != (teacher_weight is None):
-        raise ValueError(
-            f"hidden {list(student_hidden.shape)} does not fit weight "
-            f"{list(student_weight.shape)}, or the teacher lacks one of the two")
-    if teacher_weight is None or shared_ids is not None:
-        return
-    if len(teacher_weight) != len(student_weight):
-        raise ValueError(f"vocabularies of {len(student_weight)} and {len(teacher_weight)} tokens: "
-                         "say which they share (shared_ids)")
-
-
 # What losses.py has too, once more, so that this file can be copied by itself
 
 def _wide(x):
@@ -516,20 +565,12 @@ def position_weights(kl, lengths, beta):
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
 
 
-def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, temperature, banned,
-                divergence_beta, denominator):
-    if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden):
-        raise ValueError("hidden, labels, carries_kl, advantage and temperature must be as long")
+def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
     taught = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == taught:
         raise ValueError(
             f"lengths add up to {sum(lengths)}; carries_kl names {carries_kl.sum().item()} tokens "
             f"and the teacher has {taught} rows: these must be the same")
-    if not 0 <= divergence_beta <= 1:
-        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
-    if lengths and denominator is not None and denominator <= 0:
-        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
-                         "with a KL")
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
@@ -576,8 +617,20 @@ def _block_by_block(student, teacher, *each, buffers, **how):
     return *(torch.cat(parts) for parts in zip(*found)), student
 
 
-def _chunk_in_place(student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
-                    beta, temperature, shared, entropy, buffers):
+def _chunk_in_place(
+    student,
+    teacher,
+    labels,
+    kl_weight,
+    nll_weight,
+    nll_temperature,
+    *,
+    beta,
+    temperature,
+    shared,
+    entropy,
+    buffers,
+):
     """As _chunk. Both logits are used up; the gradient may stand in their place."""
     labels, kl_weight, nll_weight = labels[:, None], kl_weight[:, None], nll_weight[:, None]
     plain = nll_temperature is None and shared is None and temperature == 1

@@ -362,8 +362,10 @@ def load(name, device):
     -> verdicts(triples): [(example, said, reference)] -> list of bool. Raises SystemExit with one
     sentence if the model cannot be loaded or has no word for yes or no."""
     if name == "rule":
-        return lambda triples: [agree(said, reference, choices_and_answer(example)[0])
-                                for example, said, reference in triples]
+        return lambda triples: [
+            agree(said, reference, choices_and_answer(example)[0])
+            for example, said, reference in triples
+        ]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = models.load_text_model(name, dtype=dtype)
     model.to(device).requires_grad_(False)
@@ -389,10 +391,14 @@ def ask(model, tokenizer, triples, yes, no, *, batch_size=32):
         said = [open_answer(output) for _, output, _ in chunk]
         # What is spoken and what is written: beside a spoken problem may stand no more than
         # "answer in a box"
-        questions = ["\n".join(filter(None, (example.transcript, data.question_text(example))))
-                     for example, _, _ in chunk]
-        prompts = [ASK.format(question=question, reference=open_answer(reference), said=answer)
-                   for question, (_, _, reference), answer in zip(questions, chunk, said)]
+        questions = [
+            "\n".join(filter(None, (example.transcript, data.question_text(example))))
+            for example, _, _ in chunk
+        ]
+        prompts = [
+            ASK.format(question=question, reference=open_answer(reference), said=answer)
+            for question, (_, _, reference), answer in zip(questions, chunk, said)
+        ]
         prompts = [data.text_prompt(tokenizer, prompt, "") for prompt in prompts]
         prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         inputs = {name: x.to(model.device) for name, x in data.pad_left(prompts, tokenizer).items()}

@@ -158,8 +158,10 @@ def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):
     if student_ids.shape != teacher_ids.shape:
         raise ValueError(f"{len(student_ids)} student ids for {len(teacher_ids)} teacher ids: "
                          "they come in pairs (data.shared_vocabulary)")
-    return (student_logits.index_select(-1, student_ids),
-            teacher_logits.index_select(-1, teacher_ids))
+    return (
+        student_logits.index_select(-1, student_ids),
+        teacher_logits.index_select(-1, teacher_ids),
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -181,9 +183,20 @@ def cross_entropy(logits, labels, *, denominator=None):
     return _mean(-picked[counted], denominator)
 
 
-def jsd_ce(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
-           jsd_weight=1.0, ce_weight=0.5, beta=0.5, temperature=1.0,
-           shared_ids=None, denominator=None):
+def jsd_ce(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    labels,
+    *,
+    jsd_weight=1.0,
+    ce_weight=0.5,
+    beta=0.5,
+    temperature=1.0,
+    shared_ids=None,
+    denominator=None,
+):
     """jsd_weight * L_top + ce_weight * L_SFT -> (loss, jsd, ce); only the loss has a graph.
 
     student_hidden [tokens, hidden]           last hidden states at predict_positions
@@ -348,9 +361,24 @@ def log_probability(logits, tokens, temperature):
     return log_q.gather(-1, tokens[:, None])[:, 0]
 
 
-def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
-         lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
-         alpha=2.0, beta=2.0, top_share=0.1, denominator=None):
+def cord(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    labels,
+    *,
+    lengths,
+    carries_kl,
+    advantage,
+    temperature,
+    banned=None,
+    divergence_beta=1.0,
+    alpha=2.0,
+    beta=2.0,
+    top_share=0.1,
+    denominator=None,
+):
     """sum_t w_t D_t / denominator - sum_t advantage_t log q(label_t) -> (loss, kl, log_q, entropy).
 
     A scalar, and without gradient D_t, log q(label_t) and the entropy of the student's
@@ -372,8 +400,7 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
     alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
     ValueError for what does not fit together, and for a label that is banned."""
-    _check_cord(student_hidden, teacher_hidden, labels, lengths, carries_kl, advantage,
-                temperature, banned, divergence_beta, denominator)
+    _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
 
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
@@ -399,20 +426,12 @@ def cord(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
     return loss, kl.detach(), log_q.detach(), entropy.detach()
 
 
-def _check_cord(hidden, teacher, labels, lengths, carries_kl, advantage, temperature, banned,
-                divergence_beta, denominator):
-    if not len(labels) == len(carries_kl) == len(advantage) == len(temperature) == len(hidden):
-        raise ValueError("hidden, labels, carries_kl, advantage and temperature must be as long")
+def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
     taught = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == taught:
         raise ValueError(
             f"lengths add up to {sum(lengths)}; carries_kl names {carries_kl.sum().item()} tokens "
             f"and the teacher has {taught} rows: these must be the same")
-    if not 0 <= divergence_beta <= 1:
-        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
-    if lengths and denominator is not None and denominator <= 0:
-        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
-                         "with a KL")
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")

@@ -160,8 +160,13 @@ def load_audio_model(path, *, dtype=torch.float32):
 def load_text_model(path, *, dtype=torch.float32):
     """A directory or hub id -> (causal language model, tokenizer), in eval mode. Raises SystemExit
     with one sentence when it cannot be used."""
-    model, tokenizer = _load(path, "a causal language model", (transformers.AutoModelForCausalLM,),
-                             transformers.AutoTokenizer, dtype)
+    model, tokenizer = _load(
+        path,
+        "a causal language model",
+        (transformers.AutoModelForCausalLM,),
+        transformers.AutoTokenizer,
+        dtype,
+    )
     _check_template(path, tokenizer.chat_template)
     _check_turn_end(tokenizer)
     return model, tokenizer
@@ -222,8 +227,13 @@ def _load(path, description, auto_classes, reader_class, dtype):
             hub.check_weights(path, config)
         multimodal = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
         model, loading = auto_classes[0 if multimodal else -1].from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True)
+            path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         model.reader_files = hub.reader_files(path)
         if adapter:
             peft = import_peft()
@@ -343,8 +353,12 @@ def add_lora(student, rank):
     # Not transformers' add_adapter: Granite Speech's generate() switches an adapter that it knows
     # of off whenever no audio is given, as behind a cache
     peft = import_peft()
-    config = peft.LoraConfig(r=rank, lora_alpha=32, target_modules=targets,
-                             base_model_name_or_path=str(student.name_or_path))
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=32,
+        target_modules=targets,
+        base_model_name_or_path=str(student.name_or_path),
+    )
     peft.inject_adapter_in_model(config, student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(".lora_" in name)

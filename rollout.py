@@ -77,9 +77,23 @@ PLAIN = {"do_sample": False, "use_cache": True, "synced_gpus": False}
 # -------------------------------------------------------------------------------------------------
 # 2. Answers
 
-def generate(model, processor, examples, *, view="audio", tokenizer=None, words=None, batch_size=16,
-             max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, progress=True,
-             with_end=False):
+def generate(
+    model,
+    processor,
+    examples,
+    *,
+    view="audio",
+    tokenizer=None,
+    words=None,
+    batch_size=16,
+    max_new_tokens=512,
+    temperature=0.6,
+    top_k=5,
+    top_p=0.5,
+    seed=0,
+    progress=True,
+    with_end=False,
+):
     """What the model says to each example: a list of str in the order of `examples`, tags included.
 
     view="audio": the model hears; "text": it reads example.<words> instead, through `tokenizer`
@@ -108,12 +122,20 @@ def generate(model, processor, examples, *, view="audio", tokenizer=None, words=
             rows = mine[start:start + batch_size]
             inputs = data.prompt_batch([examples[i] for i in rows], processor, view=view,
                                        tokenizer=tokenizer, words=words)
-            inputs = {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
-                      for name, x in inputs.items()}
+            inputs = {
+                name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
+                for name, x in inputs.items()
+            }
             prompt_length = inputs["input_ids"].shape[1]
-            choose = chooser([f"{seed} {examples[i].id}" for i in rows], prompt_length, banned,
-                             max_new_tokens=max_new_tokens, temperature=temperature,
-                             top_k=top_k, top_p=top_p)
+            choose = chooser(
+                [f"{seed} {examples[i].id}" for i in rows],
+                prompt_length,
+                banned,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
             output = model.generate(                    # [batch, prompt + new], left padded
                 **inputs, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stop,
                 pad_token_id=stop[0], logits_processor=[choose])
@@ -152,9 +174,18 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     begun = time.time()
     for start in tqdm(range(0, len(todo), chunk), "the text view's answers", disable=quiet):
         rows = todo[start:start + chunk]
-        said = generate(model, processor, rows, view="text", words="transcript", temperature=0,
-                        max_new_tokens=max_new_tokens, with_end=True, batch_size=batch_size,
-                        progress=False)
+        said = generate(
+            model,
+            processor,
+            rows,
+            view="text",
+            words="transcript",
+            temperature=0,
+            max_new_tokens=max_new_tokens,
+            with_end=True,
+            batch_size=batch_size,
+            progress=False,
+        )
         for e, (text, ended, ids) in zip(rows, said):
             line = {"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
             answers[e.id] = line
@@ -203,16 +234,24 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
     without the control tokens."""
     if not kinds:
         return []
-    rollouts = [Rollout(row, kind.temperature, kind.kl, kind.group, [])
-                for row in range(len(prompts.examples)) for kind in kinds]
+    rollouts = [
+        Rollout(row, kind.temperature, kind.kl, kind.group, [])
+        for row in range(len(prompts.examples))
+        for kind in kinds
+    ]
     tokenizer, n = processor.tokenizer, len(kinds)
     stop = stop_ids(tokenizer)
     places = data.pad_left(prompts.audio, tokenizer)    # ids, mask, positions: [prompts, seq] each
     prompt_length = places["input_ids"].shape[1]
     inputs = {name: x.to(student.device) for name, x in {**places, **prompts.features}.items()}
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]
-    choose = chooser(keys, prompt_length, banned_ids(student, tokenizer),
-                     max_new_tokens=max_new_tokens, temperature=[r.temperature for r in rollouts])
+    choose = chooser(
+        keys,
+        prompt_length,
+        banned_ids(student, tokenizer),
+        max_new_tokens=max_new_tokens,
+        temperature=[r.temperature for r in rollouts],
+    )
 
     with plain_decoding(student):
         # A prompt's n rollouts share its sound and text: fill the KV cache once, up to the last

@@ -161,9 +161,7 @@ def main(argv=None):
         with ranks.rank_zero_first():
             args.data = mini.world.build("train", seed=args.seed)
     source = Path(args.data)
-    out = source.with_name(f"{source.stem}-described.jsonl")
-    if args.out:
-        out = Path(args.out)
+    out = Path(args.out or source.with_name(f"{source.stem}-described.jsonl"))
     failed = out.with_suffix(".failed.jsonl")
     if out.resolve().parent != source.resolve().parent or out.resolve() == source.resolve():
         raise data.DataError(f"{out}: must be another file in the folder of {source}, because "
@@ -201,8 +199,15 @@ def main(argv=None):
     bar = tqdm(total=len(todo), desc="descriptions", unit="clip", disable=ranks.rank() > 0)
     for start in range(0, len(todo), size):
         rows = todo[start:start + size]
-        said, why = describe(rows, model, processor, prompts, grounding,
-                             batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
+        said, why = describe(
+            rows,
+            model,
+            processor,
+            prompts,
+            grounding,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+        )
         tried_again += why
         for e in rows:
             text, wrong = said[e.id]

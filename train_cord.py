@@ -154,8 +154,8 @@ def recite(prompts, references):
     recited = []
     for row, example in enumerate(prompts.examples):
         reference = references[example.id]
-        recited.append(rollout.Rollout(row, temperature=1.0, kl=True, group=False,
-                                       ids=reference["ids"], ended=reference["ended"]))
+        answer = {"ids": reference["ids"], "ended": reference["ended"]}
+        recited.append(rollout.Rollout(row, temperature=1.0, kl=True, group=False, **answer))
     return recited
 
 
@@ -313,12 +313,20 @@ class CordStep(nn.Module):
         lengths = [len(r.ids) for r in batch.kl_rollouts]
         advantage = batch.advantage / max(n_group, 1)                    # [tokens]
         loss, kl, log_q, entropy = self.cord(
-            student_hidden, models.head_weight(self.student),
-            teacher_hidden, teacher_head if lengths else None, batch.labels,
-            lengths=lengths, carries_kl=batch.carries_kl, advantage=advantage,
-            temperature=batch.temperature, banned=self.banned,
+            student_hidden,
+            models.head_weight(self.student),
+            teacher_hidden,
+            teacher_head if lengths else None,
+            batch.labels,
+            lengths=lengths,
+            carries_kl=batch.carries_kl,
+            advantage=advantage,
+            temperature=batch.temperature,
+            banned=self.banned,
             divergence_beta=0.0 if args.token_loss == "forward-kl" else 1.0,
-            denominator=n_kl, **weighting)
+            denominator=n_kl,
+            **weighting,
+        )
 
         group = -(advantage * log_q).sum()
         seen = {
@@ -331,9 +339,17 @@ class CordStep(nn.Module):
     def sft_loss(self, batch, student_hidden, n_kl):
         # The baseline's cross-entropy: L_seq with every A_i = 1, on the text view's own answers
         loss, *_ = self.cord(
-            student_hidden, models.head_weight(self.student), None, None, batch.labels,
-            lengths=[], carries_kl=torch.zeros_like(batch.carries_kl),
-            advantage=batch.carries_kl / n_kl, temperature=batch.temperature, banned=self.banned)
+            student_hidden,
+            models.head_weight(self.student),
+            None,
+            None,
+            batch.labels,
+            lengths=[],
+            carries_kl=torch.zeros_like(batch.carries_kl),
+            advantage=batch.carries_kl / n_kl,
+            temperature=batch.temperature,
+            banned=self.banned,
+        )
         none = student_hidden.new_zeros(0)
         return loss, {"token": loss.detach(), "group": none.sum(), "kl": none, "entropy": none}
 
@@ -405,11 +421,18 @@ def train(args, run):
     banned = torch.tensor(rollout.banned_ids(student, tokenizer), device=run.device)
     cord = CordStep(student, banned, args)
     autocast = functools.partial(
-        torch.autocast, run.device.type, torch.bfloat16,
-        enabled=run.device.type == "cuda" or args.weights == "bfloat16")
+        torch.autocast,
+        run.device.type,
+        torch.bfloat16,
+        enabled=run.device.type == "cuda" or args.weights == "bfloat16",
+    )
     encode = functools.partial(
-        data.encode_prompts, processor=processor, tokenizer=tokenizer, words="transcript",
-        max_seconds=args.max_seconds)
+        data.encode_prompts,
+        processor=processor,
+        tokenizer=tokenizer,
+        words="transcript",
+        max_seconds=args.max_seconds,
+    )
 
     # 5.4 What will happen, in a few lines
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
@@ -429,9 +452,18 @@ def train(args, run):
     answering = dict(max_new_tokens=args.max_new_tokens, seed=args.seed)
 
     def score(when, elsewhere=True):
-        return run.evaluate(when, scored, lambda: evaluate.evaluate_views(
-            student, processor, scored, elsewhere=elsewhere, batch_size=args.eval_batch,
-            **answering))
+        return run.evaluate(
+            when,
+            scored,
+            lambda: evaluate.evaluate_views(
+                student,
+                processor,
+                scored,
+                elsewhere=elsewhere,
+                batch_size=args.eval_batch,
+                **answering,
+            ),
+        )
 
     run.model = cord
     before = None
@@ -444,8 +476,13 @@ def train(args, run):
         for example in examples_of_step(examples, step, args.batch_size, args.seed):
             asked[example.id] = example
     references = rollout.text_answers(
-        student, processor, list(asked.values()), run.out / "references.jsonl",
-        batch_size=args.text_batch, max_new_tokens=args.max_new_tokens)
+        student,
+        processor,
+        list(asked.values()),
+        run.out / "references.jsonl",
+        batch_size=args.text_batch,
+        max_new_tokens=args.max_new_tokens,
+    )
     checked = list(asked.values())[:1000]                       # enough for a percentage
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in checked])
     run.say(f"judge ({args.judge}): the text view gives the gold answer to "
@@ -535,11 +572,16 @@ def train(args, run):
     # 5.9 After
     if before:
         after = score("after")
-        run.finish(evaluate.report_gap(after, before), plots.plot_cord, before=before, after=after,
-                   gap_reduction_percent=evaluate.gap_reduction(before, after))
+        run.finish(
+            evaluate.report_gap(after, before),
+            plots.plot_cord,
+            before=before,
+            after=after,
+            gap_reduction_percent=evaluate.gap_reduction(before, after),
+        )
         if args.data is None and not args.dry_run:
-            run.say("expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}".format(
-                *EXPECTED["text"], *EXPECTED["audio"]))
+            line = "expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}"
+            run.say(line.format(*EXPECTED["text"], *EXPECTED["audio"]))
 
 
 if __name__ == "__main__":

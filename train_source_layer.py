@@ -226,10 +226,16 @@ class SourceLayerStep(nn.Module):
 
         # L_top + alpha_sft L_SFT in one pass over the vocabulary; top and sft carry no gradient
         loss, top, sft = self.jsd_ce(
-            student_hidden, models.head_weight(self.student), teacher_hidden, teacher_head,
-            batch.labels, ce_weight=args.alpha_sft,
-            beta=0.5 if args.divergence == "jsd" else 0.0, shared_ids=self.shared_ids,
-            denominator=tokens["response"])
+            student_hidden,
+            models.head_weight(self.student),
+            teacher_hidden,
+            teacher_head,
+            batch.labels,
+            ce_weight=args.alpha_sft,
+            beta=0.5 if args.divergence == "jsd" else 0.0,
+            shared_ids=self.shared_ids,
+            denominator=tokens["response"],
+        )
         parts = {}
         if teacher_hidden is not None:
             parts["top"] = top
@@ -243,8 +249,10 @@ class SourceLayerStep(nn.Module):
                 total = total + self.hidden_divergence(
                     self.projections(i, student_tapped["response"][s]),
                     teacher_tapped["response"][t],
-                    mean=self.projections.mean[i], std=self.projections.std[i],
-                    denominator=tokens["response"])
+                    mean=self.projections.mean[i],
+                    std=self.projections.std[i],
+                    denominator=tokens["response"],
+                )
             parts["layer"] = total / len(self.pairs)
             loss = loss + args.alpha_layer * parts["layer"]
 
@@ -255,8 +263,12 @@ class SourceLayerStep(nn.Module):
             for layer in self.acoustic_layers:
                 mean, std = self.statistics[layer]
                 total = total + self.hidden_divergence(
-                    student_tapped["audio"][layer], snapshot_tapped["audio"][layer],
-                    mean=mean, std=std, denominator=tokens["audio"])
+                    student_tapped["audio"][layer],
+                    snapshot_tapped["audio"][layer],
+                    mean=mean,
+                    std=std,
+                    denominator=tokens["audio"],
+                )
             parts["acoustic"] = total / len(self.acoustic_layers)
             loss = loss + args.alpha_ac * parts["acoustic"]
         return {**parts, "loss": loss}
@@ -372,11 +384,17 @@ def train(args, run):
         torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16)
 
     def micro_batches(examples):
-        return [data.collate(examples[i:i + args.micro_batch], processor,
-                             tokenizer or processor.tokenizer,
-                             words="description" if teacher else None,
-                             student_to_teacher=student_to_teacher, max_seconds=args.max_seconds)
-                for i in range(0, len(examples), args.micro_batch)]
+        return [
+            data.collate(
+                examples[i:i + args.micro_batch],
+                processor,
+                tokenizer or processor.tokenizer,
+                words="description" if teacher else None,
+                student_to_teacher=student_to_teacher,
+                max_seconds=args.max_seconds,
+            )
+            for i in range(0, len(examples), args.micro_batch)
+        ]
 
     # 3.6 What will happen, in a few lines
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
@@ -394,9 +412,18 @@ def train(args, run):
 
     # 3.7 Before: what the student can do as it comes
     def score(when):
-        return run.evaluate(when, scored, lambda: evaluate.evaluate_model(
-            student, processor, scored, batch_size=args.eval_batch,
-            max_new_tokens=args.max_new_tokens, seed=args.seed))
+        return run.evaluate(
+            when,
+            scored,
+            lambda: evaluate.evaluate_model(
+                student,
+                processor,
+                scored,
+                batch_size=args.eval_batch,
+                max_new_tokens=args.max_new_tokens,
+                seed=args.seed,
+            ),
+        )
 
     run.model = step_module
     before = None
@@ -430,8 +457,14 @@ def train(args, run):
         checkpoints.load_optimizer(checkpoint, step_module, optimizer)
     card = functools.partial(saving.write_card, base=args.student, script="train_source_layer.py",
                              flags=vars(args))
-    run.checkpoint_parts = dict(model=student, processor=processor, beside=beside,
-                                module=step_module, optimizer=optimizer, card=card)
+    run.checkpoint_parts = dict(
+        model=student,
+        processor=processor,
+        beside=beside,
+        module=step_module,
+        optimizer=optimizer,
+        card=card,
+    )
 
     # 3.9 The loop
     for step, batches in run.batches(examples, micro_batches):
@@ -471,8 +504,8 @@ def train(args, run):
         table = evaluate.report_change(before, after)
         run.finish(table, plots.plot_run, before=before, after=after)
         if args.data is None and not args.dry_run:
-            run.say("expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}".format(
-                *EXPECTED["aqa"], *EXPECTED["ser"]))
+            line = "expected without flags:  AQA {:.1f} -> {:.1f}  SER {:.1f} -> {:.1f}"
+            run.say(line.format(*EXPECTED["aqa"], *EXPECTED["ser"]))
 
 
 if __name__ == "__main__":

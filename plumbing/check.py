@@ -174,8 +174,13 @@ def decode_all(examples, max_seconds=None) -> list[Clip | str]:
 
     threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        bar = tqdm(pool.map(decode_some, tasks), "decoding clips", len(tasks), leave=False,
-                   disable=True if ranks.rank() > 0 else None)
+        bar = tqdm(
+            pool.map(decode_some, tasks),
+            "decoding clips",
+            len(tasks),
+            leave=False,
+            disable=True if ranks.rank() > 0 else None,
+        )
         clips = list(itertools.chain(*bar))
     by_path = dict(ranks.gather_lists(list(zip(share, clips))))
     return [by_path[example.audio] for example in examples]

@@ -182,8 +182,10 @@ def value(text):
     are several."""
     text = comes_to(in_digits(SQUARE_ROOT.sub(square_root, text)))
     if times := CLOCK.findall(text):
-        return "time", tuple((Fraction(int(hour) * 60 + int(minute)), half and half.lower() + "m")
-                             for hour, minute, half in times)
+        return "time", tuple(
+            (Fraction(int(hour) * 60 + int(minute)), half and half.lower() + "m")
+            for hour, minute, half in times
+        )
     if not WORD.search(text) and STRUCTURE.search(text):
         return None
 

@@ -89,8 +89,14 @@ def add_run_flags(add, *, out):
 
 
 def check_run_flags(args, parser):
-    counts = (args.batch_size, args.micro_batch, args.eval_batch, args.max_new_tokens,
-              args.save_every, args.keep)
+    counts = (
+        args.batch_size,
+        args.micro_batch,
+        args.eval_batch,
+        args.max_new_tokens,
+        args.save_every,
+        args.keep,
+    )
     if min(counts) < 1 or args.epochs <= 0:
         parser.error("batch sizes, --max-new-tokens, --save-every and --keep are at least 1, "
                      "--epochs above 0")
@@ -254,8 +260,13 @@ class Run:
         self.first = self.done
         self.last = last
         self.begun = time.time()
-        self.bar = tqdm(initial=self.done, total=last, unit="step", dynamic_ncols=True,
-                        disable=None if self.rank == 0 else True)
+        self.bar = tqdm(
+            initial=self.done,
+            total=last,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if self.rank == 0 else True,
+        )
         self.feed = self._feed(examples, prepare)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._note_signal)
@@ -302,8 +313,13 @@ class Run:
         # references to its parts would copy it, page by page
         others = set(multiprocessing.active_children())
         loader = torch.utils.data.DataLoader(
-            prepared, batch_size=None, sampler=shares(), num_workers=self.args.workers,
-            worker_init_fn=_deaf_worker, multiprocessing_context="fork")
+            prepared,
+            batch_size=None,
+            sampler=shares(),
+            num_workers=self.args.workers,
+            worker_init_fn=_deaf_worker,
+            multiprocessing_context="fork",
+        )
         batches = iter(loader)
         # A dead worker shows where its batch is waited for, not while a checkpoint is written
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -499,8 +515,13 @@ def _facts():
     """Command, commit and versions, for config.json."""
     root = Path(__file__).resolve().parent.parent
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, timeout=10,
-                             capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            timeout=10,
+            capture_output=True,
+            text=True,
+        )
         commit = git.stdout.strip()
     except OSError:
         commit = ""

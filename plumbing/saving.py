@@ -73,8 +73,12 @@ def fill(model, folder):
     # Through the class, because the hub's names are not the module's own; with this model's
     # config: without a config.json the class would build its default of 7B
     saved, loading = type(model).from_pretrained(
-        folder, config=copy.deepcopy(model.config), dtype=model.dtype, use_safetensors=True,
-        output_loading_info=True)
+        folder,
+        config=copy.deepcopy(model.config),
+        dtype=model.dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     for kind in ("missing", "unexpected"):
         names = sorted(loading[f"{kind}_keys"])
         if names:

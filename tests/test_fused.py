@@ -574,8 +574,6 @@ def test_parts_of_a_batch_add_up():
 def test_bad_arguments_are_named():
     (hidden, weight, teacher, teacher_weight, labels), how = cord_arguments()
     cases = [
-        (lambda: fused.jsd_ce(hidden, weight[:, :3], hidden, weight, labels), "does not fit"),
-        (lambda: fused.jsd_ce(hidden, weight, hidden, None, labels), "lacks"),
         (lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels[1:]), "labels"),
         (lambda: fused.jsd_ce(hidden, weight, hidden[1:], weight, labels), "teacher rows"),
         (lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels, beta=1.5), "beta"),
@@ -587,29 +585,12 @@ def test_bad_arguments_are_named():
             lambda: fused.jsd_ce(hidden, weight, hidden, weight, labels, chunk_tokens=0),
             "chunk_tokens",
         ),
-        (
-            lambda: fused.jsd_ce(
-                hidden, weight, teacher[:1].expand(500, 5), teacher_weight[:9], labels
-            ),
-            "vocabular",
-        ),
         (lambda: fused.cord(hidden, weight, teacher[1:], teacher_weight, labels, **how), "lengths"),
         (
             lambda: fused.cord(
                 hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": [120, 81]}
             ),
             "lengths",
-        ),
-        (
-            lambda: fused.cord(
-                hidden,
-                weight,
-                teacher,
-                teacher_weight,
-                labels,
-                **{**how, "advantage": torch.zeros(3)},
-            ),
-            "must be as long",
         ),
         (
             lambda: fused.cord(
@@ -633,18 +614,6 @@ def test_bad_arguments_are_named():
                 hidden, weight, teacher, teacher_weight, labels, **how, banned=labels[7:8]
             ),
             f"label {labels[7].item()} is banned",
-        ),
-        (
-            lambda: fused.cord(
-                hidden, weight, teacher, teacher_weight, labels, **how, denominator=0
-            ),
-            "denominator 0",
-        ),
-        (
-            lambda: fused.cord(
-                hidden, weight, teacher, teacher_weight, labels, **how, divergence_beta=1.7
-            ),
-            "divergence_beta 1.7",
         ),
         (lambda: fused.hidden_jsd(hidden, hidden[:1]), "same"),
         (lambda: fused.hidden_jsd(hidden, hidden.detach(), mean=hidden[0]), "mean and std"),
