@@ -81,8 +81,11 @@ def accuracies(correct):
     """task -> id -> right? -> accuracy and interval of each task and of all ("average")."""
     verdicts = {task: list(by_id.values()) for task, by_id in correct.items()}
     verdicts["average"] = sum(verdicts.values(), [])
-    per_cent = {name: 100 * sum(v) / len(v) if v else None for name, v in verdicts.items()}
-    return per_cent, {name: wilson(sum(v), len(v)) for name, v in verdicts.items()}
+    per_cent, intervals = {}, {}
+    for name, v in verdicts.items():
+        per_cent[name] = 100 * sum(v) / len(v) if v else None
+        intervals[name] = wilson(sum(v), len(v))
+    return per_cent, intervals
 
 
 def score_mmau(records):
@@ -166,8 +169,11 @@ def wilson(right, total, z=1.959964):
     p = right / total
     shrink = 1 + z * z / total
     centre = (p + z * z / (2 * total)) / shrink
-    half = z / shrink * (p * (1 - p) / total + z * z / (4 * total * total)) ** 0.5
-    return [100 * max(0.0, centre - half), 100 * min(1.0, centre + half)]
+    variance = p * (1 - p) / total + z * z / (4 * total * total)
+    half = z / shrink * variance ** 0.5
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return [100 * low, 100 * high]
 
 
 def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=0):
@@ -211,11 +217,19 @@ def score(examples, outputs):
     samples = []
     for e, output in zip(examples, outputs, strict=True):
         choose = ser_class if e.task == SER_TASK else extract_choice
-        sample = {"id": e.id, "audio_id": str(e.audio), "question": e.question}
-        sample |= {"choices": e.choices, "answer": e.answer, "task": e.task, "split": e.split}
+        sample = {
+            "id": e.id,
+            "audio_id": str(e.audio),
+            "question": e.question,
+            "choices": e.choices,
+            "answer": e.answer,
+            "task": e.task,
+            "split": e.split,
+            "model_output": output,
+            "chosen": choose(output, e.choices),
+        }
         if e.kind:
             sample["sub-category"] = e.kind
-        sample |= {"model_output": output, "chosen": choose(output, e.choices)}
         samples.append(sample)
 
     results = {}
@@ -314,7 +328,11 @@ def gap_of(text, audio):
     text_right = sum(text.values())
     audio_right = sum(audio.values())
     _, gap = paired_bootstrap(list(text.values()), [audio[i] for i in text])
-    intervals = {"text": wilson(text_right, n), "audio": wilson(audio_right, n), "gap": gap}
+    intervals = {
+        "text": wilson(text_right, n),
+        "audio": wilson(audio_right, n),
+        "gap": gap,
+    }
     return {
         "text_accuracy": 100 * text_right / n,
         "audio_accuracy": 100 * audio_right / n,
@@ -363,9 +381,17 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
             choices, answer = judge.choices_and_answer(e)
             right = judge.agree(output, answer, choices)
             correct[view][kind][e.id] = right
-            sample = {"id": e.id, "view": view, "transcript": e.transcript, "question": e.question}
-            sample |= {"choices": choices, "answer": answer, "kind": kind}
-            samples.append({**sample, "model_output": output, "correct": right})
+            samples.append({
+                "id": e.id,
+                "view": view,
+                "transcript": e.transcript,
+                "question": e.question,
+                "choices": choices,
+                "answer": answer,
+                "kind": kind,
+                "model_output": output,
+                "correct": right,
+            })
 
     results = table_of(correct)
     results["samples"] = samples
@@ -448,7 +474,8 @@ def run(args, rank, device):
     # 1. What is asked
     sets = {}
     for name, file in zip(stems(args.data), args.data):
-        sets[name] = wanted(data.read_manifest(file, split=args.split), args.task)[:args.limit]
+        examples = data.read_manifest(file, split=args.split)
+        sets[name] = wanted(examples, args.task)[:args.limit]
         if not sets[name]:
             raise data.DataError(f"{file}: has no example for --task {args.task} (gap needs "
                                  "transcripts); check --task and --split")
@@ -471,7 +498,8 @@ def run(args, rank, device):
 
     # 3. The files and the tables, of each manifest and, of several gaps, together
     first, *further = found
-    results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
+    splits = {name: found[name] for name in further}
+    results = {**found[first], "set": first, "splits": splits}
     report = tables.report
     if args.task == "gap":
         report = report_gap

@@ -83,9 +83,11 @@ def _divergence(log_q, log_p, beta):
         divergence = (q * (log_q - log_p)).sum(-1)
         return divergence, q * (log_q - log_p - divergence[:, None])
     # Where p and q both underflow, m = 0. Any finite logarithm will do: p and q are 0 there
-    log_m = torch.lerp(q, p, beta).clamp(min=torch.finfo(q.dtype).tiny).log()
+    tiny = torch.finfo(q.dtype).tiny
+    log_m = torch.lerp(q, p, beta).clamp(min=tiny).log()
+    kl_p = (p * (log_p - log_m)).sum(-1)                                        # KL(p || m)
     kl_q = (q * (log_q - log_m)).sum(-1)                                        # KL(q || m)
-    divergence = beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * kl_q
+    divergence = beta * kl_p + (1 - beta) * kl_q
     return divergence, (1 - beta) * q * (log_q - log_m - kl_q[:, None])
 
 
@@ -119,7 +121,9 @@ def _chunk(
     shared [vocab] or None              the teacher's id for each of the student's; -1: it has none
 
     -> D, -log q(label), entropy [n] (0 where not asked for), gradient [n, vocab] in dtype."""
-    labels, kl_weight, nll_weight = labels[:, None], kl_weight[:, None], nll_weight[:, None]
+    labels = labels[:, None]
+    kl_weight = kl_weight[:, None]
+    nll_weight = nll_weight[:, None]
 
     # -log q(label), and its gradient: nll_weight (q - 1[i = y]) / nll_temperature
     logits = student
@@ -196,7 +200,8 @@ def _operands(hidden, weight):
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float16:
         dtype = torch.float32                       # too small a range for gradients
-    hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
+    hidden = hidden.detach().to(dtype)
+    weight = weight.detach().to(dtype)
     if hidden.device.type == "cpu":
         hidden = _wide(hidden)                      # 16-bit products win nothing there
     return hidden, weight
@@ -219,7 +224,10 @@ def _logits(hidden, weight, buffers, name):
 def _slices(weight):
     """The rows of a 16-bit weight, 64 MB at a time in float32."""
     step = max(1, 2 ** 24 // weight.shape[1])
-    return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
+    slices = []
+    for start in range(0, len(weight), step):
+        slices.append(slice(start, min(start + step, len(weight))))
+    return slices
 
 
 def _back(d_logits, weight):
@@ -310,7 +318,8 @@ def _head_pass(
             for x in each:
                 if x is not None:
                     _any_rows(x)            # the last chunk is shorter; vocab stays a constant
-            *values, d_logits = _compiled(_chunk)(*each, shared=shared, dtype=hidden.dtype, **how)
+            chunk = _compiled(_chunk)
+            *values, d_logits = chunk(*each, shared=shared, dtype=hidden.dtype, **how)
         else:
             *values, d_logits = _block_by_block(*each, shared=shared, buffers=buffers, **how)
 
@@ -444,7 +453,9 @@ def cord(
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
     exact = _exact(hidden)
     advantage = advantage.to(exact)
-    kl, log_q, entropy = (hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3))
+    kl = hidden.new_zeros(len(hidden), dtype=exact)                             # [tokens]
+    log_q = torch.zeros_like(kl)
+    entropy = torch.zeros_like(kl)
 
     def add(rows, teacher, kl_weight, nll_weight, temperature):
         """Adds these rows' gradients -> their D, -log q and entropy."""
@@ -483,7 +494,9 @@ def cord(
         top = (factor != 1).nonzero()[:, 0]
         extra = (factor - 1)[top] * position[top]
         add(rows[top], teacher_hidden[top], extra, torch.zeros_like(extra), torch.ones_like(extra))
-        loss = loss + (factor * position * kl[rows]).sum() + (advantage[rows] * nll).sum()
+        token = (factor * position * kl[rows]).sum()
+        group = (advantage[rows] * nll).sum()
+        loss = loss + token + group
 
     loss = _KnownGradient.apply(loss, student_hidden, student_weight, d_hidden, d_weight)
     return loss, kl, log_q, entropy
@@ -632,7 +645,9 @@ def _chunk_in_place(
     buffers,
 ):
     """As _chunk. Both logits are used up; the gradient may stand in their place."""
-    labels, kl_weight, nll_weight = labels[:, None], kl_weight[:, None], nll_weight[:, None]
+    labels = labels[:, None]
+    kl_weight = kl_weight[:, None]
+    nll_weight = nll_weight[:, None]
     plain = nll_temperature is None and shared is None and temperature == 1
     together = plain and teacher is not None            # D and -log q are of one softmax
 
@@ -711,12 +726,15 @@ def _states_in_place(student, teacher, mean, std, weight, dtype):
     """_states_chunk for a CPU: block by block."""
     rows, width = student.shape
     gradient = torch.empty(rows, width, dtype=dtype)
-    buffers, loss, none = _Buffers(weight), torch.zeros_like(weight), weight.new_zeros((1, 1))
+    buffers = _Buffers(weight)
+    loss = torch.zeros_like(weight)
+    none = weight.new_zeros((1, 1))
     block = _rows_per_block(width)
     for start in range(0, rows, block):
         some = slice(start, start + block)
         if mean is None:
-            s, t = _wide(student[some]).clone(), _wide(teacher[some]).clone()   # [n, features]
+            s = _wide(student[some]).clone()                                    # [n, features]
+            t = _wide(teacher[some]).clone()
         else:
             s = (_wide(student[some]) - mean).div_(std)
             t = (_wide(teacher[some]) - mean).div_(std)

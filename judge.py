@@ -190,7 +190,9 @@ def named_choices(text, choices):
             return set()                                   # "at least 2", "1 or 2"
     if {without_article(choice) for choice in choices} <= {"yes", "no"}:
         text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
-    alone = set().union(*(standing_alone(plain(sentence), choices) for sentence in sentences(text)))
+    alone = set()
+    for sentence in sentences(text):
+        alone |= standing_alone(plain(sentence), choices)
     if alone:
         return alone
     text = plain(text)
@@ -401,9 +403,11 @@ def ask(model, tokenizer, triples, yes, no, *, batch_size=32):
         ]
         prompts = [data.text_prompt(tokenizer, prompt, "") for prompt in prompts]
         prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-        inputs = {name: x.to(model.device) for name, x in data.pad_left(prompts, tokenizer).items()}
+        inputs = data.pad_left(prompts, tokenizer)
+        inputs = {name: x.to(model.device) for name, x in inputs.items()}
         logits = model(**inputs, logits_to_keep=1).logits[:, -1]         # [batch, vocab]
         p = logits.float().softmax(-1)
-        agreed = (p[:, yes].sum(-1) > p[:, no].sum(-1)).tolist()
-        verdicts += [verdict and bool(plain(answer)) for verdict, answer in zip(agreed, said)]
+        agreed = p[:, yes].sum(-1) > p[:, no].sum(-1)                    # [batch]
+        for verdict, answer in zip(agreed.tolist(), said):
+            verdicts.append(verdict and bool(plain(answer)))
     return verdicts

@@ -223,11 +223,13 @@ class Statistics(nn.Module):
         self.row = {layer: row for row, layer in enumerate(layers)}
 
     def __getitem__(self, layer):
-        return self.mean[self.row[layer]], self.std[self.row[layer]]
+        row = self.row[layer]
+        return self.mean[row], self.std[row]
 
     def fit(self, layer, hidden):
         """hidden: the acoustic teacher's, [audio_tokens, width]."""
-        self.mean[self.row[layer]], self.std[self.row[layer]] = feature_statistics(hidden)
+        row = self.row[layer]
+        self.mean[row], self.std[row] = feature_statistics(hidden)
 
 
 def load(module, path):
@@ -237,8 +239,9 @@ def load(module, path):
     from safetensors.torch import load_file  # here, so that this file needs torch alone
 
     saved, ours = load_file(path), module.state_dict()
-    shapes = [{name: x.shape for name, x in state.items()} for state in (saved, ours)]
-    if shapes[0] != shapes[1] or not torch.equal(saved["layers"], ours["layers"].cpu()):
+    shapes = {name: x.shape for name, x in ours.items()}
+    fits = shapes == {name: x.shape for name, x in saved.items()}
+    if not fits or not torch.equal(saved["layers"], ours["layers"].cpu()):
         theirs = saved["layers"].tolist() if "layers" in saved else "unknown"
         raise ValueError(
             f"{path}: made for layers {theirs}, or for other widths, but this run maps layers "

@@ -270,7 +270,9 @@ def hidden_mse(student, teacher, *, mean=None, std=None, denominator=None):
 def hidden_cosine(student, teacher, *, mean=None, std=None, denominator=None):
     """1 - cosine, between 0 and 2: direction only, the length of a hidden state is free."""
     student, teacher = _standardise(student, teacher, mean, std)
-    cosine = (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)
+    student = F.normalize(student, dim=-1)
+    teacher = F.normalize(teacher, dim=-1)
+    cosine = (student * teacher).sum(-1)                            # [tokens]
     return _mean(1 - cosine, denominator)
 
 

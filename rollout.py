@@ -187,8 +187,13 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
             progress=False,
         )
         for e, (text, ended, ids) in zip(rows, said):
-            line = {"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
-            answers[e.id] = line
+            line = answers[e.id] = {
+                "id": e.id,
+                "key": keys[e.id],
+                "text": text,
+                "ids": ids,
+                "ended": ended,
+            }
             if ranks.rank() == 0:
                 append_jsonl(path, line)
         if not quiet and start == 0 and len(todo) > chunk:
@@ -198,9 +203,11 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
 
 
 def _checksum_of_weights(model):
-    parameters = (*models.decoder(model).parameters(), models.head_weight(model))
-    some = torch.cat([p.detach().flatten()[:1000].float().cpu() for p in parameters])
-    return zlib.crc32(some.numpy().tobytes())
+    checksum = 0
+    for p in (*models.decoder(model).parameters(), models.head_weight(model)):
+        some = p.detach().flatten()[:1000].float().cpu()
+        checksum = zlib.crc32(some.numpy().tobytes(), checksum)
+    return checksum
 
 
 # -------------------------------------------------------------------------------------------------
@@ -243,7 +250,8 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
     stop = stop_ids(tokenizer)
     places = data.pad_left(prompts.audio, tokenizer)    # ids, mask, positions: [prompts, seq] each
     prompt_length = places["input_ids"].shape[1]
-    inputs = {name: x.to(student.device) for name, x in {**places, **prompts.features}.items()}
+    inputs = {**places, **prompts.features}
+    inputs = {name: x.to(student.device) for name, x in inputs.items()}
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]
     choose = chooser(
         keys,
@@ -282,7 +290,8 @@ def samples(shown, prompts, references, verdicts, tokenizer, most=5):
     Each has the transcript, the question, the rollout with its `most` divergent tokens marked
     ("is [[seven 2.31]]"), the text view's answer, and what the judge says to both."""
     examples = [prompts.examples[r.row] for r in shown]
-    judged = verdicts([(e, r.text, references[e.id]["text"]) for e, r in zip(examples, shown)])
+    asked = [(e, r.text, references[e.id]["text"]) for e, r in zip(examples, shown)]
+    judged = verdicts(asked)
     records = []
     for e, r, right in zip(examples, shown, judged):
         top = sorted(range(len(r.divergence)), key=lambda i: -r.divergence[i])[:most]

@@ -364,7 +364,10 @@ def note_rollouts(run, rollouts):
 
 def note_batch(run, batch, loss, seen):
     """A batch's losses and means for the log, and each rollout's D_t for samples.jsonl."""
-    run.note(loss=loss.detach(), token=seen["token"], group=seen["group"])
+    run.note(
+        loss=loss.detach(),
+        token=seen["token"],
+        group=seen["group"])
     tokens = len(seen["kl"])
     run.note_mean("kl", seen["kl"].sum(), over=tokens)
     run.note_mean("entropy", seen["entropy"].sum(), over=tokens)
@@ -532,7 +535,9 @@ def train(args, run):
             rollouts += recite(prompts, references)
 
         # 3. Losses are means over the rollouts of the WHOLE step, all ranks and micro-batches
-        counts = run.sum(kl=sum(r.kl for r in rollouts), group=sum(r.group for r in rollouts))
+        counts = run.sum(
+            kl=sum(r.kl for r in rollouts),
+            group=sum(r.group for r in rollouts))
         batches = micro_batches(rollouts, prompts, processor, args.micro_batch, run.device)
         # FSDP needs as many batches on every rank: fill up with one that has no gradient
         no_gradient = [dataclasses.replace(rollouts[0], kl=False, advantage=0.0)]

@@ -109,7 +109,8 @@ def decode(path, *, where=None, max_seconds=None) -> Clip:
             high = max(high, float(mono.max()))
             if max(block.max(), -block.min()) >= FULL:
                 full = np.abs(block) >= FULL
-                clipped += int((full[2:] & full[1:-1] & full[:-2]).sum()) / channels
+                in_a_run = full[2:] & full[1:-1] & full[:-2]
+                clipped += int(in_a_run.sum()) / channels
 
     seconds = there / rate
     if there == 0 or (there < frames and not guessed):

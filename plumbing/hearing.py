@@ -25,7 +25,10 @@ def check(model, processor, *, shared_prompts=False):
 
     shared_prompts: also whether two rollouts in one sequence are what each is alone."""
     noise = torch.Generator().manual_seed(0)
-    waves = [(0.1 * torch.randn(n, generator=noise)).numpy() for n in (16_000, 24_000)]
+    waves = []
+    for samples in (16_000, 24_000):
+        wave = 0.1 * torch.randn(samples, generator=noise)
+        waves.append(wave.numpy())
     prompts = data.noise_prompts(processor, waves)
     view = data.audio_view(prompts, [0, 1], [[1, 2], [3]], processor).to(model.device)
     if shared_prompts:

@@ -45,7 +45,9 @@ def join(high, low):
     """bfloat16 and the 16 bits kept for it -> float32.
 
     `low` holds the bits in another bfloat16 tensor, because optimizers cast the state they load."""
-    return ((high.view(torch.int16).int() << 16) + low.view(torch.int16).int()).view(torch.float32)
+    upper = high.view(torch.int16).int() << 16
+    lower = low.view(torch.int16).int()
+    return (upper + lower).view(torch.float32)
 
 
 def split(x):
@@ -53,8 +55,9 @@ def split(x):
 
     join gives x back; off by one in the last of 24 bits where x lies just between two bfloat16."""
     high = x.bfloat16()
-    low = x.view(torch.int32) - (high.view(torch.int16).int() << 16)
-    return high, low.clamp(max=2 ** 15 - 1).short().view(torch.bfloat16)
+    upper = high.view(torch.int16).int() << 16
+    lower = (x.view(torch.int32) - upper).clamp(max=2 ** 15 - 1)
+    return high, lower.short().view(torch.bfloat16)
 
 
 def _update(weight, low, gradient, m, v, rates):
@@ -87,7 +90,8 @@ class SplitAdamW(torch.optim.Optimizer):
     bfloat16 moments cannot follow."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults)
         for group in self.param_groups:
             kinds = {p.dtype for p in group["params"]}
             if not kinds <= {torch.bfloat16, torch.float32}:
@@ -135,8 +139,10 @@ class SplitAdamW(torch.optim.Optimizer):
                 x = x.to_local()                        # sharded: this rank's part
             return x.view(-1).split(piece)
 
-        weight, gradient = pieces(p), pieces(p.grad.contiguous())
-        m, v = pieces(state["exp_avg"]), pieces(state["exp_avg_sq"])
+        weight = pieces(p)
+        gradient = pieces(p.grad.contiguous())
+        m = pieces(state["exp_avg"])
+        v = pieces(state["exp_avg_sq"])
         low = pieces(state["low"]) if "low" in state else [None] * len(weight)
         for parts in zip(weight, low, gradient, m, v):
             update(*parts, rates)
@@ -155,9 +161,9 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
     for parameters, own_lr, decay in [(rest, lr, weight_decay), *special]:
         matrices = [p for p in parameters if p.dim() >= 2]
         vectors = [p for p in parameters if p.dim() < 2]
-        for some, own_decay in ((matrices, decay), (vectors, 0.0)):
-            groups.append({"params": some, "weight_decay": own_decay,
-                           "lr": own_lr, "peak_lr": own_lr})
+        rates = {"lr": own_lr, "peak_lr": own_lr}
+        groups.append({"params": matrices, "weight_decay": decay, **rates})
+        groups.append({"params": vectors, "weight_decay": 0.0, **rates})
     return [group for group in groups if group["params"]]
 
 
@@ -166,4 +172,5 @@ def learning_rate_factor(step, steps):
     warm = max(1, round(0.03 * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    share = (step - warm) / max(1, steps - warm)
+    return 0.5 * (1 + math.cos(math.pi * share))

@@ -90,10 +90,15 @@ def plot_run(folder):
     left.set_title("what the student learns from")
     left.legend(frameon=False)
 
-    for side, (when, bar, ink) in enumerate((("before", PALE, "black"), ("after", BLUE, "white"))):
+    for when, side, bar, ink in (
+        ("before", -0.2, PALE, "black"),
+        ("after", 0.2, BLUE, "white"),
+    ):
         names, height, low, high = zip(*scores(results[when]))
-        at = np.arange(len(names)) + 0.4 * side - 0.2
-        error = np.maximum(0, [np.subtract(height, low), np.subtract(high, height)])
+        at = np.arange(len(names)) + side
+        below = np.subtract(height, low)
+        above = np.subtract(high, height)
+        error = np.maximum(0, [below, above])
         right.bar(at, height, 0.38, color=bar, label=when, yerr=error, ecolor="#555", capsize=2)
         for x, y in zip(at, height):
             right.text(x, 2, f"{y:.0f}", ha="center", fontsize=8, color=ink)

@@ -95,8 +95,9 @@ def folded(column) -> list[str]:
         place, token, text = run[0]
         if len(run) > 2:
             place, text = f"{place}-{run[-1][0]}", f"{text} x {len(run)}"
-            run = run[:1]
-        lines += [entry(place, token, text)] if len(run) == 1 else [entry(*one) for one in run]
+            lines.append(entry(place, token, text))
+        else:
+            lines += [entry(*one) for one in run]
     return lines
 
 
