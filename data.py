@@ -199,7 +199,8 @@ def audio_prompt(processor, question: str) -> str:
         turns = [{"role": "user", "content": content}]
         try:
             prompt = processor.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True)
+                turns, tokenize=False, add_generation_prompt=True
+            )
         except (TypeError, jinja2.TemplateError):
             continue
         if isinstance(prompt, str) and prompt.count(processor.audio_token) == 1:
@@ -217,7 +218,8 @@ def text_prompt(tokenizer, words: str, question: str) -> str:
     content = "\n".join(part for part in (words, question) if part)
     turns = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
 
 
 def _audio_id(processor) -> int:
@@ -286,8 +288,9 @@ def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
 def _audio_prompts(examples, processor, max_seconds) -> tuple[list[list[int]], dict]:
     texts, waves = [], []
     for example in examples:
-        wave = load_audio(example.audio, where=example.where, max_seconds=max_seconds,
-                          cut=longest(processor))
+        wave = load_audio(
+            example.audio, where=example.where, max_seconds=max_seconds, cut=longest(processor)
+        )
         waves.append(wave.numpy())
         texts.append(audio_prompt(processor, _words_and_question(example, processor)[1]))
     ids, features = audio_inputs(processor, texts, waves)
@@ -522,8 +525,9 @@ def pad_left(prompts, tokenizer) -> dict[str, torch.Tensor]:
     return {**inputs, "position_ids": positions.clamp(min=0)}
 
 
-def prompt_batch(examples, processor, *, view="audio", tokenizer=None, words=None,
-                 max_seconds=None) -> dict[str, torch.Tensor]:
+def prompt_batch(
+    examples, processor, *, view="audio", tokenizer=None, words=None, max_seconds=None
+) -> dict[str, torch.Tensor]:
     """Inputs for model.generate: prompts only, left padded.
 
     view "text": tokenizer (default: the student's) and the field of `words`; without words the
@@ -641,8 +645,9 @@ def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
 
 def fingerprint(examples) -> str:
     """The same for the same questions, to tell whether an evaluation is about these."""
-    questions = [(e.id, str(e.audio), e.question, e.choices, e.answer, e.transcript)
-                 for e in examples]
+    questions = [
+        (e.id, str(e.audio), e.question, e.choices, e.answer, e.transcript) for e in examples
+    ]
     return hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
 
 
@@ -731,7 +736,8 @@ def check_audio(examples, max_seconds=None) -> list[float]:
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("command", choices=["show", "check"], help="show: both views of an example, token by "
         "token. check: every fault of a manifest and its clips, and a table by task; exit status "

@@ -381,17 +381,19 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
             choices, answer = judge.choices_and_answer(e)
             right = judge.agree(output, answer, choices)
             correct[view][kind][e.id] = right
-            samples.append({
-                "id": e.id,
-                "view": view,
-                "transcript": e.transcript,
-                "question": e.question,
-                "choices": choices,
-                "answer": answer,
-                "kind": kind,
-                "model_output": output,
-                "correct": right,
-            })
+            samples.append(
+                {
+                    "id": e.id,
+                    "view": view,
+                    "transcript": e.transcript,
+                    "question": e.question,
+                    "choices": choices,
+                    "answer": answer,
+                    "kind": kind,
+                    "model_output": output,
+                    "correct": right,
+                }
+            )
 
     results = table_of(correct)
     results["samples"] = samples
@@ -428,8 +430,10 @@ def report_gap(results, before=None):
             pairs = [now[i] for i in shared], [then[i] for i in shared]
             points, (low, high) = paired_bootstrap(*pairs)
             key = f"{view}_accuracy"
-            lines.append(f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} "
-                         f"points, paired [{low:+.1f}, {high:+.1f}], {len(shared)} questions")
+            lines.append(
+                f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} "
+                f"points, paired [{low:+.1f}, {high:+.1f}], {len(shared)} questions"
+            )
     if "elsewhere" in results and "elsewhere" in before:
         change = report_change(before["elsewhere"], results["elsewhere"])
         lines += ["elsewhere (heard only):", change]
@@ -517,8 +521,9 @@ def run(args, rank, device):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--task", required=True, choices=["aqa", "ser", "both", "gap"],
         help="multiple choice, emotions or both; gap: the same questions heard and read")

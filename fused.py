@@ -171,11 +171,14 @@ def _compiles(device):
 def _compiled(work):
     """torch.compile, told to compute again rather than store what is needed twice (the two
     thresholds), and not to split a row's sum where the first chunk has few rows."""
-    return torch.compile(work, options={
-        "realize_opcount_threshold": 10 ** 6,
-        "realize_reads_threshold": 10 ** 6,
-        "split_reductions": False,
-    })
+    return torch.compile(
+        work,
+        options={
+            "realize_opcount_threshold": 10 ** 6,
+            "realize_reads_threshold": 10 ** 6,
+            "split_reductions": False,
+        },
+    )
 
 
 def _any_rows(x, of_width=False):
@@ -236,8 +239,9 @@ def _back(d_logits, weight):
         return torch.mm(d_logits, weight, out_dtype=torch.float32)
     if d_logits.dtype == weight.dtype:
         return torch.mm(d_logits, weight)
-    return sum(d_logits[:, entries] @ weight[entries].to(d_logits.dtype)
-               for entries in _slices(weight))
+    return sum(
+        d_logits[:, entries] @ weight[entries].to(d_logits.dtype) for entries in _slices(weight)
+    )
 
 
 def _add_outer(d_weight, d_logits, hidden):
@@ -402,8 +406,15 @@ def jsd_ce(
     weight_of_row = 1 / _count(len(counted), denominator)
     each = hidden.new_full((len(counted),), weight_of_row, dtype=_exact(hidden))        # [rows]
     divergence, nll, _, d_rows = _head_pass(
-        hidden[counted], weight, teacher, teacher_weight, labels[counted],
-        jsd_weight * each, ce_weight * each, None, d_weight,
+        hidden[counted],
+        weight,
+        teacher,
+        teacher_weight,
+        labels[counted],
+        jsd_weight * each,
+        ce_weight * each,
+        None,
+        d_weight,
         chunk_tokens=chunk_tokens,
         wants_hidden=d_hidden is not None,
         beta=beta,
@@ -415,8 +426,9 @@ def jsd_ce(
         d_hidden.index_copy_(0, counted, d_rows)
 
     top, ce = (each * divergence).sum(), (each * nll).sum()
-    loss = _KnownGradient.apply(jsd_weight * top + ce_weight * ce,
-                                student_hidden, student_weight, d_hidden, d_weight)
+    loss = _KnownGradient.apply(
+        jsd_weight * top + ce_weight * ce, student_hidden, student_weight, d_hidden, d_weight
+    )
     return loss, top, ce
 
 
@@ -461,8 +473,15 @@ def cord(
         """Adds these rows' gradients -> their D, -log q and entropy."""
         row_temperature = None if (temperature == 1).all() else temperature.to(exact)
         *values, d_rows = _head_pass(
-            hidden[rows], weight, teacher, teacher_weight, labels[rows],
-            kl_weight, nll_weight, row_temperature, d_weight,
+            hidden[rows],
+            weight,
+            teacher,
+            teacher_weight,
+            labels[rows],
+            kl_weight,
+            nll_weight,
+            row_temperature,
+            d_weight,
             chunk_tokens=chunk_tokens,
             wants_hidden=d_hidden is not None,
             beta=divergence_beta,
@@ -485,8 +504,9 @@ def cord(
         rows = carries_kl.nonzero()[:, 0]
         rollouts = len(lengths) if denominator is None else denominator
         position = position_weights(kl[rows], lengths, beta) / rollouts         # [kl tokens]
-        kl[rows], nll, entropy[rows] = add(rows, teacher_hidden, position, advantage[rows],
-                                           temperature[rows])
+        kl[rows], nll, entropy[rows] = add(
+            rows, teacher_hidden, position, advantage[rows], temperature[rows]
+        )
         log_q[rows] = -nll
 
         # L_tok with w^KL: a second pass adds (alpha - 1) w^pos for the K largest
@@ -573,8 +593,9 @@ def largest_share(kl, lengths, share):
 
 def position_weights(kl, lengths, beta):
     """w^pos: from beta at a rollout's first token down to 1 at its last -> [tokens]."""
-    weights = [beta - (beta - 1) * t / max(length - 1, 1)
-               for length in lengths for t in range(length)]
+    weights = [
+        beta - (beta - 1) * t / max(length - 1, 1) for length in lengths for t in range(length)
+    ]
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
 
 
@@ -679,8 +700,9 @@ def _chunk_in_place(
     if together:
         nll = -log_q.gather(1, labels)[:, 0]
     beside = nll_weight if together else torch.zeros_like(nll_weight)
-    divergence, d_logits = _divergence_(log_q, log_p, q, p, kl_weight / temperature, beside,
-                                        beta, scratch)
+    divergence, d_logits = _divergence_(
+        log_q, log_p, q, p, kl_weight / temperature, beside, beta, scratch
+    )
     if together:
         gradient = d_logits.scatter_add_(1, labels, -nll_weight)
     elif shared is None:
@@ -740,8 +762,9 @@ def _states_in_place(student, teacher, mean, std, weight, dtype):
             t = (_wide(teacher[some]) - mean).div_(std)
         log_q, q = _softmaxes_(s, buffers, "log_q")
         log_p, p = _softmaxes_(t, buffers, "log_p")
-        divergence, d_states = _divergence_(log_q, log_p, q, p, weight.view(1, 1), none, 0.5,
-                                            buffers("scratch", *s.shape))
+        divergence, d_states = _divergence_(
+            log_q, log_p, q, p, weight.view(1, 1), none, 0.5, buffers("scratch", *s.shape)
+        )
         loss += weight * divergence.sum()
         gradient[some] = d_states if std is None else d_states.div_(std)
     return loss, gradient

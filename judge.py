@@ -107,8 +107,11 @@ def without_questions(text):
 
 # A letter in front: "B", "(B)", "B.", "b) gold", "B - gold", "B, the voice is high"; but not
 # "B, C or D"
-LEADING_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\]][.:]?|[.:](?=\s|$)|\s[-–—]\s|$"
-                            r"|,(?=\s+(?!or\b|and\b|[A-Z]\b)\w+\s+\w))\s*", re.I)
+LEADING_LETTER = re.compile(
+    r"[(\[]?([A-Z])(?:[)\]][.:]?|[.:](?=\s|$)|\s[-–—]\s|$"
+    r"|,(?=\s+(?!or\b|and\b|[A-Z]\b)\w+\s+\w))\s*",
+    re.I,
+)
 # A letter that is called one: "(B)", "option b", and those of a list, "B. gold  C. silver"
 NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Za-z])\b\)?")
 LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
@@ -120,22 +123,30 @@ BARE_LETTER = re.compile(
     r"|clearly|answer)|'s|n't)\s+)"
     r"([A-HJ-Z])"
     r"(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can"
-    r"|may|might|must|seems?|rather|instead|over)\b)")
+    r"|may|might|must|seems?|rather|instead|over)\b)"
+)
 CONCLUSION = re.compile(
     r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)",
-    re.I)
+    re.I,
+)
 CLAUSE = re.compile(r"[,;:.!?\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies a choice that follows it in the same clause, and one that stands before it
-DENIES = re.compile(r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! (?:a|any) doubt)|cannot"
-                    r"|(?<!other )than|instead of|unlike|except|anything but"
-                    r"|thought (?:it|this|that)|wrong to"
-                    r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b", re.I)
+DENIES = re.compile(
+    r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! (?:a|any) doubt)|cannot"
+    r"|(?<!other )than|instead of|unlike|except|anything but"
+    r"|thought (?:it|this|that)|wrong to"
+    r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b",
+    re.I,
+)
 THOUGHT = re.compile(r"\bthought\s+(?:(?:the|an?)\s+)?$", re.I)
 # "What comes after the bell is a dog"; but "a dog barks after the bell" names two
 BEFORE_OR_AFTER = re.compile(r"\b(?:before|after)\s+(?:(?:the|an?)\s+)?$", re.I)
 VERB = re.compile(r"\s*(?:,|(?:is|was|comes|came|would|must)\b)", re.I)
-DENIED = re.compile(r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely"
-                    r"|impossible|ruled out|excluded|eliminated)\b", re.I)
+DENIED = re.compile(
+    r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely"
+    r"|impossible|ruled out|excluded|eliminated)\b",
+    re.I,
+)
 
 
 def without_article(text, choices=()):
@@ -299,14 +310,20 @@ def choices_and_answer(example):
 
 # Sentences that state nothing: "I hope this helps!", "If you have 1 more question", "Let's check:
 # ...", "That is 2 less than before"
-COURTESY = re.compile(r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please"
-                      r"|(?:let's |let me |to )?(?:check|verify)"
-                      r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b", re.I)
+COURTESY = re.compile(
+    r"(?:i hope|hope|let me know|if you (?:have|need|want|would)|feel free|please"
+    r"|(?:let's |let me |to )?(?:check|verify)"
+    r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b",
+    re.I,
+)
 # "The answer is as follows:" states nothing yet
 FOLLOWS = re.compile(r"(?:as follows|(?:the )?following|(?:given |shown )?below)\b", re.I)
 # What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
-THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|for a total of|in total|altogether)\b(?=.*\d)"
-                       r"|\bwhich (?:is|equals|gives|makes)\b(?=\s*[$£€]?[\d.,/]+\W*$)", re.I)
+THEREFORE = re.compile(
+    r"\b(?:so|therefore|thus|hence|for a total of|in total|altogether)\b(?=.*\d)"
+    r"|\bwhich (?:is|equals|gives|makes)\b(?=\s*[$£€]?[\d.,/]+\W*$)",
+    re.I,
+)
 PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 
 
@@ -346,16 +363,19 @@ def agree(said, reference, choices=()):
         return values[0] is not None and same_value(*values)
     if values[0] is not None:                              # "yes, since 3 > 2" for "Yes"
         said = re.split("[,;]", said)[0]
-    said, reference = (spelling(BEHIND_WORDS.split(text.strip(), maxsplit=1)[0])
-                       for text in (said, reference))
+    said, reference = (
+        spelling(BEHIND_WORDS.split(text.strip(), maxsplit=1)[0]) for text in (said, reference)
+    )
     return bool(said) and said == reference
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. A model
 
-ASK = ("Question: {question}\nReference answer: {reference}\nGiven answer: {said}\n"
-       "Do the two answers mean the same? Reply with yes or no.")
+ASK = (
+    "Question: {question}\nReference answer: {reference}\nGiven answer: {said}\n"
+    "Do the two answers mean the same? Reply with yes or no."
+)
 
 
 def load(name, device):

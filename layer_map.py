@@ -172,8 +172,9 @@ class Projections(nn.Module):
 
     def __init__(self, layer_pairs, student_width, teacher_width):
         super().__init__()
-        self.weights = nn.ParameterList(torch.eye(teacher_width, student_width)
-                                        for _ in layer_pairs)
+        self.weights = nn.ParameterList(
+            torch.eye(teacher_width, student_width) for _ in layer_pairs
+        )
         self.register_buffer("mean", torch.zeros(len(layer_pairs), teacher_width))
         self.register_buffer("std", torch.ones(len(layer_pairs), teacher_width))
         self.register_buffer("layers", torch.tensor(layer_pairs))   # [pairs, 2], for `load`

@@ -128,21 +128,24 @@ def jsd(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, denominato
     """L_top of paper A (beta 1/2): token_divergence, summed over the tokens, / denominator.
 
     [tokens, vocab] twice -> scalar."""
-    divergence = token_divergence(student_logits, teacher_logits,
-                                  beta=beta, temperature=temperature)
+    divergence = token_divergence(
+        student_logits, teacher_logits, beta=beta, temperature=temperature
+    )
     return _mean(divergence, denominator)
 
 
 def forward_kl(student_logits, teacher_logits, *, temperature=1.0, denominator=None):
     """KL(teacher || student): paper A's alternative to JSD, paper B's off-policy baseline."""
-    return jsd(student_logits, teacher_logits,
-               beta=0, temperature=temperature, denominator=denominator)
+    return jsd(
+        student_logits, teacher_logits, beta=0, temperature=temperature, denominator=denominator
+    )
 
 
 def reverse_kl(student_logits, teacher_logits, *, temperature=1.0, denominator=None):
     """KL(student || teacher): paper B's D_t with all weights 1."""
-    return jsd(student_logits, teacher_logits,
-               beta=1, temperature=temperature, denominator=denominator)
+    return jsd(
+        student_logits, teacher_logits, beta=1, temperature=temperature, denominator=denominator
+    )
 
 
 def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):

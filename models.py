@@ -134,9 +134,13 @@ def load_audio_model(path, *, dtype=torch.float32):
     """
     auto = transformers.AutoModelForMultimodalLM
     # AudioFlamingo3 is filed under "sequence to sequence"
-    model, processor = _load(path, "an audio language model",
-                             (auto, transformers.AutoModelForSeq2SeqLM),
-                             transformers.AutoProcessor, dtype)
+    model, processor = _load(
+        path,
+        "an audio language model",
+        (auto, transformers.AutoModelForSeq2SeqLM),
+        transformers.AutoProcessor,
+        dtype,
+    )
     placeholder = getattr(processor, "audio_token", None)
     if not placeholder or data.extractor(processor) is None:
         raise SystemExit(f"{path} holds {type(model).__name__}, which takes no audio; give an "
@@ -407,12 +411,16 @@ def import_peft():
 def main(argv=None):
     from plumbing import hearing, saving  # here, because they import this file
 
-    parser = argparse.ArgumentParser(description="Check an audio language model as the training "
-                                                 "scripts do, and print its parts.")
+    parser = argparse.ArgumentParser(
+        description="Check an audio language model as the training scripts do, and print its parts."
+    )
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--teacher", help="a text LLM: how the two vocabularies go together")
-    parser.add_argument("--save", metavar="OUT", help="save the model in this new folder; an "
-                                                      "adapter is added into its base's weights")
+    parser.add_argument(
+        "--save",
+        metavar="OUT",
+        help="save the model in this new folder; an adapter is added into its base's weights",
+    )
     args = parser.parse_args(argv)
     if args.save and Path(args.save).exists():
         raise SystemExit(f"--save {args.save}: is there already; name a new folder")
@@ -420,19 +428,23 @@ def main(argv=None):
     model, processor = load_audio_model(args.model, dtype="auto")
     used = {id(p) for p in hearing.check(model, processor, shared_prompts=True)}
     config = decoder(model).config
-    print(f"{type(model).__name__}: {config.num_hidden_layers} layers of width "
-          f"{config.hidden_size}; placeholder {processor.audio_token}; "
-          f"clips up to {data.longest(processor):g} s")
+    print(
+        f"{type(model).__name__}: {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size}; placeholder {processor.audio_token}; "
+        f"clips up to {data.longest(processor):g} s"
+    )
     parts = {
         "decoder": decoder(model).parameters(),
         "head": model.get_output_embeddings().parameters(),
         "tower": tower(model).parameters(),
-        "rest": projector(model)}
+        "rest": projector(model),
+    }
     for name, parameters in parts.items():
         sizes = {id(p): p.numel() for p in parameters}
         idle = sum(size for key, size in sizes.items() if key not in used)
-        print(f"{name:8} {sum(sizes.values()):14,} parameters, {idle:,} of them never get a "
-              "gradient")
+        print(
+            f"{name:8} {sum(sizes.values()):14,} parameters, {idle:,} of them never get a gradient"
+        )
     if args.teacher:
         _, tokenizer = load_text_model(args.teacher)
         *_, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)

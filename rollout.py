@@ -120,8 +120,9 @@ def generate(
     with plain_decoding(model):
         for start in tqdm(range(0, len(mine), batch_size), "answers", disable=quiet, leave=False):
             rows = mine[start:start + batch_size]
-            inputs = data.prompt_batch([examples[i] for i in rows], processor, view=view,
-                                       tokenizer=tokenizer, words=words)
+            inputs = data.prompt_batch(
+                [examples[i] for i in rows], processor, view=view, tokenizer=tokenizer, words=words
+            )
             inputs = {
                 name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
                 for name, x in inputs.items()
@@ -301,13 +302,15 @@ def samples(shown, prompts, references, verdicts, tokenizer, most=5):
         verdict = "right" if right else "wrong"
         if not references[e.id]["ended"]:
             verdict = "no reference"
-        records.append({
-            "id": e.id,
-            "temperature": r.temperature,
-            "transcript": e.transcript,
-            "question": data.question_text(e),
-            "rollout": text,
-            "text_view": references[e.id]["text"],
-            "verdict": verdict,
-        })
+        records.append(
+            {
+                "id": e.id,
+                "temperature": r.temperature,
+                "transcript": e.transcript,
+                "question": data.question_text(e),
+                "rollout": text,
+                "text_view": references[e.id]["text"],
+                "verdict": verdict,
+            }
+        )
     return records

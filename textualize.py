@@ -55,11 +55,15 @@ PROMPTS = {
              "tempo and metre, how the melody moves, harmony, dynamics and form, and write down "
              "any lyrics.",
 }
-RULES = ("Write for somebody who cannot hear it and must be able to answer any question about it. "
-         "One paragraph of plain prose, only what is in the audio. Do not mention notes or "
-         "questions.")
-NOTES = ("Notes of somebody who studied this clip, to check yourself against; they belong to a "
-         "question that you must not answer:\n{notes}")
+RULES = (
+    "Write for somebody who cannot hear it and must be able to answer any question about it. "
+    "One paragraph of plain prose, only what is in the audio. Do not mention notes or "
+    "questions."
+)
+NOTES = (
+    "Notes of somebody who studied this clip, to check yourself against; they belong to a "
+    "question that you must not answer:\n{notes}"
+)
 
 # The one question that mini/student was taught to describe by
 MINI_PROMPTS = dict.fromkeys(PROMPTS, "Describe the audio.")
@@ -93,12 +97,14 @@ def fault(description, finished):
 
 def describe(examples, model, processor, prompts, grounding, *, batch_size, max_new_tokens):
     """-> {id: (description, what is wrong with it or None)}, and why some were tried again."""
-    asked = [dataclasses.replace(e, question=prompt(e, prompts, grounding), choices=[])
-             for e in examples]
+    asked = [
+        dataclasses.replace(e, question=prompt(e, prompts, grounding), choices=[]) for e in examples
+    ]
 
     def listen(rows, **decoding):
-        outputs = rollout.generate(model, processor, rows, batch_size=batch_size, progress=False,
-                                   with_end=True, **decoding)
+        outputs = rollout.generate(
+            model, processor, rows, batch_size=batch_size, progress=False, with_end=True, **decoding
+        )
         found = {}
         for e, (text, ended, _) in zip(rows, outputs):
             description = judge.final_answer(text).strip()
@@ -109,8 +115,9 @@ def describe(examples, model, processor, prompts, grounding, *, batch_size, max_
     again = [e for e in asked if said[e.id][1]]
     why = Counter(said[e.id][1] for e in again)
     if again:
-        said |= listen(again, temperature=0.6, top_k=0, top_p=0.9,
-                       max_new_tokens=2 * max_new_tokens)
+        said |= listen(
+            again, temperature=0.6, top_k=0, top_p=0.9, max_new_tokens=2 * max_new_tokens
+        )
     return said, why
 
 
@@ -119,7 +126,8 @@ def describe(examples, model, processor, prompts, grounding, *, batch_size, max_
 
 def parse_flags(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", default=str(models.MINI / "student"),
         help="audio LLM, folder or hub id (paper: Qwen2.5-Omni-7B)")

@@ -121,8 +121,10 @@ def parse_flags(argv=None):
     args = parser.parse_args(argv)
     check_run_flags(args, parser)
     if args.group_size == 1 or args.group_size < 0:
-        parser.error("--group-size is 0 (no group reward) or at least 2: one rollout has nothing "
-                     "to be better than")
+        parser.error(
+            "--group-size is 0 (no group reward) or at least 2: one rollout has nothing "
+            "to be better than"
+        )
     if args.token_loss == "none" and not args.group_size:
         parser.error("with --token-loss none and --group-size 0 nothing is learnt")
     if args.token_loss == "sft" and args.group_size:
@@ -132,8 +134,9 @@ def parse_flags(argv=None):
     if min(args.text_batch, args.show_every) < 1:
         parser.error("--text-batch and --show-every are at least 1")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
-        parser.error("temperatures are above 0 (an argmax explores nothing), --top-share is "
-                     "between 0 and 1")
+        parser.error(
+            "temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1"
+        )
     return args
 
 
@@ -233,11 +236,13 @@ def _batch(rollouts, prompts, processor, device):
 
     kl_rollouts = [r for r in rollouts if r.kl]
     audio = data.audio_view(
-        prompts, [r.row for r in rollouts], [r.ids for r in rollouts], processor)
+        prompts, [r.row for r in rollouts], [r.ids for r in rollouts], processor
+    )
     text = None
     if kl_rollouts:
-        text = data.text_view(prompts, [r.row for r in kl_rollouts], [r.ids for r in kl_rollouts],
-                              processor.tokenizer).to(device)
+        text = data.text_view(
+            prompts, [r.row for r in kl_rollouts], [r.ids for r in kl_rollouts], processor.tokenizer
+        ).to(device)
     return CordBatch(
         audio=audio.to(device),
         text=text,
@@ -245,7 +250,8 @@ def _batch(rollouts, prompts, processor, device):
         temperature=by_token([r.temperature for r in rollouts], torch.float32),
         advantage=by_token([r.advantage for r in rollouts], torch.float32),
         carries_kl=by_token([r.kl for r in rollouts], torch.bool),
-        kl_rollouts=kl_rollouts)
+        kl_rollouts=kl_rollouts,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -333,7 +339,8 @@ class CordStep(nn.Module):
             "token": loss.detach() - group,
             "group": group,
             "kl": kl[batch.carries_kl],
-            "entropy": entropy[batch.carries_kl]}
+            "entropy": entropy[batch.carries_kl],
+        }
         return loss, seen
 
     def sft_loss(self, batch, student_hidden, n_kl):
@@ -443,13 +450,17 @@ def train(args, run):
     checkpoint = run.start(steps, logs=("log", "samples"))
     trainable_count = sum(p.numel() for p in cord.parameters() if p.requires_grad)
     local_prompts = args.batch_size // run.world
-    run.say(f"{run.device} x {run.world}, {student.dtype} weights; student "
-            f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher: "
-            f"{args.teacher} weights")
+    run.say(
+        f"{run.device} x {run.world}, {student.dtype} weights; student "
+        f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher: "
+        f"{args.teacher} weights"
+    )
     run.say(about_clips(seconds, processor))
-    run.say(f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {local_prompts} x "
-            f"{len(kinds)} x {run.world} (prompts x rollouts x ranks) = "
-            f"{args.batch_size * len(kinds)} rollouts a step, {steps} steps")
+    run.say(
+        f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {local_prompts} x "
+        f"{len(kinds)} x {run.world} (prompts x rollouts x ranks) = "
+        f"{args.batch_size * len(kinds)} rollouts a step, {steps} steps"
+    )
 
     # 5.5 Before: what the student can do as it comes
     answering = dict(max_new_tokens=args.max_new_tokens, seed=args.seed)
@@ -488,12 +499,16 @@ def train(args, run):
     )
     checked = list(asked.values())[:1000]                       # enough for a percentage
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in checked])
-    run.say(f"judge ({args.judge}): the text view gives the gold answer to "
-            f"{100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts")
+    run.say(
+        f"judge ({args.judge}): the text view gives the gold answer to "
+        f"{100 * sum(agreed) / len(agreed):.1f} % of {len(agreed)} prompts"
+    )
     cut = sum(not reference["ended"] for reference in references.values())
     if cut:
-        run.say(f"{cut} of the text view's {len(references)} answers were cut at --max-new-tokens "
-                f"{args.max_new_tokens}: no group reward for their prompts")
+        run.say(
+            f"{cut} of the text view's {len(references)} answers were cut at --max-new-tokens "
+            f"{args.max_new_tokens}: no group reward for their prompts"
+        )
 
     # 5.7 Go on from a checkpoint; DDP or FSDP; the optimizer
     own_weights = cord.teacher["decoder"] is models.decoder(student)
@@ -510,10 +525,12 @@ def train(args, run):
     optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, cord, optimizer)
-    card = functools.partial(saving.write_card, base=args.student, script="train_cord.py",
-                             flags=vars(args))
-    run.checkpoint_parts = dict(model=student, processor=processor, beside={}, module=cord,
-                                optimizer=optimizer, card=card)
+    card = functools.partial(
+        saving.write_card, base=args.student, script="train_cord.py", flags=vars(args)
+    )
+    run.checkpoint_parts = dict(
+        model=student, processor=processor, beside={}, module=cord, optimizer=optimizer, card=card
+    )
 
     # 5.8 The loop
     for step, prompts in run.batches(examples, encode):

@@ -121,16 +121,21 @@ def parse_flags(argv=None):
     name, _, every = args.text_kd.partition(":")
     if name not in ("none", "top", "skip", "layer") or (name == "skip") != every.isdigit() \
             or every == "0":
-        parser.error(f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the "
-                     "paper's 1-in-7 write skip:7")
+        parser.error(
+            f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the "
+            "paper's 1-in-7 write skip:7"
+        )
     if name == "none" and not args.alpha_sft:
-        parser.error("with --text-kd none and --alpha-sft 0 nothing teaches the response; leave "
-                     "one on")
+        parser.error(
+            "with --text-kd none and --alpha-sft 0 nothing teaches the response; leave one on"
+        )
     if name == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
     if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
-        parser.error("--corrupt-descriptions is a share between 0 and 1; --lower-lr and --tower-lr "
-                     "are 0 or more")
+        parser.error(
+            "--corrupt-descriptions is a share between 0 and 1; --lower-lr and --tower-lr "
+            "are 0 or more"
+        )
     if args.layers and name in ("none", "top"):
         parser.error("--layers chooses among distilled layers: it needs --text-kd layer or skip:K")
     return args
@@ -179,14 +184,16 @@ class SourceLayerStep(nn.Module):
         if snapshot is not None:
             self.acoustic_layers = list(range(1, len(layers) + 1))
         self.tap = layer_map.Tap(
-            layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers})
+            layers, {"response": [s for s, _ in pairs], "audio": self.acoustic_layers}
+        )
         if teacher is not None:
             reader = models.decoder(teacher)
             self.teacher_tap = layer_map.Tap(reader.layers, {"response": [t for _, t in pairs]})
             self.projections = layer_map.Projections(pairs, width, reader.config.hidden_size)
         if snapshot is not None:
             self.snapshot_tap = layer_map.Tap(
-                models.decoder(snapshot).layers, {"audio": self.acoustic_layers})
+                models.decoder(snapshot).layers, {"audio": self.acoustic_layers}
+            )
             self.statistics = layer_map.Statistics(self.acoustic_layers, width)
 
     def hear(self, batch):
@@ -371,17 +378,20 @@ def train(args, run):
     # 3.5 What learns, and from which layer to which
     lower = models.lower_half(student)
     models.choose_trained(
-        student, args.train, used, frozen=lower if args.lower_lr == 0 else (), lora=args.lora)
+        student, args.train, used, frozen=lower if args.lower_lr == 0 else (), lora=args.lora
+    )
     pairs = []
     if layer_interval(args.text_kd):
         student_depth = len(models.decoder(student).layers)
         teacher_depth = len(models.decoder(teacher).layers)
         pairs = layer_map.pairs(
-            student_depth, teacher_depth, every=layer_interval(args.text_kd), only=args.layers)
+            student_depth, teacher_depth, every=layer_interval(args.text_kd), only=args.layers
+        )
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared_ids, args)
     step_module = step_module.to(run.device)
     autocast = functools.partial(
-        torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16)
+        torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16
+    )
 
     def micro_batches(examples):
         return [
@@ -401,13 +411,17 @@ def train(args, run):
     checkpoint = run.start(steps)
     trainable_count = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
     accumulation = args.batch_size // forward_size
-    run.say(f"{run.device} x {run.world}, {student.dtype} weights; student "
-            f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher "
-            f"{teacher.num_parameters() if teacher else 0:,}")
+    run.say(
+        f"{run.device} x {run.world}, {student.dtype} weights; student "
+        f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher "
+        f"{teacher.num_parameters() if teacher else 0:,}"
+    )
     run.say(about_clips(seconds, processor))
-    run.say(f"{len(examples):,} examples to learn from, {len(scored):,} to score; "
-            f"{args.micro_batch} x {accumulation} x {run.world} (micro-batch x accumulation x "
-            f"ranks) = {args.batch_size} examples a step, {steps} steps")
+    run.say(
+        f"{len(examples):,} examples to learn from, {len(scored):,} to score; "
+        f"{args.micro_batch} x {accumulation} x {run.world} (micro-batch x accumulation x "
+        f"ranks) = {args.batch_size} examples a step, {steps} steps"
+    )
     run.say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
 
     # 3.7 Before: what the student can do as it comes
@@ -455,8 +469,9 @@ def train(args, run):
     optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, step_module, optimizer)
-    card = functools.partial(saving.write_card, base=args.student, script="train_source_layer.py",
-                             flags=vars(args))
+    card = functools.partial(
+        saving.write_card, base=args.student, script="train_source_layer.py", flags=vars(args)
+    )
     run.checkpoint_parts = dict(
         model=student,
         processor=processor,

@@ -121,8 +121,10 @@ def decode(path, *, where=None, max_seconds=None) -> Clip:
                         "next to it); make it again, or leave the line out")
     odd = None
     if clipped > 0.01 * there:
-        odd = (f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full "
-               "scale); record it at a lower level")
+        odd = (
+            f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full "
+            "scale); record it at a lower level"
+        )
     return Clip(seconds, odd)
 
 
@@ -195,12 +197,16 @@ def about_clips(seconds, processor) -> str:
     prompt = data.audio_prompt(processor, "")
     _, features = data.audio_inputs(processor, [prompt], [wave.numpy()])
     size = sum(tensor.nbytes for tensor in features.values()) / 2**20
-    line = (f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, longest "
-            f"{max(seconds):.1f} s; features at most {size:.2f} MiB a clip")
+    line = (
+        f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, longest "
+        f"{max(seconds):.1f} s; features at most {size:.2f} MiB a clip"
+    )
     cut = sum(duration > window for duration in seconds)
     if cut:
-        line += (f"; {cut:,} are longer than the {window:g} s that the model hears and are cut "
-                 "there (--max-seconds refuses them)")
+        line += (
+            f"; {cut:,} are longer than the {window:g} s that the model hears and are cut "
+            "there (--max-seconds refuses them)"
+        )
     return line
 
 

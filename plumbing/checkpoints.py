@@ -69,7 +69,8 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
             ends = itertools.accumulate(map(_bytes, moments.values()))
             files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, ends)}
             writer = dcp.HuggingFaceStorageWriter(
-                str(partial / "optimizer"), files, save_distributed=True)
+                str(partial / "optimizer"), files, save_distributed=True
+            )
             with warnings.catch_warnings(action="ignore"):
                 dcp.save(moments, storage_writer=writer)
 
@@ -190,8 +191,10 @@ def start_folder(folder, checkpoint):
     if ranks.rank() == 0:
         shutil.rmtree(mark, ignore_errors=True)
     if fault is None and not seen_by_all:
-        fault = (f"--out {folder} is not the same folder for all ranks; give one that every node "
-                 "can write to")
+        fault = (
+            f"--out {folder} is not the same folder for all ranks; give one that every node "
+            "can write to"
+        )
     if fault:
         raise SystemExit(fault)
 

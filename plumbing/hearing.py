@@ -214,6 +214,8 @@ def _close(a, b):
 
 
 def _odd_head(model):
-    return (f"{type(model).__name__} does not get its logits by its head's matrix alone (it scales "
-            "or caps them), or counts positions in a way of its own; losses.py would learn another "
-            "distribution: take another model")
+    return (
+        f"{type(model).__name__} does not get its logits by its head's matrix alone (it scales "
+        "or caps them), or counts positions in a way of its own; losses.py would learn another "
+        "distribution: take another model"
+    )

@@ -119,14 +119,17 @@ class SplitAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 t = state["step"].item()
                 if t not in rates:
-                    rates[t] = torch.tensor([
-                        group["lr"] / (1 - beta1 ** t),
-                        1 / (1 - beta2 ** t),
-                        1 - group["lr"] * group["weight_decay"],
-                        beta1,
-                        beta2,
-                        group["eps"],
-                    ], device=p.device)
+                    rates[t] = torch.tensor(
+                        [
+                            group["lr"] / (1 - beta1 ** t),
+                            1 / (1 - beta2 ** t),
+                            1 - group["lr"] * group["weight_decay"],
+                            beta1,
+                            beta2,
+                            group["eps"],
+                        ],
+                        device=p.device,
+                    )
                 self._step_of(p, state, rates[t])
 
     def _step_of(self, p, state, rates):

@@ -20,7 +20,8 @@ from text_to_num import alpha2digit
 # The end of a sentence; but the full stop of "B. gold" ends none
 SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?](?:\s|$)|\n")
 REASON = re.compile(
-    r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I)
+    r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I
+)
 
 
 def sentences(text):
@@ -59,8 +60,11 @@ LARGE = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "
 LARGE_NUMBER = re.compile(rf"(?<![\w.,/])(\d[\d,]*(?:\.\d+)?)\s+({'|'.join(LARGE)})\b", re.I)
 MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")                # 2 1/2
 # "two and a half", "2 3rds", "a quarter", "half"; "the 3rd" is an ordinal
-SHARE = re.compile(r"\b(?:(\d+) and )?(?:(an?|\d+)[ -])?"
-                   r"(?:(hal)(?:f|ves)|(quarter)s?|(\d+)(?:rd|th)s?)\b(?: an?\b)?", re.I)
+SHARE = re.compile(
+    r"\b(?:(\d+) and )?(?:(an?|\d+)[ -])?"
+    r"(?:(hal)(?:f|ves)|(quarter)s?|(\d+)(?:rd|th)s?)\b(?: an?\b)?",
+    re.I,
+)
 
 
 def fraction(text):
@@ -127,11 +131,15 @@ UNITS = {name: (dimension, Fraction(factor)) for dimension, units in {
 NUMBER = re.compile(
     r"(?<![\w.])(?<!\d:)(-|minus |negative )?([$£€]?)(-?)"
     r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)"
-    r"(?:\s?/\s?(\d+(?:\.\d+)?))?(?!\w|:\d|\.\d)(?:\s?-?([€£¢]|[A-Za-z]+)(?![/\w]))?", re.I)
+    r"(?:\s?/\s?(\d+(?:\.\d+)?))?(?!\w|:\d|\.\d)(?:\s?-?([€£¢]|[A-Za-z]+)(?![/\w]))?",
+    re.I,
+)
 
 # Formulas are compared as they are spelt: \sqrt{2}, 2^3, 2√3, x+3, 2-x, x/y; no km/h
-FORMULA = re.compile(r"\\[a-z]|[\^_√π∞±]|(?<![\\a-zA-Z])pi\b"
-                     r"|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b")
+FORMULA = re.compile(
+    r"\\[a-z]|[\^_√π∞±]|(?<![\\a-zA-Z])pi\b"
+    r"|\b[a-zA-Z]\s*[-+*/]\s*(?:\d|\(|[a-zA-Z]\b)|[\d)]\s*[-+*/]\s*[a-zA-Z]\b"
+)
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")          # English: neither x nor \sqrt
 CLOCK = re.compile(r"\b(\d\d?):(\d\d)\b(?:\s*([ap])\.?m\b)?", re.I)   # 2:30, 9:30 a.m.
 STRUCTURE = re.compile(r"^\W*[(\[{].*,|[<>≤≥≠]|\d\s*:\s*\d|\d[A-Za-z]")      # (1, 2), x < 2, 2:3
@@ -144,27 +152,36 @@ COMPUTED = re.compile(
     r"\bto the power\b|\b(?:divided|multiplied) by\b|\bsquared\b|\bcubed\b|\bsquare root of\b"
     r"|\d!(?!\w)"
     rf"|(?:%|\bpercent) of{NEXT}|\d\s+(?:of|(?:more|less|fewer) than){NEXT}"
-    r"|^\W*\d\S*\s+(?:is|was|are)(?: not|n't)\b", re.I)
-RELATIONS = {name: re.compile(pattern, re.I) for name, pattern in {
-    "not": r"\b(?:not|cannot|never)\b|n't\b",
-    "twice": rf"\b(?:twice|double|triple|times){NEXT}",
-    "or": r"\bor\b\D*\d|\beither\b",
-    "range": r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d",
-    "at least": rf"\b(?:at least|no less than|minimum of){NEXT}"
-                r"|\d\S*\s*(?:\+(?!\s*\d)|(?:\w+ )?or more\b)",
-    "at most": rf"\b(?:at most|no more than|up to|maximum of){NEXT}"
-               r"|\d\S*\s*(?:\w+ )?or (?:less|fewer)\b",
-    "more": rf"\b(?:more than|greater than|over|above){NEXT}",
-    "less": rf"\b(?:less than|fewer than|under|below){NEXT}"}.items()}
+    r"|^\W*\d\S*\s+(?:is|was|are)(?: not|n't)\b",
+    re.I,
+)
+RELATIONS = {
+    name: re.compile(pattern, re.I)
+    for name, pattern in {
+        "not": r"\b(?:not|cannot|never)\b|n't\b",
+        "twice": rf"\b(?:twice|double|triple|times){NEXT}",
+        "or": r"\bor\b\D*\d|\beither\b",
+        "range": r"\bbetween\b.*\band\b|\d\S*\s?(?:to|[-–—])\s?[$£€]?\d",
+        "at least": rf"\b(?:at least|no less than|minimum of){NEXT}"
+        r"|\d\S*\s*(?:\+(?!\s*\d)|(?:\w+ )?or more\b)",
+        "at most": rf"\b(?:at most|no more than|up to|maximum of){NEXT}"
+        r"|\d\S*\s*(?:\w+ )?or (?:less|fewer)\b",
+        "more": rf"\b(?:more than|greater than|over|above){NEXT}",
+        "less": rf"\b(?:less than|fewer than|under|below){NEXT}",
+    }.items()
+}
 
 # "5 (3 red and 2 green)"; but "5 (or 6)"
 BRACKETS = re.compile(r"(?<=[\w%])\s\((?!or\b)[^()]*\)")
 # "not 5 but 7", "isn't 7, it's 8"
 DENIED_NUMBER = re.compile(r"(?:\bnot\b|n't\b)[^\d,;]*\d[\d.,/]*\b[^,;]*?(?:[,;]|\bbut\b)", re.I)
 # A number that only says of what, or when: "each of the 3 friends", "in 5 days"
-CONTEXT = re.compile(r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from"
-                     r"|at|by|per)|'s)\s+[$£€]?\d[\d.,/]*(?![\w.,/:])"
-                     r"(?!\s*(?:to|and|-|–)\s*\d)", re.I)
+CONTEXT = re.compile(
+    r"(?:\b(?:the|these|those|all|his|her|their|its|of|in|for|after|with|from"
+    r"|at|by|per)|'s)\s+[$£€]?\d[\d.,/]*(?![\w.,/:])"
+    r"(?!\s*(?:to|and|-|–)\s*\d)",
+    re.I,
+)
 # Behind the first number, no part of the answer: "366 downloads in 3 months", "5, so she has 3
 # more"
 ASIDE = re.compile(
@@ -172,7 +189,9 @@ ASIDE = re.compile(
     r"|over(?=\s+\S+\s+(?:second|minute|hour|day|week|month|year)s?\b))\b"
     r"|[,;]?\s+(?:because|since|which|while|so|leaving|making|rather|instead|not|than)\b"
     r"|,?\s+and (?=\S+ of (?:these|those|them|which|the)\b)"
-    r"|,\s+\S+ (?:of|more|less|fewer)\b", re.I)
+    r"|,\s+\S+ (?:of|more|less|fewer)\b",
+    re.I,
+)
 
 
 def value(text):

@@ -117,7 +117,8 @@ def wrap(step_module, *, blocks, shard_it, compute):
         return shard(step_module, blocks, compute)
     if world_size() > 1:
         return DistributedDataParallel(
-            step_module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            step_module, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     return step_module
 
 

@@ -98,8 +98,10 @@ def check_run_flags(args, parser):
         args.keep,
     )
     if min(counts) < 1 or args.epochs <= 0:
-        parser.error("batch sizes, --max-new-tokens, --save-every and --keep are at least 1, "
-                     "--epochs above 0")
+        parser.error(
+            "batch sizes, --max-new-tokens, --save-every and --keep are at least 1, "
+            "--epochs above 0"
+        )
     if min(args.workers, args.lora, args.eval_every) < 0:
         parser.error("--workers, --lora and --eval-every are at least 0")
     if args.track and importlib.util.find_spec(args.track) is None:
@@ -161,9 +163,11 @@ class Run:
             ranks.stop_distributed()
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
                 or "can't allocate memory" in str(error):
-            print("Out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
-                  "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard.",
-                  file=sys.stderr)
+            print(
+                "Out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
+                "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard.",
+                file=sys.stderr,
+            )
 
     def _end_loop(self):
         if self.feed is not None:
@@ -219,8 +223,9 @@ class Run:
         """-> the step module as one process, DDP or FSDP runs it. compute: see ranks.shard."""
         if self.args.checkpoint_activations:
             _checkpoint_activations(student)
-        self.model = ranks.wrap(step_module, blocks=models.blocks(student),
-                                shard_it=self.args.shard, compute=compute)
+        self.model = ranks.wrap(
+            step_module, blocks=models.blocks(student), shard_it=self.args.shard, compute=compute
+        )
         return self.model
 
     def evaluate(self, when, examples, work):
@@ -401,8 +406,9 @@ class Run:
         """A line into log.jsonl, and every tenth into the terminal. ids: this rank's examples."""
         self.done = step + 1
         line = {"step": self.done, **self.scalars, **scalars}
-        text = "  ".join(f"{name} {value:,.4g}" for name, value in line.items()
-                         if name not in ("step", "lr"))
+        text = "  ".join(
+            f"{name} {value:,.4g}" for name, value in line.items() if name not in ("step", "lr")
+        )
         line["seconds"] = self.step_seconds()
         line.update({f"seconds_{name}": value for name, value in self.seconds.items()})
         line.update(memory_gb=peak_memory_gb(self.device), host_gb=_host_memory_gb())
@@ -412,8 +418,10 @@ class Run:
             suspects = ranks.gather_lists([] if self.own_loss_is_finite else ids)
             suspects = suspects or ranks.gather_lists(ids)
             reason = f"its loss is {line['loss']}, its gradient's norm {line['grad_norm']}"
-            self.say(f"step {self.done} is left out: {reason}; examples: "
-                     f"{', '.join(suspects[:8])}{', ...' if len(suspects) > 8 else ''}")
+            self.say(
+                f"step {self.done} is left out: {reason}; examples: "
+                f"{', '.join(suspects[:8])}{', ...' if len(suspects) > 8 else ''}"
+            )
             line = {"step": self.done, "skipped": reason, "ids": suspects}
 
         if self.rank == 0:
@@ -428,8 +436,10 @@ class Run:
         self.bar.update()
         now = time.time()
         if self.done == self.first + 1:
-            self.say(f"the first step was done {now - self.started:.1f} s after the start, "
-                     f"{now - self.begun:.1f} s of them its own")
+            self.say(
+                f"the first step was done {now - self.started:.1f} s after the start, "
+                f"{now - self.begun:.1f} s of them its own"
+            )
         if self.done % 10 == 0 or self.done <= 2 or self.done == self.last:
             left = (now - self.begun) / (self.done - self.first) * (self.last - self.done)
             self.say(f"step {self.done}/{self.last}  {text}  {left / 60:.0f} min left")
@@ -440,9 +450,11 @@ class Run:
         if self.asked_to_stop:
             self.stop("asked to stop", status=130)
         if self.bad_steps >= NOT_FINITE:
-            self.stop(f"the loss or its gradient was not finite in {self.bad_steps} steps in a row "
-                      "(log.jsonl names their examples): look at these, lower --lr or --clip, and "
-                      "go on from an earlier checkpoint (--resume DIR)")
+            self.stop(
+                f"the loss or its gradient was not finite in {self.bad_steps} steps in a row "
+                "(log.jsonl names their examples): look at these, lower --lr or --clip, and "
+                "go on from an earlier checkpoint (--resume DIR)"
+            )
         if self.done == self.last or self.done % self.args.save_every == 0 \
                 or self.evaluation_is_due():
             self.save()
@@ -454,7 +466,8 @@ class Run:
     def save(self):
         """A checkpoint of this moment."""
         self.checkpoint = checkpoints.save(
-            self.out, step=self.done, keep=self.args.keep, **self.checkpoint_parts)
+            self.out, step=self.done, keep=self.args.keep, **self.checkpoint_parts
+        )
 
     def stop(self, why, status=1):
         """Save and end the run before its end: SystemExit."""
@@ -474,8 +487,10 @@ class Run:
         self.checkpoint_parts["card"](self.checkpoint, results=table)
         self.say(table)
         plot(self.out)
-        self.say(f"{self.out}: results.json, log.jsonl, samples, run.png, checkpoint "
-                 f"{self.checkpoint.name}; {minutes:.1f} minutes in all")
+        self.say(
+            f"{self.out}: results.json, log.jsonl, samples, run.png, checkpoint "
+            f"{self.checkpoint.name}; {minutes:.1f} minutes in all"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -531,7 +546,8 @@ def _facts():
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def forget_peak_memory(device):

@@ -49,8 +49,9 @@ def _save_weights(model, folder, state):
 
     state = hub.hub_names(model, state)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder, state_dict=state, save_original_format=False,
-                          max_shard_size="5GB")
+    model.save_pretrained(
+        folder, state_dict=state, save_original_format=False, max_shard_size="5GB"
+    )
     transformers.utils.logging.enable_progress_bar()
     config = folder / "config.json"
     config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")

@@ -27,7 +27,8 @@ def command(args):
                              "python data.py check names the lines with faults")
     try:
         processor = transformers.AutoProcessor.from_pretrained(
-            args.student, trust_remote_code=False)
+            args.student, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise data.DataError(f"there is no processor in {args.student} "
                              f"({str(error).splitlines()[0]}); "

@@ -21,8 +21,10 @@ def aqa_lines(aqa):
     for name in (*aqa["correct"], "average"):
         if aqa[name] is not None:
             low, high = aqa["intervals"][name]
-            lines.append(f"{name:{wide}}{aqa[name]:9.2f}   [{low:5.2f}, {high:6.2f}]  "
-                         f"{aqa['official'][name]:9.2f}")
+            lines.append(
+                f"{name:{wide}}{aqa[name]:9.2f}   [{low:5.2f}, {high:6.2f}]  "
+                f"{aqa['official'][name]:9.2f}"
+            )
     lines.append(f"{counts['records']} questions, {counts['no_answer']} without a clear answer")
     return lines
 
@@ -35,8 +37,10 @@ def first_column(aqa):
 def ser_lines(ser):
     low, high = ser["interval"]
     names = list(next(iter(ser["confusion"].values())))
-    lines = [f"{'SER':10}{ser['ua']:9.2f}   [{low:5.2f}, {high:6.2f}]  unweighted "
-             "accuracy; below: said (columns) of meant (rows)"]
+    lines = [
+        f"{'SER':10}{ser['ua']:9.2f}   [{low:5.2f}, {high:6.2f}]  unweighted "
+        "accuracy; below: said (columns) of meant (rows)"
+    ]
     lines.append(" " * 10 + "".join(f"{name:>10}" for name in names))
     for label, row in ser["confusion"].items():
         lines.append(f"{label:10}" + "".join(f"{row[name]:10}" for name in names))
@@ -83,8 +87,10 @@ def gap_lines(table, reductions):
     lines = [header if reductions is None else header + "   reduction"]
     for name, row in [*table["kinds"].items(), ("together", table)]:
         low, high = row["intervals"]["gap"]
-        line = (f"{name:14}{row['text_accuracy']:8.1f}{row['audio_accuracy']:8.1f}"
-                f"{row['gap']:8.1f}   [{low:+.1f}, {high:+.1f}]")
+        line = (
+            f"{name:14}{row['text_accuracy']:8.1f}{row['audio_accuracy']:8.1f}"
+            f"{row['gap']:8.1f}   [{low:+.1f}, {high:+.1f}]"
+        )
         share = (reductions or {}).get(name)
         lines.append(line if share is None else f"{line}{share:18.1f} %")
     return lines
