@@ -274,50 +274,48 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
 
 
 def _head_pass(
-    hidden,
-    weight,
-    teacher_hidden,
-    teacher_weight,
+    rows,
+    student,
+    teacher,
     labels,
     kl_weight,
     nll_weight,
     nll_temperature,
-    d_weight,
     *,
     chunk_tokens,
-    wants_hidden,
     shared=None,
     banned=None,
     **how,
 ):
-    """All rows through both heads, chunk by chunk.
+    """These rows [n] of the student through both heads, chunk by chunk -> D, -log q, entropy [n].
 
-    hidden [rows, hidden]; teacher_hidden [rows, teacher hidden] or None; the rest as in _chunk,
-    [rows]. shared: a pair of ids, [shared] each. banned [ids]: what neither side can say.
-
-    -> D, -log q, entropy [rows], and the gradient with respect to hidden [rows, hidden] or None.
-    d_weight [vocab, hidden], unless None, is added to."""
+    student   hidden [tokens, hidden] and weight [vocab, hidden], and their gradients, which are
+              added to, or None
+    teacher   hidden [n, teacher hidden] and weight, or None
+    labels [tokens]; kl_weight, nll_weight, nll_temperature [n], as in _chunk
+    shared: a pair of ids, [shared] each. banned [ids]: what neither side can say"""
+    hidden, weight, d_hidden, d_weight = student
     device, vocab = hidden.device, len(weight)
     compiled, size = _compiles(device), _rows_per_chunk(chunk_tokens, vocab, device)
     buffers = _Buffers(nll_weight)
-    d_hidden = None
-    if wants_hidden:
-        d_hidden = torch.empty(hidden.shape, dtype=nll_weight.dtype, device=device)
     if compiled and shared is not None:     # [vocab], as _chunk wants it
         shared = torch.full((vocab,), -1, device=device).index_copy_(0, *shared)
 
-    def through_heads(rows):
-        student = _logits(hidden[rows], weight, buffers, "student")             # [n, vocab]
-        teacher = None
-        if teacher_hidden is not None:
-            teacher = _logits(teacher_hidden[rows], teacher_weight, buffers, "teacher")
+    def through_heads(part):
+        own = rows[part]
+        own_hidden = hidden[own]
+        logits = _logits(own_hidden, weight, buffers, "student")                # [n, vocab]
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = _logits(teacher[0][part], teacher[1], buffers, "teacher")
         if banned is not None:
-            student.index_fill_(1, banned, FLOOR)
+            logits.index_fill_(1, banned, FLOOR)
             if teacher is not None:
-                teacher.index_fill_(1, banned, FLOOR)
+                teacher_logits.index_fill_(1, banned, FLOOR)
 
-        row_temperature = None if nll_temperature is None else nll_temperature[rows]
-        each = student, teacher, labels[rows], kl_weight[rows], nll_weight[rows], row_temperature
+        each = [logits, teacher_logits, labels[own], kl_weight[part], nll_weight[part], None]
+        if nll_temperature is not None:
+            each[-1] = nll_temperature[part]
         if compiled:
             for x in each:
                 if x is not None:
@@ -327,19 +325,20 @@ def _head_pass(
         else:
             *values, d_logits = _block_by_block(*each, shared=shared, buffers=buffers, **how)
 
-        if wants_hidden:
-            d_hidden[rows] = _back(d_logits, weight)                            # [n, hidden]
+        if d_hidden is not None:
+            d_hidden.index_add_(0, own, _back(d_logits, weight))
         if d_weight is not None:
-            _add_outer(d_weight, d_logits, hidden[rows])
+            _add_outer(d_weight, d_logits, own_hidden)
         return values                       # and the chunk's logits are freed
 
     with torch.autocast(device.type, enabled=False):
-        found = [through_heads(slice(start, start + size))
-                 for start in range(0, len(hidden), size)]
+        found = [
+            through_heads(slice(start, start + size)) for start in range(0, len(rows), size)
+        ]
     if not found:
         found = [[nll_weight.new_zeros(0)] * 3]
     divergence, nll, entropy = (torch.cat(parts) for parts in zip(*found))
-    return divergence, nll, entropy, d_hidden
+    return divergence, nll, entropy
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -394,40 +393,34 @@ def jsd_ce(
         raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
                          f"{len(student_hidden)} hidden states")
 
-    hidden, weight, d_hidden, d_weight = _operands_and_gradients(student_hidden, student_weight)
+    student = _operands_and_gradients(student_hidden, student_weight)
     counted = (labels != IGNORE).nonzero()[:, 0]                                # [rows]
     teacher = None
     if teacher_hidden is not None:
-        teacher, teacher_weight = _operands(teacher_hidden, teacher_weight)
-        teacher = teacher[counted]
+        teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
+        teacher = teacher_hidden[counted], teacher_weight
     if torch.is_tensor(shared_ids):
         shared_ids = (shared_ids, shared_ids)
 
     weight_of_row = 1 / _count(len(counted), denominator)
-    each = hidden.new_full((len(counted),), weight_of_row, dtype=_exact(hidden))        # [rows]
-    divergence, nll, _, d_rows = _head_pass(
-        hidden[counted],
-        weight,
+    each = torch.full_like(counted, weight_of_row, dtype=_exact(student[0]))    # [rows]
+    divergence, nll, _ = _head_pass(
+        counted,
+        student,
         teacher,
-        teacher_weight,
-        labels[counted],
+        labels,
         jsd_weight * each,
         ce_weight * each,
         None,
-        d_weight,
         chunk_tokens=chunk_tokens,
-        wants_hidden=d_hidden is not None,
         beta=beta,
         temperature=temperature,
         entropy=False,
         shared=shared_ids,
     )
-    if d_hidden is not None:
-        d_hidden.index_copy_(0, counted, d_rows)
-
     top, ce = (each * divergence).sum(), (each * nll).sum()
     loss = _KnownGradient.apply(
-        jsd_weight * top + ce_weight * ce, student_hidden, student_weight, d_hidden, d_weight
+        jsd_weight * top + ce_weight * ce, student_hidden, student_weight, *student[2:]
     )
     return loss, top, ce
 
@@ -460,38 +453,31 @@ def cord(
 
     chunk_tokens: how many tokens at a time; None: by memory. ValueError as losses.cord."""
     _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
-    hidden, weight, d_hidden, d_weight = _operands_and_gradients(student_hidden, student_weight)
+    student = _operands_and_gradients(student_hidden, student_weight)
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
-    exact = _exact(hidden)
+    exact = _exact(student[0])
     advantage = advantage.to(exact)
-    kl = hidden.new_zeros(len(hidden), dtype=exact)                             # [tokens]
+    kl = torch.zeros_like(labels, dtype=exact)                                  # [tokens]
     log_q = torch.zeros_like(kl)
     entropy = torch.zeros_like(kl)
 
-    def add(rows, teacher, kl_weight, nll_weight, temperature):
+    def add(rows, taught, kl_weight, nll_weight, temperature):
         """Adds these rows' gradients -> their D, -log q and entropy."""
-        row_temperature = None if (temperature == 1).all() else temperature.to(exact)
-        *values, d_rows = _head_pass(
-            hidden[rows],
-            weight,
-            teacher,
-            teacher_weight,
-            labels[rows],
+        return _head_pass(
+            rows,
+            student,
+            None if taught is None else (taught, teacher_weight),
+            labels,
             kl_weight,
             nll_weight,
-            row_temperature,
-            d_weight,
+            None if (temperature == 1).all() else temperature.to(exact),
             chunk_tokens=chunk_tokens,
-            wants_hidden=d_hidden is not None,
             beta=divergence_beta,
             temperature=1,
             banned=banned,
             entropy=True,
         )
-        if d_hidden is not None:
-            d_hidden.index_add_(0, rows, d_rows)
-        return values
 
     # L_seq of the tokens that carry nothing else. Without a teacher kl_weight is not looked at
     rows = (~carries_kl).nonzero()[:, 0]
@@ -514,11 +500,9 @@ def cord(
         top = (factor != 1).nonzero()[:, 0]
         extra = (factor - 1)[top] * position[top]
         add(rows[top], teacher_hidden[top], extra, torch.zeros_like(extra), torch.ones_like(extra))
-        token = (factor * position * kl[rows]).sum()
-        group = (advantage[rows] * nll).sum()
-        loss = loss + token + group
+        loss = loss + (factor * position * kl[rows]).sum() + (advantage[rows] * nll).sum()
 
-    loss = _KnownGradient.apply(loss, student_hidden, student_weight, d_hidden, d_weight)
+    loss = _KnownGradient.apply(loss, student_hidden, student_weight, *student[2:])
     return loss, kl, log_q, entropy
 
 

@@ -687,16 +687,17 @@ def test_the_gpu_path_has_the_right_shapes_and_types(dtype, monkeypatch):
             torch.empty(151_000, dtype=torch.int64, **on),
             torch.empty(151_000, dtype=torch.int64, **on),
         )
+        d_hidden = torch.zeros(6000, 32, **on)
         operands = [*fused._operands(hidden, weight), *fused._operands(teacher, teacher_weight)]
-        d, nll, spread, d_hidden = fused._head_pass(
-            *operands,
+        d, nll, spread = fused._head_pass(
+            torch.arange(6000, **on),
+            (*operands[:2], d_hidden, d_weight),
+            operands[2:],
             torch.empty(6000, dtype=torch.int64, **on),
             each,
             each,
             each,
-            d_weight,
             chunk_tokens=None,
-            wants_hidden=True,
             beta=0.5,
             temperature=1.0,
             shared=shared,
