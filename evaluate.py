@@ -532,7 +532,7 @@ def flags():
     # what is scored
     add("--model", metavar="DIR", required=True,
         help="an audio language model: a folder, a name on the hub, or a run's folder (its newest "
-             "whole checkpoint)")
+             "checkpoint)")
     add("--data", metavar="FILE", nargs="+", required=True,
         help="manifests (data.py), each reported apart")
     add("--split", help="only the manifest's examples of this split")

@@ -129,7 +129,7 @@ def read(model, **inputs):
 
 def load_audio_model(path, *, dtype=torch.float32):
     """A directory or hub id of a model, a directory of a LoRA adapter (which is added into its
-    base's weights), or a training run's folder (its newest whole checkpoint) -> (audio language
+    base's weights), or a training run's folder (its newest checkpoint) -> (audio language
     model, its processor), in eval mode. Raises SystemExit with one sentence when it cannot be used.
     """
     auto = transformers.AutoModelForMultimodalLM
