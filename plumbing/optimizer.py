@@ -175,5 +175,5 @@ def learning_rate_factor(step, steps):
     warm = max(1, round(0.03 * steps))
     if step < warm:
         return (step + 1) / warm
-    share = (step - warm) / max(1, steps - warm)
-    return 0.5 * (1 + math.cos(math.pi * share))
+    angle = math.pi * (step - warm) / max(1, steps - warm)
+    return 0.5 * (1 + math.cos(angle))
