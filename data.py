@@ -557,15 +557,15 @@ def audio_prefix(view: View) -> View:
 # ---------------------------------------------------------------------------------------------
 # 4. Manifests
 
-def read_manifest(path, *, require=(), split=None, limit=None, root=None) -> list[Example]:
+def read_manifest(path, *, require=(), split=None, limit=None) -> list[Example]:
     """Reads a JSONL manifest; the whole file is validated before anything is returned.
 
     require: optional fields that every returned example must have. split, limit: which and how
     many. Audio paths are relative to the manifest's folder and must stay inside it, links
-    resolved, or inside `root`. Unknown keys are ignored. Raises DataError at the first fault."""
+    resolved. Unknown keys are ignored. Raises DataError at the first fault."""
     path = Path(path)
     examples = []
-    for example in parse_manifest(path, root):
+    for example in parse_manifest(path):
         if isinstance(example, DataError):
             raise example
         examples.append(example)
@@ -597,29 +597,28 @@ def read_manifests(paths, **options) -> list[Example]:
     return examples
 
 
-def parse_manifest(path, root=None):
+def parse_manifest(path):
     """Yields an Example, or the DataError that says what is wrong, for each line with content."""
     from plumbing import manifest
 
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such manifest; check the path")
-    folders = [Path(folder).resolve() for folder in (path.parent, root) if folder is not None]
+    folder = path.parent.resolve()
     seen = {}
     for number, line in manifest.lines(path):
         try:
-            example = parse_line(line, f"{path}:{number}", folders)
+            example = parse_line(line, f"{path}:{number}", folder)
             manifest.claim_id(example, seen)
             yield example
         except DataError as error:
             yield error
 
 
-def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
+def parse_line(line: bytes, where: str, folder: Path) -> Example:
     """One line of a manifest -> Example. Raises DataError.
 
-    where: "manifest.jsonl:12", for messages. folders: the manifest's own, resolved, and further
-    ones that audio may lie in."""
+    where: "manifest.jsonl:12", for messages. folder: the manifest's own, resolved."""
     from plumbing import manifest
 
     record = manifest.parse_record(line, where)         # whatever may be wrong is said there
@@ -628,7 +627,7 @@ def parse_line(line: bytes, where: str, folders: list[Path]) -> Example:
         reasoning = {stage: reasoning[stage] for stage in STAGES}
     return Example(
         id=record["id"],
-        audio=manifest.inside(record["audio"], folders, where),
+        audio=manifest.inside(record["audio"], folder, where),
         question=record["question"],
         choices=record.get("choices") or [],
         answer=record["answer"],

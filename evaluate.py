@@ -31,7 +31,6 @@ import argparse
 import dataclasses
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,7 @@ EMOTIONS = {                            # IEMOCAP: excited is happy
 }
 NO_ANSWER = "no answer"
 VIEWS = ("text", "audio")
-TAKEN = {"average", "ua", "intervals", "official", "counts", "correct"}     # no task's names
+TAKEN = {"average", "intervals", "official", "counts", "correct"}       # no task's names
 
 
 # -------------------------------------------------------------------------------------------------
@@ -251,11 +250,21 @@ def score(examples, outputs):
 
 
 def evaluate_model(model, processor, examples, **decoding):
-    """Generate (decoding: generate's keywords) and score; every task but SER's is AQA. DataError:
-    an example without choices.
+    """Generate (decoding: generate's keywords) and score; every task but SER's is AQA. DataError
+    as check_scorable.
 
-    Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "samples": list of dicts,
-    "decoding"}."""
+    Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "samples": list of dicts; "keys"
+    (id -> question_key) and "decoding": what two evaluations must share to be compared}."""
+    check_scorable(examples)
+    outputs = generate(model, processor, examples, **decoding)
+    results, samples = score(examples, outputs)
+    keys = {e.id: question_key(e) for e in examples}
+    decided = decoding_of(**decoding)
+    return {**results, "samples": samples, "keys": keys, "decoding": decided}
+
+
+def check_scorable(examples):
+    """DataError for an open question, and for a task whose name the results need."""
     for e in examples:
         if e.task in TAKEN:
             raise data.DataError(f"{e.where}: the task {e.task!r} has the name of one of the "
@@ -263,9 +272,12 @@ def evaluate_model(model, processor, examples, **decoding):
         if not e.choices:
             raise data.DataError(f"{e.where}: an open question is not scored here; give it "
                                  "choices, or a transcript and --task gap")
-    outputs = generate(model, processor, examples, **decoding)
-    results, samples = score(examples, outputs)
-    return {**results, "samples": samples, "decoding": decoding_of(**decoding)}
+
+
+def question_key(example):
+    """The same for the same words about the same clip, wherever the folder of the clips lies."""
+    clip = Path(*example.audio.parts[-2:])
+    return data.fingerprint([dataclasses.replace(example, audio=clip)])
 
 
 def decoding_of(*, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):
@@ -288,8 +300,9 @@ def compare(results, other):
             shared = [i for i in by_id if i in others.get(group, {})]
             pairs += [(group, by_id[i], others[group][i]) for i in shared]
 
-        for name in (*verdicts, whole) if part == "aqa" else (whole,):
-            rows = [pair for pair in pairs if name in (pair[0], whole)]
+        names = [*verdicts, whole] if part == "aqa" else [whole]
+        for name in names:
+            rows = [pair for pair in pairs if name == whole or name == pair[0]]
             if rows:
                 groups, a, b = zip(*rows)
                 labels = groups if part == "ser" else None
@@ -314,12 +327,6 @@ def spoken(examples):
 def flat(by_group):
     """group -> id -> right? -> {id: right?}"""
     return {i: right for group in by_group.values() for i, right in group.items()}
-
-
-def question_key(example):
-    """The same for the same words about the same clip, wherever the folder of the clips lies."""
-    clip = Path(*example.audio.parts[-2:])
-    return data.fingerprint([dataclasses.replace(example, audio=clip)])
 
 
 def gap_of(text, audio):
@@ -483,6 +490,8 @@ def run(args, rank, device):
         if not sets[name]:
             raise data.DataError(f"{file}: has no example for --task {args.task} (gap needs "
                                  "transcripts); check --task and --split")
+        if args.task != "gap":
+            check_scorable(sets[name])
     data.check_audio(sum(sets.values(), []))        # by every rank, so that all stop for one clip
 
     # 2. The model, and its answers
@@ -515,7 +524,7 @@ def run(args, rank, device):
     out = Path(args.out)
     write_json(out / "results.json", {**results, "settings": vars(args)})
     replace_text(out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    if args.task != "gap":
+    if args.task in ("aqa", "both"):
         # MMAU's format, for its own script
         write_json(out / "predictions.json", [s for s in samples if s["task"] != SER_TASK])
 
@@ -562,9 +571,6 @@ def main(argv=None):
             make_folder(args.out)                           # not after hours of answers
         run(args, rank, device)
     except data.DataError as error:
-        # Rank 0 mostly meets the same error: it says so first, and torchrun ends the others.
-        if rank > 0:
-            time.sleep(30)
         raise SystemExit(f"evaluate.py: {error}") from None
     ranks.stop_distributed()
 

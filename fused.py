@@ -22,6 +22,7 @@ float32), and can be copied by itself.
 
 import functools
 import math
+import typing
 
 import torch
 
@@ -198,8 +199,8 @@ def _operands(hidden, weight):
     """Both in the wider of their types, whatever autocast says.
 
     With weights in bfloat16 both are that, and nothing is rounded. With a float32 head the products
-    are float32, on a GPU too: slow. On a CPU only `hidden` is widened; a 16-bit weight is widened
-    slice by slice in _logits and _back."""
+    are float32, on a GPU too: slow. Where both are bfloat16 a CPU widens `hidden` here, and the
+    weight slice by slice in _logits and _back."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float16:
         dtype = torch.float32                       # too small a range for gradients
@@ -259,8 +260,8 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
     """How many tokens go through the products at once: as given, else by memory.
 
     On a GPU as many as have three float32 [rows, vocab] matrices in a quarter of the free memory,
-    from 128 to 2,048; on a CPU 64 MB of logits. Every chunk reads and writes d_weight once, so
-    large ones are faster and small ones leaner."""
+    from 128 to 2,048; on a CPU 64 MB of logits, but at least 256 rows. Every chunk reads and writes
+    d_weight once, so large ones are faster and small ones leaner."""
     if chunk_tokens is not None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let "
@@ -289,8 +290,7 @@ def _head_pass(
 ):
     """These rows [n] of the student through both heads, chunk by chunk -> D, -log q, entropy [n].
 
-    student   hidden [tokens, hidden] and weight [vocab, hidden], and their gradients, which are
-              added to, or None
+    student   a _Student, whose gradients are added to
     teacher   hidden [n, teacher hidden] and weight, or None
     labels [tokens]; kl_weight, nll_weight, nll_temperature [n], as in _chunk
     shared: a pair of ids, [shared] each. banned [ids]: what neither side can say"""
@@ -313,9 +313,15 @@ def _head_pass(
             if teacher is not None:
                 teacher_logits.index_fill_(1, banned, FLOOR)
 
-        each = [logits, teacher_logits, labels[own], kl_weight[part], nll_weight[part], None]
-        if nll_temperature is not None:
-            each[-1] = nll_temperature[part]
+        own_temperature = None if nll_temperature is None else nll_temperature[part]
+        each = (
+            logits,
+            teacher_logits,
+            labels[own],
+            kl_weight[part],
+            nll_weight[part],
+            own_temperature,
+        )
         if compiled:
             for x in each:
                 if x is not None:
@@ -393,7 +399,7 @@ def jsd_ce(
         raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
                          f"{len(student_hidden)} hidden states")
 
-    student = _operands_and_gradients(student_hidden, student_weight)
+    student = _student(student_hidden, student_weight)
     counted = (labels != IGNORE).nonzero()[:, 0]                                # [rows]
     teacher = None
     if teacher_hidden is not None:
@@ -403,7 +409,7 @@ def jsd_ce(
         shared_ids = (shared_ids, shared_ids)
 
     weight_of_row = 1 / _count(len(counted), denominator)
-    each = torch.full_like(counted, weight_of_row, dtype=_exact(student[0]))    # [rows]
+    each = torch.full_like(counted, weight_of_row, dtype=_exact(student.hidden))    # [rows]
     divergence, nll, _ = _head_pass(
         counted,
         student,
@@ -420,7 +426,11 @@ def jsd_ce(
     )
     top, ce = (each * divergence).sum(), (each * nll).sum()
     loss = _KnownGradient.apply(
-        jsd_weight * top + ce_weight * ce, student_hidden, student_weight, *student[2:]
+        jsd_weight * top + ce_weight * ce,
+        student_hidden,
+        student_weight,
+        student.d_hidden,
+        student.d_weight,
     )
     return loss, top, ce
 
@@ -453,10 +463,10 @@ def cord(
 
     chunk_tokens: how many tokens at a time; None: by memory. ValueError as losses.cord."""
     _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
-    student = _operands_and_gradients(student_hidden, student_weight)
+    student = _student(student_hidden, student_weight)
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
-    exact = _exact(student[0])
+    exact = _exact(student.hidden)
     advantage = advantage.to(exact)
     kl = torch.zeros_like(labels, dtype=exact)                                  # [tokens]
     log_q = torch.zeros_like(kl)
@@ -479,9 +489,9 @@ def cord(
             entropy=True,
         )
 
-    # L_seq of the tokens that carry nothing else. Without a teacher kl_weight is not looked at
+    # L_seq of the tokens that carry nothing else: the weight of their KL is 0
     rows = (~carries_kl).nonzero()[:, 0]
-    _, nll, _ = add(rows, None, advantage[rows], advantage[rows], temperature[rows])
+    _, nll, _ = add(rows, None, kl[rows], advantage[rows], temperature[rows])
     log_q[rows] = -nll
     loss = -(advantage[rows] * log_q[rows]).sum()
 
@@ -502,7 +512,9 @@ def cord(
         add(rows[top], teacher_hidden[top], extra, torch.zeros_like(extra), torch.ones_like(extra))
         loss = loss + (factor * position * kl[rows]).sum() + (advantage[rows] * nll).sum()
 
-    loss = _KnownGradient.apply(loss, student_hidden, student_weight, *student[2:])
+    loss = _KnownGradient.apply(
+        loss, student_hidden, student_weight, student.d_hidden, student.d_weight
+    )
     return loss, kl, log_q, entropy
 
 
@@ -532,8 +544,15 @@ def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
 HIDDEN = {"jsd": hidden_jsd}
 
 
-def _operands_and_gradients(hidden, weight):
-    """-> the student's operands, and zeros for the gradients of what learns."""
+class _Student(typing.NamedTuple):
+    hidden: torch.Tensor                # [tokens, hidden]
+    weight: torch.Tensor                # [vocab, hidden]
+    d_hidden: torch.Tensor | None       # their gradients, to be added to; None: it does not learn
+    d_weight: torch.Tensor | None
+
+
+def _student(hidden, weight):
+    """The student's operands, and zeros for the gradients of what learns."""
     learns = torch.is_grad_enabled()
     operand, operand_weight = _operands(hidden, weight)
     d_hidden = d_weight = None
@@ -541,7 +560,7 @@ def _operands_and_gradients(hidden, weight):
         d_hidden = operand.new_zeros(hidden.shape, dtype=_exact(operand))
     if learns and weight.requires_grad:
         d_weight = operand.new_zeros(weight.shape, dtype=_exact(operand))
-    return operand, operand_weight, d_hidden, d_weight
+    return _Student(operand, operand_weight, d_hidden, d_weight)
 
 
 def _exact(x):

@@ -13,9 +13,10 @@ Both papers need five things of a student, and every family of transformers puts
                 inside
 
 Nothing here is a list of families. What cannot be asked of the model's class is measured at start,
-on two clips of noise (check): does the audio reach the decoder, are there as many placeholders as
-audio vectors, is the head a matrix alone, which parameters get a gradient, can rollouts share a
-prompt? So a family that nobody thought of works, or is refused with a sentence that says why.
+on two clips of noise (plumbing/hearing.py): does the audio reach the decoder, are there as many
+placeholders as audio vectors, is the head a matrix alone, which parameters get a gradient, can
+rollouts share a prompt? So a family that nobody thought of works, or is refused with a sentence
+that says why.
 docs/families.md lists those of transformers.
 
     python models.py mini/student                          # check a model and print its parts
@@ -319,7 +320,8 @@ def frozen_copy(model, dtype):
 
 def choose_trained(student, train, used, *, frozen=(), lora=0):
     """What learns. train: "decoder" = decoder, head and projector; "all" = the audio tower too; of
-    these only `used` (check's answer) without `frozen`. lora: adapters of this rank instead.
+    these only `used` (hearing.check's answer) without `frozen`. lora: adapters of this rank
+    instead.
 
     The tower's position embeddings never learn, as in the original: they are sinusoids, and
     from_pretrained forgets that."""

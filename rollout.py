@@ -268,15 +268,14 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
         cache = transformers.DynamicCache(config=student.config.get_text_config())
         # past_key_values of transformers 5.17 will be named cache in 5.40
         takes = inspect.signature(student.forward).parameters
-        cache = {"cache" if "cache" in takes else "past_key_values": cache}
+        with_cache = {"cache" if "cache" in takes else "past_key_values": cache}
         before = {name: x[:, :-1] if name in places else x for name, x in inputs.items()}
-        models.hear(student, **before, **cache, use_cache=True)
-        for kept in cache.values():
-            kept.batch_repeat_interleave(n)             # A A A B B B, as the rollouts
+        models.hear(student, **before, **with_cache, use_cache=True)
+        cache.batch_repeat_interleave(n)                # A A A B B B, as the rollouts
 
         repeated = {name: inputs[name].repeat_interleave(n, 0) for name in places}
         output = student.generate(                      # [rollouts, prompt + new]
-            **repeated, **cache, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stop,
+            **repeated, **with_cache, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stop,
             pad_token_id=stop[0], logits_processor=[choose])
 
     for rollout, row in zip(rollouts, output[:, prompt_length:].tolist()):

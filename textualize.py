@@ -37,7 +37,7 @@ import data
 import judge
 import models
 import rollout
-from plumbing import hearing, ranks
+from plumbing import hearing, manifest, ranks
 from plumbing.check import about_clips
 from plumbing.files import append_jsonl, keep_lines, newest_checkpoint
 
@@ -148,8 +148,8 @@ def parse_flags(argv=None):
 
 
 def earlier(path, name):
-    """The records of an output that an earlier run by `name` left. Raises data.DataError for
-    descriptions by another model."""
+    """The records of an output that an earlier run by `name` left; a line that a kill cut off is
+    removed from it. Raises data.DataError for descriptions by another model."""
     records = keep_lines(path, lambda record: record["id"] and record["described_by"])
     for record in records:
         if record["described_by"] != name:
@@ -175,9 +175,10 @@ def main(argv=None):
         raise data.DataError(f"{out}: must be another file in the folder of {source}, because "
                              "audio paths are relative to it; change --out")
     examples = data.read_manifest(source, limit=args.limit)
-    lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
-    records = [json.loads(line.decode("utf-8-sig")) for line in lines]
-    records = {record["id"]: record for record in records}
+    records = {}                                        # id -> its line, as an object
+    for _, line in manifest.lines(source):
+        record = json.loads(line.decode("utf-8-sig"))
+        records[record["id"]] = record
 
     # 2.2 Who describes, how it is asked, and what is not described yet
     is_mini = Path(args.model).resolve() == models.MINI / "student"
@@ -235,7 +236,7 @@ def main(argv=None):
         for wrong, n in sorted(faults.items()):
             say(f"left out, {wrong}: {n} (see {failed}; delete it to try them again)")
         ids = {e.id for e in examples}
-        described = [e for e in data.read_manifest(out) if e.id in ids]
+        described = [record for record in earlier(out, name) if record["id"] in ids]
         say(f"{out}: {len(described):,} described clips; train with --data {out}")
     ranks.stop_distributed()
 

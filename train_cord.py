@@ -31,8 +31,7 @@ Where the paper is silent, and what we do:
 1. Teacher: a frozen copy from before training, as the paper's figure draws it. The current weights
    (--teacher current) were no worse at a low learning rate; at twice that both views fell together
    in two of three seeds (python -m lab.experiments cord-teacher).
-2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call;
-   --share-rollouts takes the KL on the group's.
+2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call.
 3. D_t and log q use the distribution that was sampled from: control tokens are banned in both
    views. log q is at the rollout's own temperature, D_t at 1.
 4. L_tok and L_seq: sums over a rollout's tokens, as written, and means over the rollouts of the
@@ -100,7 +99,6 @@ def parse_flags(argv=None):
     add("--group-size", 4, "N rollouts of a prompt that are rewarded (paper: 4; 0: no L_seq)")
     add("--temperature", 1.0, "of the rollout that carries L_tok (paper: 1.0)")
     add("--group-temperature", 1.5, "of the group's rollouts (paper: 1.5)")
-    add("--share-rollouts", False, "take the KL on the group's rollouts, and sample no other")
     add("--max-new-tokens", 200, "longest rollout and answer, in tokens (paper: 200)")
 
     # optimisation
@@ -129,8 +127,6 @@ def parse_flags(argv=None):
         parser.error("with --token-loss none and --group-size 0 nothing is learnt")
     if args.token_loss == "sft" and args.group_size:
         parser.error("--token-loss sft is a baseline of its own: add --group-size 0")
-    if args.share_rollouts and (args.token_loss != "reverse-kl" or not args.group_size):
-        parser.error("--share-rollouts needs --token-loss reverse-kl and a --group-size")
     if min(args.text_batch, args.show_every) < 1:
         parser.error("--text-batch and --show-every are at least 1")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
@@ -146,10 +142,9 @@ def parse_flags(argv=None):
 def rollout_kinds(args):
     """The rollouts that are drawn for every prompt of a step."""
     kinds = []
-    if args.token_loss == "reverse-kl" and not args.share_rollouts:
+    if args.token_loss == "reverse-kl":
         kinds.append(rollout.Kind(args.temperature, kl=True))
-    group = rollout.Kind(args.group_temperature, kl=args.share_rollouts, group=True)
-    return kinds + [group] * args.group_size
+    return kinds + [rollout.Kind(args.group_temperature, group=True)] * args.group_size
 
 
 def recite(prompts, references):
@@ -157,7 +152,7 @@ def recite(prompts, references):
     recited = []
     for row, example in enumerate(prompts.examples):
         reference = references[example.id]
-        answer = {"ids": reference["ids"], "ended": reference["ended"]}
+        answer = {name: reference[name] for name in ("ids", "text", "ended")}
         recited.append(rollout.Rollout(row, temperature=1.0, kl=True, group=False, **answer))
     return recited
 
@@ -415,10 +410,11 @@ def train(args, run):
         eval_files = eval_files or test_files
     examples, scored, seconds = run.read_data(train_file, eval_files, require=["transcript"])
 
-    # 5.2 The student, and who judges. On a GPU LoRA's base is bfloat16
-    dtype = torch.float32
-    if args.weights == "bfloat16" or (args.lora and run.device.type == "cuda"):
-        dtype = torch.bfloat16
+    # 5.2 The student, and who judges. Only what an optimizer updates needs float32
+    frozen_dtype = torch.float32
+    if run.device.type == "cuda" or args.weights == "bfloat16":
+        frozen_dtype = torch.bfloat16
+    dtype = frozen_dtype if args.lora else getattr(torch, args.weights)
     args.student = ranks.of_rank_zero(newest_checkpoint(args.student))
     student, processor = models.load_audio_model(args.student, dtype=dtype)
     tokenizer = processor.tokenizer
@@ -431,10 +427,7 @@ def train(args, run):
     banned = torch.tensor(rollout.banned_ids(student, tokenizer), device=run.device)
     cord = CordStep(student, banned, args)
     autocast = functools.partial(
-        torch.autocast,
-        run.device.type,
-        torch.bfloat16,
-        enabled=run.device.type == "cuda" or args.weights == "bfloat16",
+        torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16
     )
     encode = functools.partial(
         data.encode_prompts,
@@ -463,8 +456,6 @@ def train(args, run):
     )
 
     # 5.5 Before: what the student can do as it comes
-    answering = dict(max_new_tokens=args.max_new_tokens, seed=args.seed)
-
     def score(when, elsewhere=True):
         return run.evaluate(
             when,
@@ -475,7 +466,8 @@ def train(args, run):
                 scored,
                 elsewhere=elsewhere,
                 batch_size=args.eval_batch,
-                **answering,
+                max_new_tokens=args.max_new_tokens,
+                seed=args.seed,
             ),
         )
 
@@ -517,8 +509,7 @@ def train(args, run):
     reader = cord if own_weights else cord.teacher["decoder"]   # whose weights reading needs
     if checkpoint:
         checkpoints.load_model(checkpoint, student)
-    compute = dtype if run.device.type == "cpu" else torch.bfloat16
-    model = run.wrap(cord, student, compute=compute)
+    model = run.wrap(cord, student, compute=frozen_dtype)
     trainable = [p for p in cord.parameters() if p.requires_grad]
     groups = parameter_groups(cord, lr=args.lr, weight_decay=0.01)
     Optimizer = SplitAdamW if args.weights == "bfloat16" and not args.lora else torch.optim.AdamW

@@ -49,6 +49,7 @@ Where the paper is silent, and what we do:
 """
 import functools
 import math
+import re
 
 import torch
 import torch.nn as nn
@@ -107,7 +108,7 @@ def parse_flags(argv=None):
     add("--tower-lr", 5.0, "the audio tower's learning rate over --lr (1 for large models)")
     add("--lower-lr", 1.0, "the same for projector, embeddings and lower decoder; 0: frozen")
     add("--projection-lr", 1e-3, "peak learning rate of the W_i: 100 times the paper's 1e-5")
-    add("--epochs", 3, "passes over the data (paper: 3)")
+    add("--epochs", 3.0, "passes over the data (paper: 3)")
     add("--batch-size", 16, "examples per step, over all ranks")
     add("--micro-batch", 8, "examples per forward on one rank")
 
@@ -118,25 +119,23 @@ def parse_flags(argv=None):
 
     args = parser.parse_args(argv)
     check_run_flags(args, parser)
-    name, _, every = args.text_kd.partition(":")
-    if name not in ("none", "top", "skip", "layer") or (name == "skip") != every.isdigit() \
-            or every == "0":
+    if not re.fullmatch(r"none|top|layer|skip:[1-9]\d*", args.text_kd):
         parser.error(
             f"--text-kd {args.text_kd} is none of none, top, skip:K, layer; for the "
             "paper's 1-in-7 write skip:7"
         )
-    if name == "none" and not args.alpha_sft:
+    if args.text_kd == "none" and not args.alpha_sft:
         parser.error(
             "with --text-kd none and --alpha-sft 0 nothing teaches the response; leave one on"
         )
-    if name == "none" and args.corrupt_descriptions:
+    if args.text_kd == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
     if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
         parser.error(
             "--corrupt-descriptions is a share between 0 and 1; --lower-lr and --tower-lr "
             "are 0 or more"
         )
-    if args.layers and name in ("none", "top"):
+    if args.layers and args.text_kd in ("none", "top"):
         parser.error("--layers chooses among distilled layers: it needs --text-kd layer or skip:K")
     return args
 
@@ -356,7 +355,7 @@ def train(args, run):
         else:
             args.acoustic_teacher = ranks.of_rank_zero(newest_checkpoint(args.acoustic_teacher))
             snapshot = models.load_same_shape(args.acoustic_teacher, student, frozen_dtype)
-        models.cast(snapshot.to(run.device), frozen_dtype).requires_grad_(False)
+            snapshot.to(run.device).requires_grad_(False)
         snapshot.set_output_embeddings(nn.Identity())   # it is never asked for a word
         if args.shard:
             ranks.shard(snapshot, models.blocks(snapshot))
@@ -376,10 +375,8 @@ def train(args, run):
         run.say("vocabulary:", ", ".join(counts))
 
     # 3.5 What learns, and from which layer to which
-    lower = models.lower_half(student)
-    models.choose_trained(
-        student, args.train, used, frozen=lower if args.lower_lr == 0 else (), lora=args.lora
-    )
+    frozen = models.lower_half(student) if args.lower_lr == 0 else ()
+    models.choose_trained(student, args.train, used, frozen=frozen, lora=args.lora)
     pairs = []
     if layer_interval(args.text_kd):
         student_depth = len(models.decoder(student).layers)
@@ -460,8 +457,10 @@ def train(args, run):
     model = run.wrap(step_module, student, compute=frozen_dtype)
 
     trainable = [p for p in step_module.parameters() if p.requires_grad]
-    special = [(lower, args.lower_lr * args.lr, 0.01),              # parameters, lr, weight decay
-               (models.tower(student).parameters(), args.tower_lr * args.lr, 0.01)]
+    special = [                                             # parameters, lr, weight decay
+        (models.lower_half(student), args.lower_lr * args.lr, 0.01),
+        (models.tower(student).parameters(), args.tower_lr * args.lr, 0.01),
+    ]
     if pairs:
         special.append((step_module.projections.parameters(), args.projection_lr, 0.0))
     groups = parameter_groups(step_module, lr=args.lr, weight_decay=0.01, special=special)

@@ -24,7 +24,7 @@ def read(path):
     """An evaluation's JSON. Raises SystemExit for a file that holds none."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not (found.keys() & {"aqa", "ser", "text_accuracy"} and "decoding" in found):
+        if not (found.keys() & {"aqa", "ser", "text_accuracy"} and "keys" in found):
             raise ValueError("it holds no evaluation")
         return found
     except (OSError, ValueError, AttributeError) as error:
@@ -51,14 +51,17 @@ def namesake(others, name, path):
     return others.get(name) or others[EVERYTHING]
 
 
-def on_the_same_questions(table, other, name, path):
-    """table_of's dict of the other model, on the questions and by the kinds of this one's. Raises
-    SystemExit where it was not asked one of them, or in other words."""
-    missing = [i for i, key in table["keys"].items() if other["keys"].get(i) != key]
+def check_questions(results, other, name, path):
+    """Raises SystemExit where the other was not asked one of these questions, or in other words."""
+    missing = [i for i, key in results["keys"].items() if other["keys"].get(i) != key]
     if missing:
-        raise SystemExit(f"{path} lacks {len(missing):,} of the {len(table['keys']):,} questions "
+        raise SystemExit(f"{path} lacks {len(missing):,} of the {len(results['keys']):,} questions "
                          f"of {name}, or had them in other words ({missing[0]} is the first); ask "
                          "both models the same manifests")
+
+
+def on_the_same_questions(table, other):
+    """table_of's dict of the other model, on the questions and by the kinds of this one's."""
     correct = {}
     for view in evaluate.VIEWS:
         verdicts = evaluate.flat(other["correct"][view])
@@ -73,7 +76,8 @@ def compare_gaps(results, other, path):
     for name, table in sets_of(results).items():
         nows[name] = table
         before = namesake(sets_of(other), name, path)
-        befores[name] = on_the_same_questions(table, before, name, path)
+        check_questions(table, before, name, path)
+        befores[name] = on_the_same_questions(table, before)
     if len(nows) > 1:
         nows["all files"] = evaluate.together(nows)
         befores["all files"] = evaluate.together(befores)
@@ -84,7 +88,9 @@ def compare_scores(results, other, path):
     """Multiple choice and emotions of both, per manifest, as lines."""
     lines = []
     for name, part in sets_of(results).items():
-        found = evaluate.compare(part, namesake(sets_of(other), name, path))
+        before = namesake(sets_of(other), name, path)
+        check_questions(part, before, name, path)
+        found = evaluate.compare(part, before)
         lines += [f"-- {name}", *tables.difference_lines(found)]
     return lines
 

@@ -5,7 +5,7 @@ goes on as if nothing had happened, with any number of ranks.
     step-N/model*.safetensors, config.json, ...    the model in the hub's layout, with its card
     step-N/NAME.safetensors                        what lies beside it, such as the projections
     step-N/optimizer/*.safetensors                 each rank writes its part
-    step-N/checkpoint.json                         step and ranks
+    step-N/checkpoint.json                         step, ranks, and whether anything was updated yet
 
 Everything random is a function of (seed, step), so that no generator's state has to be saved. A
 checkpoint is written under a temporary name, flushed to the disk and renamed when it is complete.
@@ -32,7 +32,7 @@ OPTIMIZER_FILE = 5 * 10**9      # bytes, about, in one file of the optimizer's
 # 1. Writing. Every rank has to call these functions
 
 def save(folder, *, step, model, processor, beside, module, optimizer, card, keep):
-    """Write folder/step-N -> its path; of the others the `keep` newest stay.
+    """Write folder/step-N -> its path; the `keep` newest stay, this one included.
 
     beside: {file name: module}. module: holds every parameter that the optimizer knows.
     card(path): writes the model's card. Raises SystemExit where the disk is full; the checkpoints
@@ -76,7 +76,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
 
         # All is there: flush it, give it its name
         if on_rank_zero:
-            about = {"step": step, "ranks": ranks.world_size()}
+            about = {"step": step, "ranks": ranks.world_size(), "updated": bool(moments)}
             (partial / "checkpoint.json").write_text(json.dumps(about))
             for path in [*partial.rglob("*"), partial]:
                 flush(path)
@@ -232,14 +232,14 @@ def _was_dry(folder):
 # ---------------------------------------------------------------------------------------------
 # 3. Reading
 
-def load_model(path, model, beside=(), load=None):
+def load_model(path, model, beside=None, load=None):
     """Fill a model and what lies beside it, in place, before sharding.
 
     beside: {file name: module}, filled by load(module, file). Raises SystemExit where one does not
     fit."""
     with _fitting(path):
         saving.fill(model, path)
-        for name, module in dict(beside).items():
+        for name, module in (beside or {}).items():
             load(module, Path(path) / name)
 
 
@@ -267,7 +267,7 @@ def load_optimizer(path, module, optimizer):
             if moment != "step":
                 state[key] = torch.zeros_like(trainable[name], dtype=about.properties.dtype)
         missing = sorted(trainable.keys() - trained_there)
-        if missing and read_json(Path(path) / "checkpoint.json")["step"] > 0:
+        if missing and read_json(Path(path) / "checkpoint.json").get("updated", True):
             raise ValueError(f"{missing[0]} did not learn there")
         if state:
             with warnings.catch_warnings(action="ignore"):
@@ -291,4 +291,4 @@ def _fitting(path):
         if isinstance(_cause(error), SafetensorError):
             what = "holds a file that is truncated or damaged"
         raise SystemExit(f"{path} {what} ({_short(error)}); resume with the flags of its "
-                         "config.json, or from another checkpoint (--resume DIR)") from None
+                         "config.json, or move it away and go on from the one before") from None

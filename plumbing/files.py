@@ -71,13 +71,13 @@ def append_jsonl(path, record):
 
 
 def keep_lines(path, wanted):
-    """Cut a JSONL file of a run, or an empty one if there is none, down to the records that
-    wanted(record) is true of -> these records.
+    """Cut a JSONL file of a run, if there is one, down to the records that wanted(record) is true
+    of -> these records.
 
     A last line that a kill cut off goes too. Raises SystemExit for any other broken line."""
-    lines = []
-    if Path(path).exists():
-        lines = Path(path).read_bytes().splitlines()
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().splitlines()
     kept, records = "", []
     for number, line in enumerate(lines, 1):
         try:

@@ -99,18 +99,18 @@ def check_text(value, what, where):
                         f"{TEXT_LIMIT:,} for a text; shorten it or remove the line")
 
 
-def inside(name: str, folders: list[Path], where: str) -> Path:
-    """The path of an audio file that lies in one of the folders. Raises DataError."""
+def inside(name: str, folder: Path, where: str) -> Path:
+    """The path of an audio file that lies in the folder. Raises DataError."""
     # resolve() follows links first, so that neither "..", nor an absolute path, nor a link can
     # read a file from elsewhere
     try:
-        path = (folders[0] / name).resolve()
+        path = (folder / name).resolve()
     except (OSError, RuntimeError, ValueError) as error:        # RuntimeError: a circle of links
         raise DataError(f"{where}: the audio path {short(name)} cannot be used "
                         f"({short(str(error))}); correct it") from None
-    if not any(path.is_relative_to(folder) for folder in folders):
-        raise DataError(f"{where}: the audio path {short(name)} leaves the folder {folders[-1]}; "
-                        "move it there, or name its folder as root")
+    if not path.is_relative_to(folder):
+        raise DataError(f"{where}: the audio path {short(name)} leaves the folder {folder}; "
+                        "put the clip or the manifest elsewhere")
     return path
 
 

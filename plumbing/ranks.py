@@ -63,7 +63,7 @@ def wait_for_all():
 def rank_zero_first():
     """Rank 0 runs the block alone, then the others, who find what it downloaded or made."""
     if rank() > 0:
-        dist.barrier()
+        wait_for_all()
     yield
     if rank() == 0:
         wait_for_all()
@@ -157,7 +157,9 @@ def shard(module, blocks=(), compute=None):
     if frozen:
         module.register_forward_hook(forget_forward)
 
-    # The first module to run a forward is FSDP's root, and that must be this one: see `whole`
+    # Each rank generates as many tokens as it likes, while FSDP would gather weights at every
+    # forward, on all ranks together. So `whole` gathers them once, by a forward method of this
+    # module's own. (The first module to run a forward becomes FSDP's root, too.)
     module.with_all = functools.partial(_with_all, module, frozen)
     register_fsdp_forward_method(module, "with_all")
     return module

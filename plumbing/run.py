@@ -1,8 +1,8 @@
 """
 The run: what both training scripts need around their loops, and no paper is about.
 
-    with Run(args) as run:                          # ranks, device, signals
-        for step, batch in run.batches(examples, prepare):
+    with Run(args) as run:                          # ranks, device
+        for step, batch in run.batches(examples, prepare):      # from here on signals wait
             for part in run.accumulate(parts):
                 run.note(loss=loss)                 # summed over parts and ranks
             if run.finite(norm):                    # the same answer on every rank
@@ -71,7 +71,7 @@ def add_run_flags(add, *, out):
     add("--lora", 0, "learn adapters of this rank alone, by peft; 0: the weights themselves")
     add("--seed", 0, "of the order of the examples and of every draw")
     add("--out", out, "folder for log, checkpoints, samples, results and figure")
-    add("--max-steps", None, "stop here, whatever --epochs says", type=int)
+    add("--max-steps", None, "so many steps, whatever --epochs says", type=int)
     add("--eval-every", 0, "steps between evaluations; 0: before and after alone")
     add("--eval-batch", 64, "questions answered at once on one rank")
     add("--no-eval", False, "train only")
@@ -97,9 +97,11 @@ def check_run_flags(args, parser):
         args.save_every,
         args.keep,
     )
+    if args.max_steps is not None:
+        counts = (*counts, args.max_steps)
     if min(counts) < 1 or args.epochs <= 0:
         parser.error(
-            "batch sizes, --max-new-tokens, --save-every and --keep are at least 1, "
+            "batch sizes, --max-new-tokens, --max-steps, --save-every and --keep are at least 1, "
             "--epochs above 0"
         )
     if min(args.workers, args.lora, args.eval_every) < 0:
@@ -130,7 +132,9 @@ class Run:
     """One training run, on this rank.
 
     To be read: rank, world (the number of ranks), device, out (the run's folder, a Path), done and
-    steps (how many steps are done, and how many there will be). Every rank calls every method."""
+    steps (how many steps are done, and how many there will be); after `finite` also totals and
+    seconds, the step's sums over all ranks and its laps. To be set before the loop: model and
+    checkpoint_parts. Every rank calls every method."""
 
     def __init__(self, args):
         self.args = args
@@ -140,17 +144,29 @@ class Run:
             raise SystemExit("--shard shares the weights among ranks, and this is one process; "
                              "start it with torchrun --nproc_per_node N")
         self.out = Path(args.out)
-        self.done = 0
-        self.steps = 0
+        self.done = 0                       # steps
+        self.steps = 0                      # in all, as the schedule counts them
         self.model = None                   # the step module as DDP or FSDP runs it, see `wrap`
         self.checkpoint = None              # the newest one of this run
         self.checkpoint_parts = {}          # what checkpoints.save wants: model, optimizer, ...
-        self.feed = None                    # prepared examples, see `batches`
-        self.clock = self.started           # when the step began
-        self.handlers = {}                  # of SIGTERM and Ctrl-C, as they were before the loop
-        self.signals = []                   # when SIGTERM and Ctrl-C came
-        self.bad_steps = 0                  # in a row
         self.track = None                   # sends numbers to --track
+
+        # Of the loop, see `batches`
+        self.feed = None                    # prepared examples
+        self.first = self.last = 0          # its steps
+        self.begun = self.started           # when
+        self.handlers = {}                  # of SIGTERM and Ctrl-C, as they were before
+        self.signals = []                   # when SIGTERM and Ctrl-C came
+        self.asked_to_stop = False          # any rank, by one of them
+        self.bad_steps = 0                  # in a row
+
+        # Of the step
+        self.clock = self.started           # when it began
+        self.seconds = {}                   # of its laps
+        self.sums = {}                      # what was noted: {name: [values]}
+        self.weights = {}                   # what the means among them are divided by
+        self.totals = {}                    # the sums over all ranks
+        self.scalars = {}                   # what of them goes into the log
         torch.manual_seed(args.seed)
 
     def __enter__(self):
@@ -197,7 +213,7 @@ class Run:
 
         Both are read whole and every clip is decoded before anything trains. Raises
         data.DataError at the first fault."""
-        limit = 16 if self.args.dry_run and self.args.data else None
+        limit = 16 if self.args.dry_run and self.args.eval_data else None
         examples = data.read_manifest(train_file, require=require)
         scored = data.read_manifests(eval_files, limit=limit)
         seconds = check.check_clips(examples, self.args.max_seconds)
@@ -231,10 +247,10 @@ class Run:
     def evaluate(self, when, examples, work):
         """work() -> results, with all weights gathered; into when.json and samples-when.jsonl.
 
-        An evaluation of the same questions that this run made before it was killed is not made
-        again. -> the results without their samples."""
+        An evaluation of the same questions, decoded alike, that this run made before it was killed
+        is not made again. -> the results without their samples."""
         begun = time.time()
-        asked = data.fingerprint(examples)
+        asked = [data.fingerprint(examples), self.args.max_new_tokens, self.args.seed]
         known = None
         if self.done:
             known = read_json(self.out / f"{when}.json")
@@ -452,8 +468,7 @@ class Run:
         if self.bad_steps >= NOT_FINITE:
             self.stop(
                 f"the loss or its gradient was not finite in {self.bad_steps} steps in a row "
-                "(log.jsonl names their examples): look at these, lower --lr or --clip, and "
-                "go on from an earlier checkpoint (--resume DIR)"
+                "(log.jsonl names their examples): look at these, and lower --lr or --clip"
             )
         if self.done == self.last or self.done % self.args.save_every == 0 \
                 or self.evaluation_is_due():
@@ -538,7 +553,7 @@ def _facts():
             text=True,
         )
         commit = git.stdout.strip()
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         commit = ""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -26,15 +26,19 @@ def check(described, truth, teacher, tokenizer, *, batch_size):
     -> {"described", "true", "nothing": {task: per cent, ..., "average"}, "questions": n}.
 
     truth: the same examples with the true descriptions, or None: "true" is left out. Raises
-    data.DataError where no question has choices."""
+    data.DataError where no question has choices, or truth lacks one."""
     described = [e for e in described if e.choices]
     if not described:
         raise data.DataError("no described example has choices, so nothing can be checked; give "
                              "multiple choice questions")
     views = {"described": (described, "description"), "nothing": (described, None)}
     if truth is not None:
-        ids = {e.id for e in described}
-        views["true"] = ([e for e in truth if e.id in ids], "description")
+        by_id = {e.id: e for e in truth}
+        missing = [e.id for e in described if e.id not in by_id]
+        if missing:
+            raise data.DataError(f"--true lacks {len(missing):,} of the described examples, such "
+                                 f"as {missing[0]}; give the manifest that was described")
+        views["true"] = ([by_id[e.id] for e in described], "description")
 
     found = {"questions": len(described)}
     for name, (chosen, words) in views.items():
@@ -73,8 +77,9 @@ def main(argv=None):
     if args.data is None:
         import mini.world
         with ranks.rank_zero_first():
-            args.true = Path(mini.world.build("train"))
-        args.data = args.true.with_name(f"{args.true.stem}-described.jsonl")
+            source = Path(mini.world.build("train"))
+        args.data = source.with_name(f"{source.stem}-described.jsonl")
+        args.true = args.true or source
     described = data.read_manifest(args.data, require=["description"])
     examples = None
     if args.true:

@@ -714,7 +714,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(world, one_process, tmp_path):
         ),
         (["--token-loss", "none"], {"reward", "signal"}, {"kl"}),
         (["--alpha", "1", "--beta", "1"], {"kl", "reward"}, set()),
-        (["--share-rollouts", "--teacher", "current", "--train", "all"], {"kl", "reward"}, set()),
+        (["--teacher", "current", "--train", "all"], {"kl", "reward"}, set()),
     ],
 )
 def test_every_row_trains(world, tmp_path, row, terms, absent):
@@ -762,7 +762,6 @@ def test_dry_run_of_everything(tmp_path):
             for flags in (
                 ["--token-loss", "forward-kl", "--group-size", "0"],
                 ["--token-loss", "sft", "--group-size", "0"],
-                ["--share-rollouts"],
             )
         ),
     ],
@@ -874,8 +873,6 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path):
         (["--group-size", "1"], "at least 2"),
         (["--token-loss", "none", "--group-size", "0"], "nothing is learnt"),
         (["--temperature", "0"], "above 0"),
-        (["--share-rollouts", "--group-size", "0"], "--share-rollouts"),
-        (["--share-rollouts", "--token-loss", "forward-kl"], "--share-rollouts"),
         (["--token-loss", "sft"], "--group-size 0"),
         (["--top-share", "2"], "between 0 and 1"),
         (["--micro-batch", "0"], "at least 1"),
