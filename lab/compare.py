@@ -51,9 +51,13 @@ def namesake(others, name, path):
     return others.get(name) or others[EVERYTHING]
 
 
-def check_questions(results, other, name, path):
-    """Raises SystemExit where the other was not asked one of these questions, or in other words."""
-    missing = [i for i, key in results["keys"].items() if other["keys"].get(i) != key]
+def check_questions(results, other, name, path, *, all_of_them):
+    """Raises SystemExit where the other was asked one of these questions in other words or, of a
+    gap, which is about all_of_them, not at all."""
+    missing = []
+    for i, key in results["keys"].items():
+        if other["keys"].get(i, None if all_of_them else key) != key:
+            missing.append(i)
     if missing:
         raise SystemExit(f"{path} lacks {len(missing):,} of the {len(results['keys']):,} questions "
                          f"of {name}, or had them in other words ({missing[0]} is the first); ask "
@@ -76,7 +80,7 @@ def compare_gaps(results, other, path):
     for name, table in sets_of(results).items():
         nows[name] = table
         before = namesake(sets_of(other), name, path)
-        check_questions(table, before, name, path)
+        check_questions(table, before, name, path, all_of_them=True)
         befores[name] = on_the_same_questions(table, before)
     if len(nows) > 1:
         nows["all files"] = evaluate.together(nows)
@@ -89,7 +93,7 @@ def compare_scores(results, other, path):
     lines = []
     for name, part in sets_of(results).items():
         before = namesake(sets_of(other), name, path)
-        check_questions(part, before, name, path)
+        check_questions(part, before, name, path, all_of_them=False)
         found = evaluate.compare(part, before)
         lines += [f"-- {name}", *tables.difference_lines(found)]
     return lines

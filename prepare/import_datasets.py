@@ -773,7 +773,7 @@ def import_row(row, where, split, number, args, folder, root, ids):
     line = {key: value for key, value in line.items() if value is not None}
     try:
         # what read_manifest would say; a line without audio is judged as if it had been spoken
-        data.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), where, [folder])
+        data.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), where, folder)
     except TypeError as error:
         raise DataError(f"{where}: a column holds what is no text ({error})") from None
     return line, path, content

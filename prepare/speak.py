@@ -284,7 +284,7 @@ def read_lines(path, limit):
                     {**record, "audio": "clip.flac"} if isinstance(record, dict) else record
                 )
                 example = data.parse_line(
-                    json.dumps(with_audio).encode(), where, [path.parent.resolve()]
+                    json.dumps(with_audio).encode(), where, path.parent.resolve()
                 )
                 if not (example.transcript or "").strip():
                     raise data.DataError(

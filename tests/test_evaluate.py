@@ -864,11 +864,17 @@ def test_compare_pairs_each_file_with_its_namesake(monkeypatch, tmp_path, capsys
         compare.main([results["a"], results["c"]])
 
     asked = {"decoding": {"max_new_tokens": 9}, "aqa": {"correct": {"sound": {"q0": False}}}}
+    asked["keys"] = {"q0": json.loads(Path(results["c"]).read_text())["keys"]["q0"]}
     (tmp_path / "after.json").write_text(json.dumps(asked))
     compare.main([results["c"], str(tmp_path / "after.json")])
     printed = capsys.readouterr().out
     assert "after.json was decoded with max_new_tokens 9, not 2048, temp" in printed
     assert "+100.00 points" in printed and "1 pairs" in printed
+
+    asked["keys"]["q0"] = "another question"
+    (tmp_path / "after.json").write_text(json.dumps(asked))
+    with pytest.raises(SystemExit, match="questions of noise, or had them in other words .q0 is"):
+        compare.main([results["c"], str(tmp_path / "after.json")])
 
     nothing = evaluate.compare({"aqa": {"correct": {"sound": {"other": True}}}}, asked)
     assert tables.difference_lines(nothing) == ["the two have no example in common"]

@@ -105,7 +105,8 @@ def test_two_processes_equal_one(script, worlds, tmp_path):
 SHARDED = [
     ("source_layer", []),
     ("source_layer", ["--checkpoint-activations", "--train", "decoder", "--text-kd", "skip:3"]),
-    ("source_layer", ["--lora", "4"]),
+    ("source_layer", ["--lower-lr", "0.1", "--tower-lr", "3"]),
+    ("source_layer", ["--lora", "4", "--lower-lr", "0.1"]),
     ("source_layer", ["--text-kd", "none", "--no-acoustic-kd"]),
     ("cord", []),
     ("cord", ["--checkpoint-activations", "--train", "all"]),
@@ -305,6 +306,18 @@ def test_five_in_a_row_stop_the_run_with_a_checkpoint(
     said = capsys.readouterr().out
     assert "not finite in 5 steps in a row" in said and "lower --lr" in said
     assert "step-0000006" in said
+
+
+def test_a_run_whose_steps_were_all_left_out_goes_on(worlds, tmp_path, monkeypatch):
+    """Its optimizer has no state yet, which is no fault of the checkpoint's."""
+    world = worlds["source_layer"]
+    with monkeypatch.context() as context:
+        spoil(context, "source_layer", set(range(1, 20)), math.inf)
+        with pytest.raises(SystemExit):
+            train_source_layer.main(flags("source_layer", world, tmp_path, "--max-steps", 20))
+    more = ["--max-steps", 6, "--resume", "auto"]
+    train_source_layer.main(flags("source_layer", world, tmp_path, *more))
+    assert "loss" in log_of(tmp_path)[-1] and len(log_of(tmp_path)) == 6
 
 
 def test_out_of_memory_has_a_hint(worlds, tmp_path, monkeypatch, capsys):
