@@ -285,7 +285,7 @@ def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
     return ids, inputs
 
 
-def _audio_prompts(examples, processor, max_seconds) -> tuple[list[list[int]], dict]:
+def _audio_prompts(examples, processor, max_seconds=None) -> tuple[list[list[int]], dict]:
     texts, waves = [], []
     for example in examples:
         wave = load_audio(
@@ -526,14 +526,14 @@ def pad_left(prompts, tokenizer) -> dict[str, torch.Tensor]:
 
 
 def prompt_batch(
-    examples, processor, *, view="audio", tokenizer=None, words=None, max_seconds=None
+    examples, processor, *, view="audio", tokenizer=None, words=None
 ) -> dict[str, torch.Tensor]:
     """Inputs for model.generate: prompts only, left padded.
 
     view "text": tokenizer (default: the student's) and the field of `words`; without words the
     question alone."""
     if view == "audio":
-        prompts, features = _audio_prompts(examples, processor, max_seconds)
+        prompts, features = _audio_prompts(examples, processor)
         return {**pad_left(prompts, processor.tokenizer), **features}
     tokenizer = tokenizer or processor.tokenizer
     return pad_left(_text_prompts(examples, processor, tokenizer, words), tokenizer)

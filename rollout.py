@@ -149,8 +149,7 @@ def generate(
     return [said[i] for i in range(len(examples))]
 
 
-def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64,
-                 progress=True):
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64):
     """The text view's greedy answers -> {id: {"text", "ids", "ended"}}. What a file at `path` holds
     of the same model and prompts is not asked again.
 
@@ -171,7 +170,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     # Ask the rest
     todo = [e for e in examples if e.id not in answers]
     chunk = 4 * batch_size * ranks.world_size()
-    quiet = not progress or not todo or ranks.rank() > 0
+    quiet = not todo or ranks.rank() > 0
     begun = time.time()
     for start in tqdm(range(0, len(todo), chunk), "the text view's answers", disable=quiet):
         rows = todo[start:start + chunk]

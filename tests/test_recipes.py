@@ -15,7 +15,7 @@ import evaluate
 import textualize
 import train_cord
 import train_source_layer
-from lab import shapes
+from lab import compare, shapes
 from mini.world import MINI
 from prepare import import_datasets, speak
 
@@ -23,6 +23,7 @@ RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 SCRIPTS = {
     module.__name__.rpartition(".")[2]: module.main
     for module in (
+        compare,
         evaluate,
         import_datasets,
         shapes,
@@ -186,6 +187,7 @@ def test_paper_b(downloads):
         "import_datasets",
         "train_cord",
         "evaluate",
+        "compare",
     ]
     table = json.loads((downloads / "runs/b-table/results.json").read_text())
     assert np.isfinite(table["audio_accuracy"]) and {"obqa", "gsm8k-spoken"} == set(table["splits"])

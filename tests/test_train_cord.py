@@ -216,7 +216,7 @@ def test_nothing_deprecated_is_called(student, prompts):
 def test_text_answers_are_cached_by_model_and_prompt(student, world, tmp_path, monkeypatch):
     model, processor = copy.deepcopy(student[0]), student[1]
     examples, path = data.read_manifest(world)[:3], tmp_path / "references.jsonl"
-    how = dict(max_new_tokens=8, batch_size=2, progress=False)
+    how = dict(max_new_tokens=8, batch_size=2)
     first = rollout.text_answers(model, processor, examples[:2], path, **how)
     path.write_text(path.read_text() + '{"id": "cut off')  # a kill in the middle of a line
     calls, real = [], rollout.generate
