@@ -12,7 +12,7 @@ forgotten. backward only multiplies what is known by what comes from above.
 
 Read section 1, then 2. On a GPU a chunk's logits, 1 GB of them, fit into no cache, and one compiled
 kernel reads them three times and writes the gradient once (section 3). A CPU may have no compiler:
-there about fifteen operations work on blocks of rows that stay in its cache (section 7).
+there the same lines run as they stand, on blocks of rows that stay in its cache.
 
 Needs nothing but torch (2.11 or newer, which on a GPU sums products of bfloat16 matrices in
 float32), and can be copied by itself.
@@ -75,29 +75,38 @@ def the_idea(student_hidden, student_weight, teacher_hidden, teacher_weight, chu
 # (1 - beta) KL(q || m) gives (1 - beta) (log(q/m) + 1 - (1 - beta) q/m). All but the logarithm adds
 # up to (1 - beta) (1 - m/m) = 0.) Then dh = dD/dz W / tau and dW = (dD/dz)^T h / tau.
 
-def _divergence(log_q, log_p, beta):
-    """losses.token_divergence and its gradient: [n, vocab] twice -> D [n], dD/dz [n, vocab]."""
-    q, p = log_q.exp(), log_p.exp()
+def _divergence(log_q, q, log_p, beta, kl_weight, nll_weight):
+    """losses.token_divergence and, ready to use, a gradient: q and both logarithms [n, vocab],
+    weights [n, 1] -> D [n], kl_weight dD/dz + nll_weight q [n, vocab]."""
+    p = log_p.exp()
     if beta == 0:
-        return (p * (log_p - log_q)).sum(-1), q - p
+        divergence = (p * (log_p - log_q)).sum(-1)
+        return divergence, q * (kl_weight + nll_weight) - p * kl_weight
     if beta == 1:
-        divergence = (q * (log_q - log_p)).sum(-1)
-        return divergence, q * (log_q - log_p - divergence[:, None])
-    # Where p and q both underflow, m = 0. Any finite logarithm will do: p and q are 0 there
-    tiny = torch.finfo(q.dtype).tiny
-    log_m = torch.lerp(q, p, beta).clamp(min=tiny).log()
-    kl_p = (p * (log_p - log_m)).sum(-1)                                        # KL(p || m)
-    kl_q = (q * (log_q - log_m)).sum(-1)                                        # KL(q || m)
-    divergence = beta * kl_p + (1 - beta) * kl_q
-    return divergence, (1 - beta) * q * (log_q - log_m - kl_q[:, None])
+        log_ratio = log_q - log_p
+        divergence = kl_q = (q * log_ratio).sum(-1)                             # KL(q || p)
+    else:
+        # Where p and q both underflow, m = 0. Any finite logarithm will do: p and q are 0 there
+        tiny = torch.finfo(q.dtype).tiny
+        log_m = torch.lerp(q, p, beta).clamp_(min=tiny).log_()
+        log_ratio = log_q - log_m
+        kl_p = (p * (log_p - log_m)).sum(-1)                                    # KL(p || m)
+        kl_q = (q * log_ratio).sum(-1)                                          # KL(q || m)
+        divergence = beta * kl_p + (1 - beta) * kl_q
+        kl_weight = (1 - beta) * kl_weight
+    # kl_weight q (log(q/m) - KL(q || m)) + nll_weight q, in the memory of the logarithm
+    factor = nll_weight - kl_weight * kl_q[:, None]                             # [n, 1]
+    return divergence, log_ratio.mul_(kl_weight).add_(factor).mul_(q)
 
 
 # -------------------------------------------------------------------------------------------------
-# 3. A chunk on a GPU: what lies between the products, as a compiler wants it
+# 3. A chunk: what lies between the products
 #
 # Each entry of the gradient depends on the two logits at its place and on a few sums over its row.
-# So the kernel reads both matrices three times (normalisers, sums, gradient), writes the gradient,
-# and stores nothing else of that size. tests/gpu/kernels_for_h100.py counts it in the code.
+# So a GPU's kernel reads both matrices three times (normalisers, sums, gradient), writes the
+# gradient, and stores nothing else of that size. tests/gpu/kernels_for_h100.py counts it in the
+# code. On a CPU each line is an operation of its own, and a block of rows stays in the cache from
+# one to the next.
 
 def _chunk(
     student,
@@ -126,30 +135,45 @@ def _chunk(
     kl_weight = kl_weight[:, None]
     nll_weight = nll_weight[:, None]
 
-    # -log q(label), and its gradient: nll_weight (q - 1[i = y]) / nll_temperature
+    # -log q(label); its gradient is nll_weight (q - 1[i = y]) / nll_temperature
     logits = student
     if nll_temperature is not None:
         logits = student / nll_temperature[:, None]
         nll_weight = nll_weight / nll_temperature[:, None]
     log_q = torch.log_softmax(logits, -1)
+    q = log_q.exp()
     nll = -log_q.gather(1, labels)[:, 0]
-    none = torch.zeros_like(nll)
-    # A comparison, not scatter_add: for that the compiler would first store the whole gradient
-    at_label = torch.arange(student.shape[1], device=student.device) == labels
-    gradient = log_q.exp() * nll_weight - torch.where(at_label, nll_weight, 0.0)
-    if teacher is None:
-        return none, nll, none, gradient.to(dtype)
+    divergence = spread = torch.zeros_like(nll)
 
-    # D, over the shared tokens at its own temperature
-    if shared is not None:
-        student = torch.where(shared >= 0, student, FLOOR)
-        teacher = torch.where(shared >= 0, teacher[:, shared.clamp(min=0)], FLOOR)
-    if temperature != 1:
-        student, teacher = student / temperature, teacher / temperature
-    log_q = torch.log_softmax(student, -1)
-    divergence, d_divergence = _divergence(log_q, torch.log_softmax(teacher, -1), beta)
-    spread = -(log_q.exp() * log_q).sum(-1) if entropy else none
-    gradient = gradient + kl_weight / temperature * d_divergence
+    # D: of the same softmax, or over the shared tokens, or at another temperature
+    if teacher is None:
+        gradient = q * nll_weight
+    elif shared is None and nll_temperature is None and temperature == 1:
+        log_p = torch.log_softmax(teacher, -1)
+        divergence, gradient = _divergence(log_q, q, log_p, beta, kl_weight, nll_weight)
+    else:
+        gradient = q * nll_weight
+        if shared is not None:
+            student = torch.where(shared >= 0, student, FLOOR)
+            teacher = torch.where(shared >= 0, teacher[:, shared.clamp(min=0)], FLOOR)
+        if temperature != 1:
+            student, teacher = student / temperature, teacher / temperature
+        log_q = torch.log_softmax(student, -1)
+        q = log_q.exp()
+        log_p = torch.log_softmax(teacher, -1)
+        kl_weight = kl_weight / temperature
+        none = torch.zeros_like(kl_weight)
+        divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, none)
+        gradient = gradient + d_logits
+    if entropy and teacher is not None:
+        spread = -(q * log_q).sum(-1)
+
+    # The label's own entry. A compiler would first store the whole gradient for scatter_add
+    if _compiles(student.device):
+        at_label = torch.arange(student.shape[1], device=student.device) == labels
+        gradient = gradient - torch.where(at_label, nll_weight, 0.0)
+    else:
+        gradient.scatter_add_(1, labels, -nll_weight)
     return divergence, nll, spread, gradient.to(dtype)
 
 
@@ -158,10 +182,41 @@ def _states_chunk(student, teacher, mean, std, weight, dtype):
     student, teacher = _wide(student), _wide(teacher)
     if mean is not None:
         student, teacher = (student - mean) / std, (teacher - mean) / std
-    log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
-    divergence, gradient = _divergence(log_q, log_p, 0.5)
-    d_states = gradient * (weight if std is None else weight / std)
+    log_q = torch.log_softmax(student, -1)
+    log_p = torch.log_softmax(teacher, -1)
+    divergence, d_states = _divergence(
+        log_q, log_q.exp(), log_p, 0.5, weight, torch.zeros_like(weight)
+    )
+    if std is not None:
+        d_states.div_(std)
     return weight * divergence.sum(), d_states.to(dtype)
+
+
+def _blocks(rows, width):
+    """Slices of rows: 1 MB of float32 each, which stays in a CPU's cache, and at least two rows a
+    thread."""
+    size = max(2 ** 18 // width, 2 * torch.get_num_threads())
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _chunk_by_blocks(student, *each, **how):
+    """_chunk for a CPU. The gradient takes the place of the student's logits."""
+    found = []
+    for rows in _blocks(*student.shape):
+        some = [None if x is None else x[rows] for x in each]
+        *values, student[rows] = _chunk(student[rows], *some, **how)
+        found.append(values)
+    return *(torch.cat(parts) for parts in zip(*found)), student
+
+
+def _states_by_blocks(student, teacher, mean, std, weight, dtype):
+    """_states_chunk for a CPU."""
+    loss = torch.zeros_like(weight)
+    gradient = torch.empty(student.shape, dtype=dtype)
+    for rows in _blocks(*student.shape):
+        part, gradient[rows] = _states_chunk(student[rows], teacher[rows], mean, std, weight, dtype)
+        loss += part
+    return loss, gradient
 
 
 def _compiles(device):
@@ -211,12 +266,15 @@ def _operands(hidden, weight):
     return hidden, weight
 
 
-def _logits(hidden, weight, buffers, name):
-    """hidden @ weight.T [n, vocab], in float32 or wider."""
+def _logits(hidden, weight, places, name):
+    """hidden @ weight.T [n, vocab], in float32 or wider. places: {name: memory of the first chunk,
+    which is the largest}, used again, because fresh memory costs a CPU about as much."""
     # A GPU: a tensor core sums in float32 anyway, and here it is not rounded behind that
     if hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    out = buffers(name, len(hidden), len(weight))
+    if name not in places:
+        places[name] = hidden.new_empty(len(hidden), len(weight))
+    out = places[name][:len(hidden)]
     if hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out=out)
     # A CPU, and a 16-bit weight
@@ -297,17 +355,17 @@ def _head_pass(
     hidden, weight, d_hidden, d_weight = student
     device, vocab = hidden.device, len(weight)
     compiled, size = _compiles(device), _rows_per_chunk(chunk_tokens, vocab, device)
-    buffers = _Buffers(nll_weight)
-    if compiled and shared is not None:     # [vocab], as _chunk wants it
+    places = {}
+    if shared is not None:     # [vocab], as _chunk wants it
         shared = torch.full((vocab,), -1, device=device).index_copy_(0, *shared)
 
     def through_heads(part):
         own = rows[part]
         own_hidden = hidden[own]
-        logits = _logits(own_hidden, weight, buffers, "student")                # [n, vocab]
+        logits = _logits(own_hidden, weight, places, "student")                 # [n, vocab]
         teacher_logits = None
         if teacher is not None:
-            teacher_logits = _logits(teacher[0][part], teacher[1], buffers, "teacher")
+            teacher_logits = _logits(teacher[0][part], teacher[1], places, "teacher")
         if banned is not None:
             logits.index_fill_(1, banned, FLOOR)
             if teacher is not None:
@@ -326,10 +384,8 @@ def _head_pass(
             for x in each:
                 if x is not None:
                     _any_rows(x)            # the last chunk is shorter; vocab stays a constant
-            chunk = _compiled(_chunk)
-            *values, d_logits = chunk(*each, shared=shared, dtype=hidden.dtype, **how)
-        else:
-            *values, d_logits = _block_by_block(*each, shared=shared, buffers=buffers, **how)
+        chunk = _compiled(_chunk) if compiled else _chunk_by_blocks
+        *values, d_logits = chunk(*each, shared=shared, dtype=hidden.dtype, **how)
 
         if d_hidden is not None:
             d_hidden.index_add_(0, own, _back(d_logits, weight))
@@ -531,7 +587,8 @@ def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
     weight_of_row = 1 / _count(len(student), denominator)
     weight_of_row = _wide(student.new_zeros(())).fill_(weight_of_row)   # not rounded to 16 bits
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        states, chunk = (student.detach(), teacher.detach()), _states_in_place
+        states = student.detach(), teacher.detach()
+        chunk = _states_by_blocks
         if _compiles(student.device):
             chunk = _compiled(_states_chunk)
             for x in states:
@@ -611,163 +668,3 @@ def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
-
-
-# -------------------------------------------------------------------------------------------------
-# 7. A chunk on a CPU: the same, each operation in memory that the cache holds already
-#
-# A fresh matrix per operation costs a CPU as much as the operation, in page faults. So all blocks
-# share a few buffers, and what is used up is written over. A name with _ at its end changes its
-# arguments, as in torch.
-
-class _Buffers:
-    """buffers(name, rows, width): a view of memory that is asked for once and used again."""
-
-    def __init__(self, like):
-        self.like = like
-        self.flat = {}
-
-    def __call__(self, name, rows, width):
-        if name not in self.flat or self.flat[name].numel() < rows * width:
-            self.flat[name] = self.like.new_empty(rows * width)
-        return self.flat[name][:rows * width].view(rows, width)
-
-
-def _rows_per_block(width):
-    """1 MB a matrix, which stays in a CPU's cache, and at least two rows a thread."""
-    return max(2 ** 18 // width, 2 * torch.get_num_threads())
-
-
-def _block_by_block(student, teacher, *each, buffers, **how):
-    """_chunk for a CPU: arguments and values as there, but for shared, which is a pair of ids."""
-    block = _rows_per_block(student.shape[1])
-    if len(student) <= block:
-        return _chunk_in_place(student, teacher, *each, buffers=buffers, **how)
-    found = []
-    for start in range(0, len(student), block):
-        rows = slice(start, start + block)
-        some = [None if x is None else x[rows] for x in (teacher, *each)]
-        *values, gradient = _chunk_in_place(student[rows], *some, buffers=buffers, **how)
-        if gradient.data_ptr() != student[rows].data_ptr():
-            student[rows].copy_(gradient)       # where the logits were
-        found.append(values)
-    return *(torch.cat(parts) for parts in zip(*found)), student
-
-
-def _chunk_in_place(
-    student,
-    teacher,
-    labels,
-    kl_weight,
-    nll_weight,
-    nll_temperature,
-    *,
-    beta,
-    temperature,
-    shared,
-    entropy,
-    buffers,
-):
-    """As _chunk. Both logits are used up; the gradient may stand in their place."""
-    labels = labels[:, None]
-    kl_weight = kl_weight[:, None]
-    nll_weight = nll_weight[:, None]
-    plain = nll_temperature is None and shared is None and temperature == 1
-    together = plain and teacher is not None            # D and -log q are of one softmax
-
-    if not together:
-        row_temperature = 1.0 if nll_temperature is None else nll_temperature[:, None]
-        place = student if teacher is None else buffers("gradient", *student.shape)
-        logits = torch.div(student, row_temperature, out=place)
-        log_q, q = _softmaxes_(logits, buffers, "log_q of the label")
-        nll = -log_q.gather(1, labels)[:, 0]
-        # nll_weight (q - 1[i = y]) / row_temperature
-        scaled = nll_weight / row_temperature
-        gradient = q.mul_(scaled).scatter_add_(1, labels, -scaled)
-        if teacher is None:
-            return torch.zeros_like(nll), nll, torch.zeros_like(nll), gradient
-        if shared is not None:                                                  # [n, shared]
-            place = buffers("shared student", len(student), len(shared[0]))
-            student = torch.index_select(student, 1, shared[0], out=place)
-            place = buffers("shared teacher", len(teacher), len(shared[1]))
-            teacher = torch.index_select(teacher, 1, shared[1], out=place)
-        if temperature != 1:
-            student, teacher = student.div_(temperature), teacher.div_(temperature)
-
-    log_q, q = _softmaxes_(student, buffers, "log_q")
-    log_p, p = _softmaxes_(teacher, buffers, "log_p")
-    scratch = buffers("scratch", *q.shape)
-    spread = torch.zeros_like(kl_weight[:, 0])
-    if entropy:
-        spread = -torch.mul(q, log_q, out=scratch).sum(-1)
-    if together:
-        nll = -log_q.gather(1, labels)[:, 0]
-    beside = nll_weight if together else torch.zeros_like(nll_weight)
-    divergence, d_logits = _divergence_(
-        log_q, log_p, q, p, kl_weight / temperature, beside, beta, scratch
-    )
-    if together:
-        gradient = d_logits.scatter_add_(1, labels, -nll_weight)
-    elif shared is None:
-        gradient = gradient.add_(d_logits)
-    else:
-        gradient = gradient.index_add_(1, shared[0], d_logits)
-    return divergence, nll, spread, gradient
-
-
-def _softmaxes_(logits, buffers, name):
-    """[n, vocab], used up -> log-softmax and softmax. Two fused kernels; the second writes where
-    the logits were."""
-    log_p = torch.log_softmax(logits, -1, out=buffers(name, *logits.shape))
-    return log_p, torch.softmax(log_p, -1, out=logits)
-
-
-def _divergence_(log_q, log_p, q, p, kl_weight, nll_weight, beta, scratch):
-    """As _divergence. Four [n, vocab] that are used up, the weights [n, 1]
-    -> D [n], kl_weight dD/dz + nll_weight q [n, vocab], in the place of q."""
-    def expect(p, x):
-        return torch.mul(p, x, out=scratch).sum(-1)                             # [n]
-
-    if beta == 0:
-        divergence = expect(p, log_p.sub_(log_q))
-        return divergence, q.mul_(kl_weight + nll_weight).sub_(p.mul_(kl_weight))
-    if beta == 1:
-        log_ratio = log_q.sub_(log_p)
-        divergence = kl_q = expect(q, log_ratio)
-    else:
-        # m underflows as in _divergence
-        m = torch.lerp(q, p, beta, out=scratch)
-        log_m = m.clamp_(min=torch.finfo(q.dtype).tiny).log_()
-        log_ratio, log_p = log_q.sub_(log_m), log_p.sub_(log_m)
-        kl_weight = (1 - beta) * kl_weight
-        kl_q = expect(q, log_ratio)                                             # KL(q || m)
-        divergence = beta * expect(p, log_p) + (1 - beta) * kl_q
-    # q (kl_weight (log(q/m) - KL(q || m)) + nll_weight)
-    log_ratio = log_ratio.mul_(kl_weight).add_(nll_weight - kl_weight * kl_q[:, None])
-    return divergence, q.mul_(log_ratio)
-
-
-def _states_in_place(student, teacher, mean, std, weight, dtype):
-    """_states_chunk for a CPU: block by block."""
-    rows, width = student.shape
-    gradient = torch.empty(rows, width, dtype=dtype)
-    buffers = _Buffers(weight)
-    loss = torch.zeros_like(weight)
-    none = weight.new_zeros((1, 1))
-    block = _rows_per_block(width)
-    for start in range(0, rows, block):
-        some = slice(start, start + block)
-        if mean is None:
-            s = _wide(student[some]).clone()                                    # [n, features]
-            t = _wide(teacher[some]).clone()
-        else:
-            s = (_wide(student[some]) - mean).div_(std)
-            t = (_wide(teacher[some]) - mean).div_(std)
-        log_q, q = _softmaxes_(s, buffers, "log_q")
-        log_p, p = _softmaxes_(t, buffers, "log_p")
-        divergence, d_states = _divergence_(
-            log_q, log_p, q, p, weight.view(1, 1), none, 0.5, buffers("scratch", *s.shape)
-        )
-        loss += weight * divergence.sum()
-        gradient[some] = d_states if std is None else d_states.div_(std)
-    return loss, gradient

@@ -27,10 +27,10 @@ KINDS = ["random", "close", "identical", "one-hot", "disjoint", "huge"]
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module", autouse=True, params=["in place", "as for a compiler"])
+@pytest.fixture(scope="module", autouse=True, params=["by blocks", "as for a compiler"])
 def way(request):
     """Everything here twice: as a CPU goes through a chunk, and as a GPU does, there compiled."""
-    if request.param == "in place":
+    if request.param == "by blocks":
         yield request.param
     else:
         with mock.patch.multiple(fused, _compiles=lambda device: True, _compiled=lambda work: work):
@@ -736,7 +736,7 @@ def test_chunks_by_free_memory(monkeypatch):
 @pytest.mark.parametrize("case", ["jsd", "shared", "cord", "group"])
 def test_compiled_it_says_the_same(case, way):
     """On a GPU the chunk is compiled; here by the CPU's compiler, from the same lines."""
-    if way != "in place":
+    if way != "by blocks":
         pytest.skip("compiles nothing")
     torch.manual_seed(0)
     z, t, labels, a, c, heat = (
@@ -771,7 +771,7 @@ def test_compiled_it_says_the_same(case, way):
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
 )
 def test_states_compiled_say_the_same_for_any_number_of_rows(way, monkeypatch):
-    if way != "in place":
+    if way != "by blocks":
         pytest.skip("compiles nothing")
     monkeypatch.setattr(fused, "_compiles", lambda device: True)
     torch._dynamo.reset()
@@ -796,10 +796,10 @@ def test_states_compiled_say_the_same_for_any_number_of_rows(way, monkeypatch):
 @pytest.mark.slow
 def test_a_gpu_reads_the_logits_three_times_and_writes_the_gradient_once(way):
     pytest.importorskip("triton")
-    if way != "in place":
+    if way != "by blocks":
         pytest.skip("the same again")
     said = subprocess.run(
-        [sys.executable, Path(__file__).parent / "kernels_for_h100.py"],
+        [sys.executable, Path(__file__).parent / "gpu" / "kernels_for_h100.py"],
         capture_output=True,
         text=True,
         timeout=300,
