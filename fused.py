@@ -554,8 +554,7 @@ def cord(
     if lengths:
         # L_tok with w^pos, and L_seq of the same tokens
         rows = carries_kl.nonzero()[:, 0]
-        rollouts = len(lengths) if denominator is None else denominator
-        position = position_weights(kl[rows], lengths, beta) / rollouts         # [kl tokens]
+        position = position_weights(kl[rows], lengths, beta) / (denominator or len(lengths))
         kl[rows], nll, entropy[rows] = add(
             rows, teacher_hidden, position, advantage[rows], temperature[rows]
         )

@@ -235,8 +235,7 @@ def main(argv=None):
         faults = Counter(record["fault"] for record in earlier(failed, name))
         for wrong, n in sorted(faults.items()):
             say(f"left out, {wrong}: {n} (see {failed}; delete it to try them again)")
-        ids = {e.id for e in examples}
-        described = [record for record in earlier(out, name) if record["id"] in ids]
+        described = [record for record in earlier(out, name) if record["id"] in records]
         say(f"{out}: {len(described):,} described clips; train with --data {out}")
     ranks.stop_distributed()
 
