@@ -1035,8 +1035,8 @@ def test_two_ranks_write_and_print_what_one_does(tiny_folder, examples, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
-    """A clip that only rank 1 would ask about."""
+def test_two_ranks_say_what_is_wrong(tiny_folder, examples, tmp_path):
+    """A clip that only rank 1 would ask about: one sentence, of each rank that still lives."""
     rows = [
         json.loads(line)
         for line in (examples[0].audio.parent / "manifest.jsonl").read_text().splitlines()
@@ -1048,5 +1048,5 @@ def test_two_ranks_say_what_is_wrong_once(tiny_folder, examples, tmp_path):
     how = ["--task", "both", "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2]
     done = by_ranks(2, tmp_path / "both", *how)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
-    assert done.returncode and len(sentences) == 1 and "broken.wav" in sentences[0], done.stderr
+    assert done.returncode and len(set(sentences)) == 1 and "broken.wav" in sentences[0], done.stderr
     assert done.stdout == "" and 'evaluate.py", line' not in done.stderr
