@@ -1048,5 +1048,6 @@ def test_two_ranks_say_what_is_wrong(tiny_folder, examples, tmp_path):
     how = ["--task", "both", "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2]
     done = by_ranks(2, tmp_path / "both", *how)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
-    assert done.returncode and len(set(sentences)) == 1 and "broken.wav" in sentences[0], done.stderr
+    assert done.returncode and len(set(sentences)) == 1, done.stderr
+    assert "broken.wav" in sentences[0]
     assert done.stdout == "" and 'evaluate.py", line' not in done.stderr
