@@ -518,15 +518,14 @@ def cord(
     gradient of all. Tokens that carry no KL never touch the teacher's head.
 
     chunk_tokens: how many tokens at a time; None: by memory. ValueError as losses.cord."""
-    _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
+    _check(lengths, carries_kl, teacher_hidden, labels, banned, divergence_beta, denominator)
     student = _student(student_hidden, student_weight)
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
     exact = _exact(student.hidden)
     advantage = advantage.to(exact)
     kl = torch.zeros_like(labels, dtype=exact)                                  # [tokens]
-    log_q = torch.zeros_like(kl)
-    entropy = torch.zeros_like(kl)
+    log_q, entropy = torch.zeros_like(kl), torch.zeros_like(kl)
 
     def add(rows, taught, kl_weight, nll_weight, temperature):
         """Adds these rows' gradients -> their D, -log q and entropy."""
@@ -554,7 +553,8 @@ def cord(
     if lengths:
         # L_tok with w^pos, and L_seq of the same tokens
         rows = carries_kl.nonzero()[:, 0]
-        position = position_weights(kl[rows], lengths, beta) / (denominator or len(lengths))
+        rollouts = len(lengths) if denominator is None else denominator
+        position = position_weights(kl[rows], lengths, beta) / rollouts         # [kl tokens]
         kl[rows], nll, entropy[rows] = add(
             rows, teacher_hidden, position, advantage[rows], temperature[rows]
         )
@@ -658,7 +658,7 @@ def position_weights(kl, lengths, beta):
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
 
 
-def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
+def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denominator):
     taught = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == taught:
         raise ValueError(
@@ -667,3 +667,8 @@ def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
+    if not 0 <= divergence_beta <= 1:
+        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
+    if lengths and denominator is not None and denominator <= 0:
+        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
+                         "with a KL")

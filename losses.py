@@ -405,7 +405,7 @@ def cord(
     alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
     ValueError for what does not fit together, and for a label that is banned."""
-    _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
+    _check(lengths, carries_kl, teacher_hidden, labels, banned, divergence_beta, denominator)
 
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
@@ -431,7 +431,7 @@ def cord(
     return loss, kl.detach(), log_q.detach(), entropy.detach()
 
 
-def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
+def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denominator):
     taught = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == taught:
         raise ValueError(
@@ -440,3 +440,8 @@ def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
+    if not 0 <= divergence_beta <= 1:
+        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
+    if lengths and denominator is not None and denominator <= 0:
+        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
+                         "with a KL")

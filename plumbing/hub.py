@@ -17,19 +17,29 @@ READER = (                              # the files of a tokenizer and a process
 
 def check_weights(path, config=None):
     """Every weight that from_pretrained would load of this folder or hub id is a safetensors file
-    in it. Raises SystemExit if not.
+    inside it, links followed. Raises SystemExit if not.
 
-    An index, or transformers_weights in the config, may name any file, and transformers would open
-    a pickle so."""
-    names = [getattr(config, "transformers_weights", None) or "model.safetensors"]
+    An index may name any file, which transformers then opens: a pickle, ../another.safetensors."""
+    # Whatever is called so may be read, whether an index names it or not
+    names = ["model.safetensors", "adapter_model.safetensors"]
+    names += [file.name for file in Path(path).glob("*.safetensors")]
+    if getattr(config, "transformers_weights", None):
+        names.append(config.transformers_weights)
     with contextlib.suppress(OSError):                      # most models have no index
         index = transformers.utils.cached_file(str(path), "model.safetensors.index.json")
         try:
             names += json.loads(Path(index).read_text())["weight_map"].values()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SystemExit(f"{index} is broken ({error!r}); get the checkpoint again") from None
+
+    roots = [Path(path).resolve()]
+    cache = roots[0].parent.parent                          # of the hub: links to ../../blobs
+    if roots[0].parent.name == "snapshots" and cache.name.startswith("models--"):
+        roots.append(cache / "blobs")
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        file = (Path(path) / name).resolve()
+        inside = any(file.is_relative_to(root) for root in roots)
+        if not inside or not name.endswith(".safetensors"):
             raise SystemExit(f"{path} wants {name} loaded, which is no safetensors file inside "
                              "this folder; get the checkpoint again, or convert it")
 

@@ -615,6 +615,18 @@ def test_bad_arguments_are_named():
             ),
             f"label {labels[7].item()} is banned",
         ),
+        (
+            lambda: fused.cord(
+                hidden, weight, teacher, teacher_weight, labels, **how, denominator=0
+            ),
+            "denominator 0",
+        ),
+        (
+            lambda: fused.cord(
+                hidden, weight, teacher, teacher_weight, labels, **how, divergence_beta=1.7
+            ),
+            "divergence_beta 1.7",
+        ),
         (lambda: fused.hidden_jsd(hidden, hidden[:1]), "same"),
         (lambda: fused.hidden_jsd(hidden, hidden.detach(), mean=hidden[0]), "mean and std"),
     ]
