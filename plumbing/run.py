@@ -232,7 +232,11 @@ class Run:
             flags = {**vars(self.args), "ranks": self.world, "steps": steps}
             write_json(self.out / "config.json", {**flags, **_facts()})
             for name in logs:       # a resumed run writes the steps behind its checkpoint again
-                keep_lines(self.out / f"{name}.jsonl", lambda line: line["step"] <= self.done)
+                path = self.out / f"{name}.jsonl"
+                if self.done == 0:
+                    path.unlink(missing_ok=True)            # whatever is in it
+                else:
+                    keep_lines(path, lambda line: line["step"] <= self.done)
         return self.checkpoint
 
     def wrap(self, step_module, student, compute):

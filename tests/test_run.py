@@ -309,8 +309,10 @@ def test_five_in_a_row_stop_the_run_with_a_checkpoint(
 
 
 def test_a_run_whose_steps_were_all_left_out_goes_on(worlds, tmp_path, monkeypatch):
-    """Its optimizer has no state yet, which is no fault of the checkpoint's."""
+    """Its optimizer has no state yet, which is no fault of the checkpoint's. What an old log holds
+    is nothing to a run that starts anew."""
     world = worlds["source_layer"]
+    (tmp_path / "log.jsonl").write_text("no line of ours\n{}\n")
     with monkeypatch.context() as context:
         spoil(context, "source_layer", set(range(1, 20)), math.inf)
         with pytest.raises(SystemExit):
