@@ -8,11 +8,9 @@
 So a family that nobody thought of works, or is refused with a sentence that says why.
 """
 
-import contextlib
 import math
 
 import torch
-import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 import data
@@ -33,14 +31,16 @@ def check(model, processor, *, shared_prompts=False):
     view = data.audio_view(prompts, [0, 1], [[1, 2], [3]], processor).to(model.device)
     if shared_prompts:
         _check_window(model)
-    with torch.no_grad(), _as_trained(model):
-        _check_hearing(model, view, prompts.features)
-    used = _with_gradient(model, view.inputs)
-    with _in_float32(model, used):
-        _check_head(model, view.inputs)
+    # The autocast of both scripts: on a GPU, or with 16-bit weights
+    half = model.device.type == "cuda" or model.dtype == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        with torch.no_grad():
+            hidden = _check_hearing(model, view, prompts.features)
+            _check_positions(model, view.inputs, hidden)
+            _check_head(model, hidden, lambda: models._forward(model, view.inputs))
         if shared_prompts:
             _check_sharing(model, processor, prompts)
-    return used
+        return _with_gradient(model, view.inputs)
 
 
 class Scatters(TorchFunctionMode):
@@ -59,6 +59,7 @@ class Scatters(TorchFunctionMode):
 
 
 def _check_hearing(model, view, features):
+    # -> the last hidden states [2, seq, hidden]
     name = type(model).__name__
     try:
         with Scatters() as scatters:
@@ -85,51 +86,73 @@ def _check_hearing(model, view, features):
     if same[view.audio_positions].all(-1).any():
         raise SystemExit(f"{name} does not hear: other sound in the same prompt leaves hidden "
                          "states at its audio tokens as they are")
+    return hidden
 
 
-def _with_gradient(model, inputs):
-    # -> the parameters that get a gradient. DDP would wait for the others for ever
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    model.requires_grad_(True)
-    with _as_trained(model):
-        nodes = [models.hear(model, **inputs).sum().grad_fn]
-
-    # Down the graph to its leaves: nothing is computed, no gradient is made
-    used = {id(p) for p in model.get_output_embeddings().parameters()}
-    visited = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            used.add(id(node.variable))
-        nodes += [parent for parent, _ in node.next_functions]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return [p for p in model.parameters() if id(p) in used]
-
-
-def _check_head(model, inputs):
-    # Logits = hidden states times the head, with positions as transformers counts them by itself
-    plain = {key: x for key, x in inputs.items() if key != "position_ids"}
+def _check_positions(model, inputs, hidden):
+    # Positions that count 0, 1, 2, ... are those that the model would count by itself
     real = inputs["attention_mask"].bool()                              # [2, seq]
-    hidden = models.hear(model, **inputs)[real]                                # [tokens, hidden]
-    logits = models._forward(model, plain).logits[real]                        # [tokens, 512 or so]
-    if not _close(logits, hidden @ models.head_weight(model).T):
-        raise SystemExit(_odd_head(model))
+    plain = {key: x for key, x in inputs.items() if key != "position_ids"}
+    if not torch.equal(models.hear(model, **plain)[real], hidden[real]):
+        raise SystemExit(f"{type(model).__name__} counts positions in a way of its own, so that "
+                         "the two views would not line up; take another model")
+
+
+def _check_head(model, hidden, forward):
+    """Does the head get these hidden states, and are its products the logits as they are? Granite
+    scales them, Gemma caps them. forward(): the whole model on the same tokens."""
+    seen = {}
+
+    def note(module, given, output):
+        seen.update(given=given[0], output=output)
+
+    models.head_weight(model)                                           # refuses a bias
+    hook = model.get_output_embeddings().register_forward_hook(note)
+    try:
+        logits = forward().logits
+    finally:
+        hook.remove()
+    as_they_are = torch.equal(seen["output"].float(), logits.float())   # float() rounds nothing
+    if not torch.equal(seen["given"], hidden) or not as_they_are:
+        raise SystemExit(f"{type(model).__name__} does not get its logits by its head's matrix "
+                         "alone (it scales or caps them); losses.py would learn another "
+                         "distribution: take another model")
+
+
+def check_teacher(model):
+    """Is a text LLM's head a matrix alone? Raises SystemExit if not."""
+    ids = torch.arange(8, device=model.device)[None]                    # [1, 8]
+    with torch.no_grad():
+        _check_head(model, models.read(model, input_ids=ids), lambda: model(ids))
 
 
 def _check_sharing(model, processor, prompts):
-    def hidden_of(rows, responses):
-        view = data.audio_view(prompts, rows, responses, processor).to(model.device)
-        hidden = models.hear(model, **view.inputs).flatten(0, 1)
-        return hidden[view.predict_positions]                           # [5, hidden]
+    """Two responses behind one prompt: the second must depend on the prompt and on itself, and
+    have no gradient at all from the first, whatever the type of the weights."""
+    first, second = [1, 2], [4, 5]
+    view = data.audio_view(prompts, [0, 0], [first, second], processor).to(model.device)
+    end = len(prompts.audio[0])
+    embeddings = []
 
-    # Only neighbours share a prompt: each response alone, then two of prompt 0 in one sequence
-    alone = hidden_of([0, 1, 0], [[1, 2], [3], [4, 5]])
-    joint = hidden_of([0, 0, 1], [[1, 2], [4, 5], [3]])
-    if not _close(alone[[0, 1, 3, 4, 2]], joint):
+    def keep(module, given, output):
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0].clone()                                    # some write into it
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        hidden = models.hear(model, **view.inputs)[0]                   # [seq, hidden]
+    finally:
+        hook.remove()
+    gradient, = torch.autograd.grad(hidden[-1, 0], embeddings[0])       # of a feature of its end
+    used = gradient[0].any(-1).tolist()                                 # [seq]
+    with torch.no_grad():
+        in_a_row = torch.arange(len(used), device=model.device)[None]
+        elsewhere = models.hear(model, **{**view.inputs, "position_ids": in_a_row})[0]
+
+    sees_the_first = any(used[end:end + len(first)])
+    sees_the_prompt = used[0] and used[end - 1]
+    moves = not torch.equal(hidden[-1], elsewhere[-1])
+    if sees_the_first or not sees_the_prompt or not moves:
         raise SystemExit(f"{type(model).__name__}'s attention does not take a mask of its own, so "
                          "that a prompt's rollouts cannot share it, as CORD has them do; take a "
                          "family of docs/families.md")
@@ -152,70 +175,23 @@ def _check_window(model):
                          "attention in every layer")
 
 
-def check_teacher(model):
-    """Is a text LLM's head a matrix alone? Raises SystemExit if not: Granite scales its logits,
-    Gemma caps them."""
-    with _in_float32(model, list(model.parameters())):
-        ids = torch.arange(8, device=model.device)[None]                # [1, 8]
-        hidden = models.read(model, input_ids=ids)                             # [1, 8, hidden]
-        if not _close(model(ids).logits, hidden @ models.head_weight(model).T):
-            raise SystemExit(_odd_head(model))
+def _with_gradient(model, inputs):
+    # -> the parameters that get a gradient. DDP would wait for the others for ever
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    model.requires_grad_(True)
+    nodes = [models.hear(model, **inputs).sum().grad_fn]
 
-
-@contextlib.contextmanager
-def _in_float32(model, parameters):
-    """Inside, `model` computes exactly, and little: the first two layers of its decoder and 512
-    rows of its head, in float32 without autocast and gradient.
-
-    In bfloat16 two right ways to the same numbers differ by some per cent at the end of a deep
-    model, and so would a wrong one. parameters: those that matter. They come back as they were;
-    meanwhile tower, projector and two layers are there twice, about 4 GB more for a 7B model."""
-    text, head = models.decoder(model), model.get_output_embeddings()
-    if getattr(text.config, "final_logit_softcapping", None):
-        raise SystemExit(_odd_head(model))
-    weight = models.head_weight(model).detach()
-    rows = weight[::max(1, len(weight) // 512)].float()                 # [512 or so, hidden]
-    small_head = nn.Linear(*rows.T.shape, bias=False, device="meta")
-    small_head.weight = nn.Parameter(rows)
-    layers, embeddings = text.layers, text.get_input_embeddings()
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    to_cast = {id(tensor) for tensor in [*parameters, *buffers]}
-    originals = {}
-
-    # The embeddings stay in their type, because they are large; what they give becomes float32
-    hook = embeddings.register_forward_hook(lambda module, given, out: out.float())
-    text.layers = layers[:2]
-    model.set_output_embeddings(small_head)
-    try:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if id(tensor) in to_cast and tensor is not embeddings.weight:
-                originals[tensor] = tensor.data
-                tensor.data = tensor.data.float()
-        # cuDNN's convolutions may round to TF32
-        with (torch.no_grad(), torch.autocast(model.device.type, enabled=False),
-              torch.backends.cudnn.flags(enabled=False)):
-            yield
-    finally:
-        for tensor, original in originals.items():
-            tensor.data = original
-        text.layers = layers
-        model.set_output_embeddings(head)
-        hook.remove()
-
-
-def _as_trained(model):
-    # The autocast of both scripts: on a GPU, or with 16-bit weights
-    half = model.device.type == "cuda" or model.dtype == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
-
-
-def _close(a, b):
-    return (a - b).norm() <= 1e-4 * b.norm()                            # float32 keeps 1e-6
-
-
-def _odd_head(model):
-    return (
-        f"{type(model).__name__} does not get its logits by its head's matrix alone (it scales "
-        "or caps them), or counts positions in a way of its own; losses.py would learn another "
-        "distribution: take another model"
-    )
+    # Down the graph to its leaves: nothing is computed, no gradient is made
+    used = {id(p) for p in model.get_output_embeddings().parameters()}
+    visited = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if hasattr(node, "variable"):
+            used.add(id(node.variable))
+        nodes += [parent for parent, _ in node.next_functions]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return [p for p in model.parameters() if id(p) in used]

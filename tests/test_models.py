@@ -1452,13 +1452,16 @@ def deep(model, **text):
 
 def test_a_good_model_in_16_bits_passes_and_comes_back_as_it_was(loaded):
     """Other kernels round otherwise: one step of bfloat16 in every layer is several per cent at the
-    end of 28, and nothing is wrong."""
+    end of 28, and nothing is wrong. (For one shape a kernel rounds in one way.)"""
     model, processor = deep(loaded["qwen2_audio"][0]), loaded["qwen2_audio"][1]
+
+    def rounds(module, given, out):
+        shape = torch.Generator().manual_seed(out.numel())
+        noise = torch.randn(out.shape, generator=shape, dtype=out.dtype)
+        return out * (1 + 2 * torch.finfo(out.dtype).eps * noise)
+
     for layer in models.decoder(model).layers:
-        layer.register_forward_hook(
-            lambda module, given, out: out
-            * (1 + 2 * torch.finfo(out.dtype).eps * torch.randn_like(out))
-        )
+        layer.register_forward_hook(rounds)
     before, head = {
         name: x.clone() for name, x in model.state_dict().items()
     }, model.get_output_embeddings()
@@ -1505,7 +1508,12 @@ def test_capped_logits_are_refused(loaded):
         else:
             hearing.check_teacher(teacher)
     capped = copy.deepcopy(loaded["qwen2_audio"][0])
-    capped.config.text_config.final_logit_softcapping = 30.0
+
+    def cap(module, given, output):
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    capped.register_forward_hook(cap)
     refused("scales or caps them", hearing.check, capped, loaded["qwen2_audio"][1])
 
 
