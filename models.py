@@ -19,14 +19,12 @@ rollouts share a prompt? So a family that nobody thought of works, or is refused
 that says why.
 docs/families.md lists those of transformers.
 
-    python models.py mini/student                          # check a model and print its parts
-    python models.py mini/student --teacher mini/teacher   # and compare the vocabularies
-    python models.py runs/lora --save runs/lora/merged     # a LoRA adapter added into its base
+    python models.py mini/student                         # check a model and print its parts
+    python models.py runs/lora --save runs/lora/merged    # a LoRA adapter added into its base
 """
 import argparse
 import contextlib
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -35,7 +33,7 @@ import transformers
 
 import data
 from plumbing import hub
-from plumbing.files import newest_checkpoint
+from plumbing.files import newest_checkpoint, read_json
 
 MINI = Path(__file__).resolve().parent / "mini"     # the embedded default: student and teacher
 ADAPTER = "adapter_config.json"         # peft's file beside an adapter's weights
@@ -153,12 +151,11 @@ def load_audio_model(path, *, dtype=torch.float32):
     # Some families keep the template with the processor or with the tokenizer alone
     tokenizer = processor.tokenizer
     processor.chat_template = processor.chat_template or tokenizer.chat_template
-    _check_template(path, processor.chat_template)
     # The processor's template makes the audio view. Where it takes plain text it makes the text
     # view too, so that both views are asked in one way
     if tokenizer.chat_template is None or _takes_plain_text(processor):
         tokenizer.chat_template = processor.chat_template
-    _check_turn_end(tokenizer)
+    _check_chat(path, tokenizer)
     return model, processor
 
 
@@ -172,8 +169,7 @@ def load_text_model(path, *, dtype=torch.float32):
         transformers.AutoTokenizer,
         dtype,
     )
-    _check_template(path, tokenizer.chat_template)
-    _check_turn_end(tokenizer)
+    _check_chat(path, tokenizer)
     return model, tokenizer
 
 
@@ -204,13 +200,10 @@ def _takes_plain_text(processor):
     return len(prompts) == 1 and "What?" in prompts.pop()
 
 
-def _check_template(path, template):
-    if not isinstance(template, str):
+def _check_chat(path, tokenizer):
+    if not isinstance(tokenizer.chat_template, str):
         raise SystemExit(f"{path} has no chat template, so no prompt can be built; give the "
                          "instruction-tuned version of this model")
-
-
-def _check_turn_end(tokenizer):
     try:
         data.turn_end_id(tokenizer)
     except data.DataError as error:
@@ -285,11 +278,7 @@ def _base_of(path):
     file = Path(path) / ADAPTER
     if not file.is_file() or (Path(path) / "config.json").exists():
         return path, None
-    try:
-        base = json.loads(file.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{file} is broken or names no base ({error!r}); get the adapter "
-                         "again") from None
+    base = read_json(file).get("base_model_name_or_path")
     if not base or Path(path).resolve() == Path(base).resolve():
         raise SystemExit(f"{file} does not say which model the adapter is for; write its folder "
                          "or hub id as base_model_name_or_path")
@@ -417,7 +406,6 @@ def main(argv=None):
         description="Check an audio language model as the training scripts do, and print its parts."
     )
     parser.add_argument("model", help="folder or hub id")
-    parser.add_argument("--teacher", help="a text LLM: how the two vocabularies go together")
     parser.add_argument(
         "--save",
         metavar="OUT",
@@ -442,16 +430,12 @@ def main(argv=None):
         "rest": projector(model),
     }
     for name, parameters in parts.items():
-        sizes = {id(p): p.numel() for p in parameters}
-        idle = sum(size for key, size in sizes.items() if key not in used)
-        print(
-            f"{name:8} {sum(sizes.values()):14,} parameters, {idle:,} of them never get a gradient"
-        )
-    if args.teacher:
-        _, tokenizer = load_text_model(args.teacher)
-        *_, summary = data.shared_vocabulary(processor.tokenizer, tokenizer)
-        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()]
-        print("vocabulary:", ", ".join(counts))
+        count = idle = 0
+        for p in parameters:
+            count += p.numel()
+            if id(p) not in used:
+                idle += p.numel()
+        print(f"{name:8} {count:14,} parameters, {idle:,} of them never get a gradient")
     if args.save:
         saving.save_new(model, processor, args.save)
 

@@ -1210,7 +1210,11 @@ def test_a_broken_index_is_a_sentence(text, folders, tmp_path):
 @pytest.mark.parametrize("text", ['{"base', "[]", "{}"])
 def test_a_broken_adapter_config_is_a_sentence(text, tmp_path):
     (tmp_path / "adapter_config.json").write_text(text)
-    refused("adapter_config.json is broken or names no base", models.load_audio_model, tmp_path)
+    refused(
+        "adapter_config.json (is not the JSON|does not say which model the adapter is for)",
+        models.load_audio_model,
+        tmp_path,
+    )
 
 
 def test_an_omnis_inner_config_may_name_no_other_weights(folders, tmp_path):
