@@ -117,7 +117,6 @@ def _chunk(
     nll_temperature,
     *,
     beta,
-    temperature,
     shared,
     entropy,
     dtype,
@@ -127,7 +126,7 @@ def _chunk(
     student [n, vocab], teacher [n, teacher vocab] or None   logits
     labels, kl_weight, nll_weight [n]   the gradient is of the sum of
                                         kl_weight D - nll_weight log q(label)
-    nll_temperature [n] or None         of log q alone; `temperature` is D's
+    nll_temperature [n] or None         of log q alone; D is at 1
     shared [vocab] or None              the teacher's id for each of the student's; -1: it has none
 
     -> D, -log q(label), entropy [n] (0 where not asked for), gradient [n, vocab] in dtype."""
@@ -145,10 +144,10 @@ def _chunk(
     nll = -log_q.gather(1, labels)[:, 0]
     divergence = spread = torch.zeros_like(nll)
 
-    # D: of the same softmax, or over the shared tokens, or at another temperature
+    # D: of the same softmax, or of one over the shared tokens, or at temperature 1
     if teacher is None:
         gradient = q * nll_weight
-    elif shared is None and nll_temperature is None and temperature == 1:
+    elif shared is None and nll_temperature is None:
         log_p = torch.log_softmax(teacher, -1)
         divergence, gradient = _divergence(log_q, q, log_p, beta, kl_weight, nll_weight)
     else:
@@ -156,12 +155,9 @@ def _chunk(
         if shared is not None:
             student = torch.where(shared >= 0, student, FLOOR)
             teacher = torch.where(shared >= 0, teacher[:, shared.clamp(min=0)], FLOOR)
-        if temperature != 1:
-            student, teacher = student / temperature, teacher / temperature
         log_q = torch.log_softmax(student, -1)
         q = log_q.exp()
         log_p = torch.log_softmax(teacher, -1)
-        kl_weight = kl_weight / temperature
         none = torch.zeros_like(kl_weight)
         divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, none)
         gradient = gradient + d_logits
@@ -253,17 +249,13 @@ def _any_rows(x, of_width=False):
 def _operands(hidden, weight):
     """Both in the wider of their types, whatever autocast says.
 
-    With weights in bfloat16 both are that, and nothing is rounded. With a float32 head the products
-    are float32, on a GPU too: slow. Where both are bfloat16 a CPU widens `hidden` here, and the
-    weight slice by slice in _logits and _back."""
+    On a GPU both may be bfloat16, and nothing is rounded; with a float32 head the products are
+    float32: slow. On a CPU 16-bit products win nothing, and float16 has too small a range for
+    gradients: both become float32."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype == torch.float16:
-        dtype = torch.float32                       # too small a range for gradients
-    hidden = hidden.detach().to(dtype)
-    weight = weight.detach().to(dtype)
-    if hidden.device.type == "cpu":
-        hidden = _wide(hidden)                      # 16-bit products win nothing there
-    return hidden, weight
+    if hidden.device.type == "cpu" or dtype == torch.float16:
+        dtype = torch.promote_types(dtype, torch.float32)
+    return hidden.detach().to(dtype), weight.detach().to(dtype)
 
 
 def _logits(hidden, weight, places, name):
@@ -274,33 +266,14 @@ def _logits(hidden, weight, places, name):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     if name not in places:
         places[name] = hidden.new_empty(len(hidden), len(weight))
-    out = places[name][:len(hidden)]
-    if hidden.dtype == weight.dtype:
-        return torch.mm(hidden, weight.T, out=out)
-    # A CPU, and a 16-bit weight
-    for entries in _slices(weight):
-        torch.mm(hidden, weight[entries].to(hidden.dtype).T, out=out[:, entries])
-    return out
-
-
-def _slices(weight):
-    """The rows of a 16-bit weight, 64 MB at a time in float32."""
-    step = max(1, 2 ** 24 // weight.shape[1])
-    slices = []
-    for start in range(0, len(weight), step):
-        slices.append(slice(start, min(start + step, len(weight))))
-    return slices
+    return torch.mm(hidden, weight.T, out=places[name][:len(hidden)])
 
 
 def _back(d_logits, weight):
-    """d_logits @ weight [n, hidden], with the same three cases."""
+    """d_logits @ weight [n, hidden], in float32 or wider."""
     if d_logits.dtype == torch.bfloat16:
         return torch.mm(d_logits, weight, out_dtype=torch.float32)
-    if d_logits.dtype == weight.dtype:
-        return torch.mm(d_logits, weight)
-    return sum(
-        d_logits[:, entries] @ weight[entries].to(d_logits.dtype) for entries in _slices(weight)
-    )
+    return torch.mm(d_logits, weight)
 
 
 def _add_outer(d_weight, d_logits, hidden):
@@ -321,9 +294,6 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
     from 128 to 2,048; on a CPU 64 MB of logits, but at least 256 rows. Every chunk reads and writes
     d_weight once, so large ones are faster and small ones leaner."""
     if chunk_tokens is not None:
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1, or None to let "
-                             "free memory decide")
         return chunk_tokens
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -356,6 +326,7 @@ def _head_pass(
     device, vocab = hidden.device, len(weight)
     compiled, size = _compiles(device), _rows_per_chunk(chunk_tokens, vocab, device)
     places = {}
+    per_row = (labels[rows], kl_weight, nll_weight, nll_temperature)
     if shared is not None:     # [vocab], as _chunk wants it
         shared = torch.full((vocab,), -1, device=device).index_copy_(0, *shared)
 
@@ -371,15 +342,7 @@ def _head_pass(
             if teacher is not None:
                 teacher_logits.index_fill_(1, banned, FLOOR)
 
-        own_temperature = None if nll_temperature is None else nll_temperature[part]
-        each = (
-            logits,
-            teacher_logits,
-            labels[own],
-            kl_weight[part],
-            nll_weight[part],
-            own_temperature,
-        )
+        each = [logits, teacher_logits] + [None if x is None else x[part] for x in per_row]
         if compiled:
             for x in each:
                 if x is not None:
@@ -436,20 +399,18 @@ def jsd_ce(
     teacher_weight,
     labels,
     *,
-    jsd_weight=1.0,
     ce_weight=0.5,
     beta=0.5,
-    temperature=1.0,
     shared_ids=None,
     denominator=None,
     chunk_tokens=None,
 ):
-    """Paper A: jsd_weight * L_top + ce_weight * L_SFT -> (loss, jsd, ce), as losses.jsd_ce.
+    """Paper A: L_top + ce_weight * L_SFT -> (loss, jsd, ce), as losses.jsd_ce.
 
     Both come from one pass over the student's logits. chunk_tokens: how many tokens at a time;
     None: by memory. ValueError for arguments that do not fit together."""
-    if not 0 <= beta <= 1 or temperature <= 0:
-        raise ValueError(f"beta {beta} must lie in [0, 1] and temperature {temperature} above 0")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta {beta} must lie in [0, 1]")
     taught = None if teacher_hidden is None else len(teacher_hidden)
     if labels.shape != student_hidden.shape[:1] or taught not in (None, len(student_hidden)):
         raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
@@ -471,18 +432,17 @@ def jsd_ce(
         student,
         teacher,
         labels,
-        jsd_weight * each,
+        each,
         ce_weight * each,
         None,
         chunk_tokens=chunk_tokens,
         beta=beta,
-        temperature=temperature,
         entropy=False,
         shared=shared_ids,
     )
     top, ce = (each * divergence).sum(), (each * nll).sum()
     loss = _KnownGradient.apply(
-        jsd_weight * top + ce_weight * ce,
+        top + ce_weight * ce,
         student_hidden,
         student_weight,
         student.d_hidden,
@@ -539,7 +499,6 @@ def cord(
             None if (temperature == 1).all() else temperature.to(exact),
             chunk_tokens=chunk_tokens,
             beta=divergence_beta,
-            temperature=1,
             banned=banned,
             entropy=True,
         )

@@ -193,21 +193,19 @@ def jsd_ce(
     teacher_weight,
     labels,
     *,
-    jsd_weight=1.0,
     ce_weight=0.5,
     beta=0.5,
-    temperature=1.0,
     shared_ids=None,
     denominator=None,
 ):
-    """jsd_weight * L_top + ce_weight * L_SFT -> (loss, jsd, ce); only the loss has a graph.
+    """L_top + ce_weight * L_SFT -> (loss, jsd, ce); only the loss has a graph.
 
     student_hidden [tokens, hidden]           last hidden states at predict_positions
     student_weight [vocab, hidden]            the head (no bias)
     teacher_hidden [tokens, teacher hidden]   None, as the teacher's head: no L_top
     teacher_weight [teacher vocab, teacher hidden]
     labels [tokens] int64                     rows labelled -100 count for neither term
-    beta, temperature                         as in token_divergence, of L_top alone
+    beta                                      as in token_divergence
     shared_ids                                the tokens that L_top runs over: int64 [shared], or
                                               a pair (student's ids, teacher's ids); None: all.
                                               L_SFT is over the student's whole head."""
@@ -221,8 +219,8 @@ def jsd_ce(
             shared_ids = (shared_ids, shared_ids)
         if shared_ids is not None:
             student, teacher = shared_logits(student, teacher, *shared_ids)     # [counted, shared]
-        top = jsd(student, teacher, beta=beta, temperature=temperature, denominator=denominator)
-    return jsd_weight * top + ce_weight * ce, top.detach(), ce.detach()
+        top = jsd(student, teacher, beta=beta, denominator=denominator)
+    return top + ce_weight * ce, top.detach(), ce.detach()
 
 
 # -------------------------------------------------------------------------------------------------
