@@ -127,7 +127,8 @@ def _chunk(
     labels, kl_weight, nll_weight [n]   the gradient is of the sum of
                                         kl_weight D - nll_weight log q(label)
     nll_temperature [n] or None         of log q alone; D is at 1
-    shared [vocab] or None              the teacher's id for each of the student's; -1: it has none
+    shared                              None, or two [vocab]: the teacher's id for each of the
+                                        student's, and 0, or FLOOR where it has none
 
     -> D, -log q(label), entropy [n] (0 where not asked for), gradient [n, vocab] in dtype."""
     labels = labels[:, None]
@@ -153,8 +154,9 @@ def _chunk(
     else:
         gradient = q * nll_weight
         if shared is not None:
-            student = torch.where(shared >= 0, student, FLOOR)
-            teacher = torch.where(shared >= 0, teacher[:, shared.clamp(min=0)], FLOOR)
+            ids, floor = shared
+            student = student + floor
+            teacher = teacher.index_select(1, ids) + floor
         log_q = torch.log_softmax(student, -1)
         q = log_q.exp()
         log_p = torch.log_softmax(teacher, -1)
@@ -189,9 +191,9 @@ def _states_chunk(student, teacher, mean, std, weight, dtype):
 
 
 def _blocks(rows, width):
-    """Slices of rows: 1 MB of float32 each, which stays in a CPU's cache, and at least two rows a
-    thread."""
-    size = max(2 ** 18 // width, 2 * torch.get_num_threads())
+    """Slices of rows: half a MB of float32 each, which stays in a CPU's cache, and at least two rows
+    a thread."""
+    size = max(2 ** 17 // width, 2 * torch.get_num_threads())
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -221,13 +223,14 @@ def _compiles(device):
 
 @functools.cache
 def _compiled(work):
-    """torch.compile, told to compute again rather than store what is needed twice (the two
+    """torch.compile, told to compute again rather than store what is needed twice (the
     thresholds), and not to split a row's sum where the first chunk has few rows."""
     return torch.compile(
         work,
         options={
             "realize_opcount_threshold": 10 ** 6,
             "realize_reads_threshold": 10 ** 6,
+            "realize_acc_reads_threshold": 10 ** 6,
             "split_reductions": False,
         },
     )
@@ -327,8 +330,9 @@ def _head_pass(
     compiled, size = _compiles(device), _rows_per_chunk(chunk_tokens, vocab, device)
     places = {}
     per_row = (labels[rows], kl_weight, nll_weight, nll_temperature)
-    if shared is not None:     # [vocab], as _chunk wants it
-        shared = torch.full((vocab,), -1, device=device).index_copy_(0, *shared)
+    if shared is not None:     # as _chunk wants it
+        ids = torch.zeros(vocab, dtype=torch.int64, device=device).index_copy_(0, *shared)
+        shared = ids, nll_weight.new_full((vocab,), FLOOR).index_fill_(0, shared[0], 0.0)
 
     def through_heads(part):
         own = rows[part]

@@ -126,7 +126,7 @@ def kernels(n, beta=0.5, entropy=False, shared=False, alone=False):
             fused._compiled(fused._chunk)(
                 *rows,
                 beta=beta,
-                shared=make(VOCAB, dtype=torch.int64) if shared else None,
+                shared=(make(VOCAB, dtype=torch.int64), make(VOCAB)) if shared else None,
                 entropy=entropy,
                 dtype=torch.bfloat16,
             )
