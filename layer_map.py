@@ -236,15 +236,12 @@ class Statistics(nn.Module):
 def load(module, path):
     """Fill Projections or Statistics from their safetensors file beside a checkpoint.
 
-    ValueError if made for other layers or widths."""
+    ValueError if made for other layers, RuntimeError for other widths."""
     from safetensors.torch import load_file  # here, so that this file needs torch alone
 
-    saved, ours = load_file(path), module.state_dict()
-    shapes = {name: x.shape for name, x in ours.items()}
-    fits = shapes == {name: x.shape for name, x in saved.items()}
-    if not fits or not torch.equal(saved["layers"], ours["layers"].cpu()):
-        theirs = saved["layers"].tolist() if "layers" in saved else "unknown"
-        raise ValueError(
-            f"{path}: made for layers {theirs}, or for other widths, but this run maps layers "
-            f"{ours['layers'].tolist()}: use the flags and models of the run that saved it")
+    saved = load_file(path)
+    theirs, ours = saved["layers"].tolist(), module.layers.tolist()
+    if theirs != ours:
+        raise ValueError(f"{path}: made for layers {theirs}, but this run maps layers {ours}: use "
+                         "the flags and models of the run that saved it")
     module.load_state_dict(saved)

@@ -134,20 +134,6 @@ def jsd(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, denominato
     return _mean(divergence, denominator)
 
 
-def forward_kl(student_logits, teacher_logits, *, temperature=1.0, denominator=None):
-    """KL(teacher || student): paper A's alternative to JSD, paper B's off-policy baseline."""
-    return jsd(
-        student_logits, teacher_logits, beta=0, temperature=temperature, denominator=denominator
-    )
-
-
-def reverse_kl(student_logits, teacher_logits, *, temperature=1.0, denominator=None):
-    """KL(student || teacher): paper B's D_t with all weights 1."""
-    return jsd(
-        student_logits, teacher_logits, beta=1, temperature=temperature, denominator=denominator
-    )
-
-
 def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):
     """Two vocabularies -> the tokens they share.
 
@@ -303,17 +289,11 @@ HIDDEN = {
 # Tokens of all rollouts lie behind each other on one flat axis; `lengths` says how many belong to
 # each.
 
-def _check_lengths(kl, lengths):
-    if sum(lengths) != len(kl):
-        raise ValueError(f"lengths add up to {sum(lengths)}, but there are {len(kl)} tokens")
-
-
 def largest_share(kl, lengths, share):
     """The K = share * T (rounded up) tokens of each rollout with the largest D_t.
 
     kl [tokens], lengths: list of ints that sum to tokens -> [tokens] bool. Of equal ones the
     earlier counts as larger."""
-    _check_lengths(kl, lengths)
     mask = torch.zeros_like(kl, dtype=torch.bool)
     start = 0
     for length in lengths:
@@ -329,7 +309,6 @@ def position_weights(kl, lengths, beta):
 
     lengths: T of each rollout; kl [tokens] gives type and device -> [tokens]. A rollout of one
     token gets beta."""
-    _check_lengths(kl, lengths)
     weights = [beta - (beta - 1) * t / max(length - 1, 1)       # here t counts from 0
                for length in lengths for t in range(length)]
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
