@@ -191,8 +191,8 @@ def _states_chunk(student, teacher, mean, std, weight, dtype):
 
 
 def _blocks(rows, width):
-    """Slices of rows: half a MB of float32 each, which stays in a CPU's cache, and at least two rows
-    a thread."""
+    """Slices of rows: half a MB of float32 each, which stays in a CPU's cache, but at least two
+    rows a thread."""
     size = max(2 ** 17 // width, 2 * torch.get_num_threads())
     return [slice(start, start + size) for start in range(0, rows, size)]
 
