@@ -29,7 +29,7 @@ See both views of one of your own examples, and find every fault of a manifest a
     python data.py check FILE --student mini/student --max-seconds 30
 """
 import argparse
-import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -38,11 +38,12 @@ import re
 import string
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # jinja2, soundfile and torchaudio are imported where they are used, so that --help is quick. For
 # forked workers plumbing/run.py imports them once, in _feed, before the fork.
@@ -355,35 +356,29 @@ class Batch:
     audio: View
     text: View
     labels: torch.Tensor                # [tokens] int64: the response's ids, student's numbering,
-    ids: list[str]                      #   in the order of both predict_positions
-    examples: list[Example]
+    examples: list[Example]             #   in the order of both predict_positions
 
     def to(self, device) -> "Batch":
-        return Batch(
-            self.audio.to(device),
-            self.text.to(device),
-            self.labels.to(device),
-            self.ids,
-            self.examples,
+        return replace(
+            self,
+            audio=self.audio.to(device),
+            text=self.text.to(device),
+            labels=self.labels.to(device),
         )
 
 
 def pad(rows: list[list[int]], tokenizer, side: str) -> dict[str, torch.Tensor]:
     """Lists of ids -> {"input_ids", "attention_mask"} [batch, seq], padded at that side."""
-    width = max(map(len, rows))
-    fill = tokenizer.pad_token_id
-    if fill is None:
-        fill = turn_end_id(tokenizer)                   # any id will do: attention_mask hides it
-    ids = torch.full((len(rows), width), fill)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        start = 0 if side == "right" else width - len(row)
-        ids[index, start:start + len(row)] = torch.tensor(row)
-        mask[index, start:start + len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    rows = [torch.tensor(row) for row in rows]
+    beside = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    fill = tokenizer.pad_token_id or 0                  # any id will do: attention_mask hides it
+    return {
+        "input_ids": beside(rows, padding_value=fill),
+        "attention_mask": beside([torch.ones_like(row) for row in rows]),
+    }
 
 
-def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -> View:
+def pack(prompts, rows, responses, tokenizer, *, audio_id=-1, features=None) -> View:
     """Response i behind prompt rows[i]; neighbours with the same prompt share one sequence.
 
     Two prompts, A B C and D E, and three responses, of which two are to the first: rows [0, 0, 1]
@@ -400,36 +395,31 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -
         predict_positions = [2, 3, 4,  2, 6,  8 + 1, 8 + 2]         of y1 y2 y3  z1 z2  w1 w2
 
     So a prompt, with its sound, is run once however many responses it has. attention_mask is then
-    bool [batch, 1, seq, seq], for models with PyTorch's own attention; else int64 [batch, seq]."""
-    # 1. Responses that stand together and are to the same prompt: [[0, 1], [2]]
+    bool [batch, 1, seq, seq], for models with PyTorch's own attention; else int64 [batch, seq].
+
+    audio_id: the placeholder's. features: {name: [prompts, ...]}, what the audio tower takes."""
+    # 1. Neighbours with the same prompt: [(0, [y, z]), (1, [w])]
     groups = []
-    for _, group in itertools.groupby(range(len(rows)), key=lambda i: rows[i]):
-        groups.append(list(group))
-    sequences = []
-    for group in groups:
-        sequence = list(prompts[rows[group[0]]])
-        for i in group:
-            sequence += responses[i]
-        sequences.append(sequence)
+    for row, group in itertools.groupby(range(len(rows)), key=lambda i: rows[i]):
+        groups.append((row, [responses[i] for i in group]))
+    sequences = [[*prompts[row], *itertools.chain(*group)] for row, group in groups]
     inputs = pad(sequences, tokenizer, "right")
 
-    # 2. Where each response token is predicted: one column before its own, or at the prompt's end
+    # 2. What predicts a token: one column before its own, or the prompt's end
     batch, seq = inputs["input_ids"].shape
     positions = torch.arange(seq).repeat(batch, 1)                      # [batch, seq]
+    before = torch.arange(batch * seq).view(batch, seq) - 1             # the same, flattened
     branch = inputs["attention_mask"] - 1               # 0 prompt, 1, 2, .. responses, -1 padding
-    predict, audio = [], []
-    for row, group in enumerate(groups):
-        prompt = prompts[rows[group[0]]]
-        audio += [row * seq + column for column, token in enumerate(prompt) if token == audio_id]
-        begin = len(prompt)
-        for number, i in enumerate(group, start=1):
-            end = begin + len(responses[i])
-            for column in range(begin, end):
-                before = column - 1 if column > begin else len(prompt) - 1
-                predict.append(row * seq + before)
-            positions[row, begin:end] = torch.arange(len(prompt), len(prompt) + end - begin)
-            branch[row, begin:end] = number
+    for sequence, (row, group) in enumerate(groups):
+        begin = len(prompts[row])
+        for number, response in enumerate(group, start=1):
+            end = begin + len(response)
+            others = begin - len(prompts[row])          # columns of the responses before this one
+            positions[sequence, begin:end] -= others
+            before[sequence, begin:begin + 1] -= others
+            branch[sequence, begin:end] = number
             begin = end
+    audio = (branch == 0) & (inputs["input_ids"] == audio_id)
 
     # 3. position_ids are always given: some families (Omni) would count them for sound and pictures
     inputs["position_ids"] = positions
@@ -438,24 +428,20 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -
         sees = (branch[:, None] == 0) | same
         causal = torch.ones(seq, seq, dtype=torch.bool).tril()
         inputs["attention_mask"] = (sees & causal)[:, None]
-    return View(
-        {**inputs, **(features or {})},
-        torch.tensor(predict, dtype=torch.int64),
-        torch.tensor(audio, dtype=torch.int64),
-    )
+    for name, tensor in (features or {}).items():
+        inputs[name] = tensor[[row for row, _ in groups]]
+    return View(inputs, before[branch > 0], audio.flatten().nonzero()[:, 0])
 
 
 def audio_view(prompts: Prompts, rows, responses, processor) -> View:
     """Response i (list of ids) behind the audio prompt of example rows[i], with its sound."""
-    sequences = torch.as_tensor([row for row, _ in itertools.groupby(rows)])
-    features = {name: tensor[sequences] for name, tensor in prompts.features.items()}
     return pack(
         prompts.audio,
         rows,
         responses,
         processor.tokenizer,
         audio_id=_audio_id(processor),
-        features=features,
+        features=prompts.features,
     )
 
 
@@ -512,7 +498,6 @@ def collate(
         audio=audio_view(prompts, rows, responses, processor),
         text=text_view(prompts, rows, teacher_responses, tokenizer),
         labels=torch.tensor([token for response in responses for token in response]),
-        ids=[example.id for example in examples],
         examples=list(examples),
     )
 
@@ -674,7 +659,7 @@ def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
             elif luck >= share / 2:
                 words.append(instead)
         description = " ".join(words or [swapped])              # never nothing at all
-        corrupted.append(dataclasses.replace(example, description=description))
+        corrupted.append(replace(example, description=description))
     return corrupted
 
 

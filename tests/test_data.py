@@ -245,7 +245,7 @@ def test_planted_dropped_end_token(make_batch, judge, monkeypatch):
     monkeypatch.undo()
     whole = make_batch()
     ends = (whole.labels == whole.labels[-1]).nonzero()[:, 0]
-    assert len(ends) == len(whole.ids)  # one turn end for each example
+    assert len(ends) == len(whole.examples)  # one turn end for each example
     kept = torch.ones(len(whole.labels), dtype=torch.bool)
     kept[ends] = False
     cut = replace(
@@ -309,7 +309,7 @@ def test_planted_audio_positions(make_batch, judge):
 
 def test_batch_contents(make_batch, examples, tiny_processor, shifted_teacher, tiny_student_model):
     batch = make_batch()
-    assert batch.ids == ["s0", "s1", "s2", "s3"] and batch.examples == examples
+    assert batch.examples == examples
     assert set(batch.audio.inputs) == {
         "input_ids",
         "attention_mask",
