@@ -26,7 +26,7 @@ Examples come from a manifest: JSONL, one object per line,
 See both views of one of your own examples, and find every fault of a manifest and its clips:
 
     python data.py show FILE --id s1 --student mini/student --teacher mini/teacher
-    python data.py check FILE --student mini/student --max-seconds 30
+    python data.py check FILE --max-seconds 30
 """
 import argparse
 import functools
@@ -115,22 +115,19 @@ def turn_end_id(tokenizer) -> int:
     content = "one two three"
     turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": content}]
     conversation = tokenizer.apply_chat_template(turns, tokenize=False)
-    _, found, closing = conversation.rpartition(content)
+    closing = conversation.partition(content)[2]
     special = _special_ids(tokenizer)
-    if found:
-        for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
-            if token in special:
-                return token
-    name = tokenizer.name_or_path or "a tokenizer"
-    raise DataError(f"the chat template of {name} closes an assistant's turn with no special "
-                    "token, so that nothing would say where an answer ends; "
+    for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return token
+    raise DataError(f"the chat template of {tokenizer.name_or_path} closes an assistant's turn "
+                    "with no special token, so that nothing would say where an answer ends; "
                     "use an instruct model whose template closes its turns")
 
 
 def _special_ids(tokenizer) -> set[int]:
-    named = {index for index in tokenizer.all_special_ids if index is not None}
     added = tokenizer.added_tokens_decoder.items()
-    return named | {index for index, token in added if token.special}
+    return {index for index, token in added if token.special}.union(tokenizer.all_special_ids)
 
 
 def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
@@ -140,10 +137,8 @@ def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
     placeholder: the audio's id, which some tokenizers do not count as special. Sampled, it would
     ask the next forward for audio that is not there."""
     unused = set(range(size)) - set(tokenizer.get_vocab().values())
-    banned = (_special_ids(tokenizer) | unused) - set(keep)
-    if placeholder is not None:
-        banned.add(placeholder)
-    return sorted(banned)
+    banned = {placeholder, *_special_ids(tokenizer), *unused}
+    return sorted(banned - {None, *keep})               # None: what this tokenizer does not have
 
 
 def shared_vocabulary(student, teacher, *, minimum=0.9) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -155,21 +150,20 @@ def shared_vocabulary(student, teacher, *, minimum=0.9) -> tuple[torch.Tensor, t
     speaks another alphabet, and its distribution cannot be copied."""
     ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     shared = sorted((ids[token], teacher_ids[token]) for token in ids.keys() & teacher_ids.keys())
-    teacher_tokens = {index: token for token, index in teacher_ids.items()}
-    moved = [token for token, index in ids.items() if teacher_tokens.get(index, token) != token]
+    same_id = set(ids.values()) & set(teacher_ids.values())
     counts = {
         "shared": len(shared),
         "only_student": len(ids) - len(shared),
         "only_teacher": len(teacher_ids) - len(shared),
-        "same_id_other_meaning": len(moved),
+        "same_id_other_meaning": len(same_id) - len(ids.items() & teacher_ids.items()),
     }
     if len(shared) < minimum * min(len(ids), len(teacher_ids)):
-        raise DataError(f"the teacher's tokenizer ({teacher.name_or_path or 'unnamed'}, "
+        raise DataError(f"the teacher's tokenizer ({teacher.name_or_path}, "
                         f"{len(teacher_ids)} tokens) shares only {len(shared)} with the student's "
                         f"{len(ids)}, under {minimum:.1%} of the smaller; "
                         "choose one from its family")
-    pairs = torch.tensor(shared, dtype=torch.int64).reshape(-1, 2)
-    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), counts
+    student_ids, teacher_ids = torch.tensor(shared).T.contiguous()
+    return student_ids, teacher_ids, counts
 
 
 def token_map(student_ids, teacher_ids, size):
@@ -204,7 +198,7 @@ def audio_prompt(processor, question: str) -> str:
             )
         except (TypeError, jinja2.TemplateError):
             continue
-        if isinstance(prompt, str) and prompt.count(processor.audio_token) == 1:
+        if prompt.count(processor.audio_token) == 1:
             return prompt
     raise DataError("the chat template does not put one audio placeholder "
                     f"{processor.audio_token} for one clip; use the template of the model's own "
@@ -227,17 +221,22 @@ def _audio_id(processor) -> int:
     return processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
 
 
+def needed(example, name):
+    """example.<name>. Raises DataError where there is nothing in it."""
+    value = getattr(example, name)
+    if not value or not str(value).strip():
+        raise DataError(f"{example.where}: {name!r} is missing or empty and is needed here; "
+                        "add it to the line")
+    return value
+
+
 def _words_and_question(example, processor, field=None) -> tuple[str, str]:
-    # A placeholder written into either would ask the model for audio that is not there
-    words, question = "", question_text(example)
-    if field:
-        words = getattr(example, field)
-        if not words:
-            raise DataError(f"{example.where}: {field!r} is missing or empty and is needed here; "
-                            "add it to the line")
-    # A text LLM's tokenizer may stand in for the processor: it has none
+    words = needed(example, field) if field else ""
+    question = question_text(example)
+    # A placeholder would ask the model for audio that is not there. A text LLM's tokenizer may
+    # stand in for the processor: it has none
     placeholder = getattr(processor, "audio_token", None)
-    if placeholder and placeholder in f"{words}\n{question}":
+    if placeholder and placeholder in words + question:
         raise DataError(f"{example.where}: the text contains the audio placeholder {placeholder}; "
                         "remove it")
     return words, question
@@ -286,20 +285,13 @@ def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
     return ids, inputs
 
 
-def _audio_prompts(examples, processor, max_seconds=None) -> tuple[list[list[int]], dict]:
+def _audio_prompts(examples, processor) -> tuple[list[list[int]], dict]:
     texts, waves = [], []
     for example in examples:
-        wave = load_audio(
-            example.audio, where=example.where, max_seconds=max_seconds, cut=longest(processor)
-        )
+        wave = load_audio(example.audio, where=example.where, cut=longest(processor))
         waves.append(wave.numpy())
         texts.append(audio_prompt(processor, _words_and_question(example, processor)[1]))
-    ids, features = audio_inputs(processor, texts, waves)
-    for example, row in zip(examples, ids):
-        if _audio_id(processor) not in row:
-            raise DataError(f"{example.where}: the clip {example.audio} gives no audio token; "
-                            "use a longer clip")
-    return ids, features
+    return audio_inputs(processor, texts, waves)
 
 
 def _text_prompts(examples, processor, tokenizer, field) -> list[list[int]]:
@@ -320,18 +312,11 @@ class Prompts:
     features: dict[str, torch.Tensor]   # what the audio tower takes, one row per example
 
 
-def encode_prompts(examples, processor, tokenizer, *, words, max_seconds=None) -> Prompts:
+def encode_prompts(examples, processor, tokenizer, *, words) -> Prompts:
     """Examples -> Prompts, reading the audio files; arguments as in collate. Raises DataError."""
-    audio, features = _audio_prompts(examples, processor, max_seconds)
+    audio, features = _audio_prompts(examples, processor)
     text = _text_prompts(examples, processor, tokenizer, words)
     return Prompts(list(examples), audio, text, features)
-
-
-def noise_prompts(processor, waves) -> Prompts:
-    """Waves [samples] in prompts that ask what they are: what hearing.check listens to."""
-    texts = [audio_prompt(processor, "What is that?")] * len(waves)
-    ids, features = audio_inputs(processor, texts, waves)
-    return Prompts([], ids, [], features)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -451,13 +436,7 @@ def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
 
 
 def collate(
-    examples,
-    processor,
-    tokenizer,
-    *,
-    words="description",
-    student_to_teacher=None,
-    max_seconds=None,
+    examples, processor, tokenizer, *, words="description", student_to_teacher=None
 ) -> Batch:
     """Examples -> Batch with their reference responses, reading the audio files.
 
@@ -488,11 +467,11 @@ def collate(
         teacher_responses.append(response)
 
     if teacher_responses[0][-1] != turn_end_id(tokenizer):
-        raise DataError(f"the text view's tokenizer ({tokenizer.name_or_path or 'unnamed'}) closes "
-                        "turns with another token than the student's; choose a teacher with the "
-                        "student's chat format")
+        raise DataError(f"the text view's tokenizer ({tokenizer.name_or_path}) closes turns with "
+                        "another token than the student's; choose a teacher with the student's "
+                        "chat format")
 
-    prompts = encode_prompts(examples, processor, tokenizer, words=words, max_seconds=max_seconds)
+    prompts = encode_prompts(examples, processor, tokenizer, words=words)
     rows = range(len(examples))
     return Batch(
         audio=audio_view(prompts, rows, responses, processor),
@@ -548,14 +527,13 @@ def read_manifest(path, *, require=(), split=None, limit=None) -> list[Example]:
     require: optional fields that every returned example must have. split, limit: which and how
     many. Audio paths are relative to the manifest's folder and must stay inside it, links
     resolved. Unknown keys are ignored. Raises DataError at the first fault."""
-    path = Path(path)
+    from plumbing import manifest
+
     examples = []
-    for example in parse_manifest(path):
+    for example in manifest.parse(path):
         if isinstance(example, DataError):
             raise example
         examples.append(example)
-    if not examples:
-        raise DataError(f"{path}: the manifest is empty; write one JSON object per line")
 
     chosen = [example for example in examples if split is None or example.split == split][:limit]
     if not chosen:
@@ -564,9 +542,7 @@ def read_manifest(path, *, require=(), split=None, limit=None) -> list[Example]:
                         f"the file has the splits {splits}")
     for example in chosen:
         for name in require:
-            if not str(getattr(example, name) or "").strip():
-                raise DataError(f"{example.where}: {name!r} is missing or empty and is needed "
-                                "here; add it to the line")
+            needed(example, name)
     return chosen
 
 
@@ -580,51 +556,6 @@ def read_manifests(paths, **options) -> list[Example]:
             manifest.claim_id(example, seen)
             examples.append(example)
     return examples
-
-
-def parse_manifest(path):
-    """Yields an Example, or the DataError that says what is wrong, for each line with content."""
-    from plumbing import manifest
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such manifest; check the path")
-    folder = path.parent.resolve()
-    seen = {}
-    for number, line in manifest.lines(path):
-        try:
-            example = parse_line(line, f"{path}:{number}", folder)
-            manifest.claim_id(example, seen)
-            yield example
-        except DataError as error:
-            yield error
-
-
-def parse_line(line: bytes, where: str, folder: Path) -> Example:
-    """One line of a manifest -> Example. Raises DataError.
-
-    where: "manifest.jsonl:12", for messages. folder: the manifest's own, resolved."""
-    from plumbing import manifest
-
-    record = manifest.parse_record(line, where)         # whatever may be wrong is said there
-    reasoning = record.get("reasoning")
-    if reasoning is not None:
-        reasoning = {stage: reasoning[stage] for stage in STAGES}
-    return Example(
-        id=record["id"],
-        audio=manifest.inside(record["audio"], folder, where),
-        question=record["question"],
-        choices=record.get("choices") or [],
-        answer=record["answer"],
-        task=record["task"],
-        reasoning=reasoning,
-        description=record.get("description"),
-        transcript=record.get("transcript"),
-        speaker=record.get("speaker"),
-        split=record.get("split"),
-        where=where,
-        kind=record.get("sub-category"),
-    )
 
 
 def fingerprint(examples) -> str:
@@ -666,36 +597,22 @@ def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
 # ---------------------------------------------------------------------------------------------
 # 5. Audio. Whether a file is one that can be used is plumbing/check.py's question
 
-def mean_of_channels(block):
-    """[samples, channels] -> [samples], without a copy of what is mono."""
-    channels = block.shape[1]
-    return block[:, 0] if channels == 1 else sum(block.T) / channels
-
-
-def resample_ratio(rate) -> Fraction:
-    # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
-    # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
-    # at most for odd ones up to 192 kHz.
-    return Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
-
-
-def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Tensor:
+def load_audio(path, *, where=None, cut=math.inf) -> torch.Tensor:
     """The first `cut` seconds of a WAV, FLAC, OGG or MP3 file as float32 [samples]: 16 kHz, mono
     (mean of the channels), 1.0 is full scale. Raises DataError."""
     import torchaudio
 
     from plumbing import check
 
-    clip = check.clip_name(path, where)
-    with check.open_audio(path, where=where, max_seconds=max_seconds) as file:
+    with check.open_audio(path, where=where) as file:
         rate = file.samplerate
-        count = math.ceil(cut * rate) if cut < math.inf else -1
-        wave = torch.from_numpy(mean_of_channels(check.read_frames(file, count, clip)))
-    if not wave.isfinite().all():
-        raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
-    if rate == SAMPLE_RATE:
-        return wave
-    ratio = resample_ratio(rate)
+        count = math.ceil(min(cut * rate, file.frames))
+        _, mono = check.read_frames(file, count, check.clip_name(path, where))
+    # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
+    # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
+    # at most for odd ones up to 192 kHz.
+    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
+    wave = torch.from_numpy(mono)
     return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
@@ -707,12 +624,9 @@ def audio_seconds(path, *, where=None, max_seconds=None) -> float:
         return file.frames / file.samplerate
 
 
-def check_audio(examples, max_seconds=None) -> list[float]:
+def check_audio(examples) -> list[float]:
     """The clips' durations; raises DataError at the first whose header shows a fault."""
-    return [
-        audio_seconds(example.audio, where=example.where, max_seconds=max_seconds)
-        for example in examples
-    ]
+    return [audio_seconds(example.audio, where=example.where) for example in examples]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -727,9 +641,9 @@ def main():
         "token. check: every fault of a manifest and its clips, and a table by task; exit status "
         "1 if there is any")
     add("file", help="the manifest, JSONL")
+    # show
     add("--student", default=str(Path(__file__).resolve().parent / "mini" / "student"),
         help="folder or hub name of the student")
-    # show
     add("--id", help="the example's id; the first one's without")
     add("--teacher", help="folder or hub name of the text teacher; without, the student reads too")
     add("--words", default="description", choices=["description", "transcript"],

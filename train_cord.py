@@ -434,7 +434,6 @@ def train(args, run):
         processor=processor,
         tokenizer=tokenizer,
         words="transcript",
-        max_seconds=args.max_seconds,
     )
 
     # 5.4 What will happen, in a few lines

@@ -398,7 +398,6 @@ def train(args, run):
                 tokenizer or processor.tokenizer,
                 words="description" if teacher else None,
                 student_to_teacher=student_to_teacher,
-                max_seconds=args.max_seconds,
             )
             for i in range(0, len(examples), args.micro_batch)
         ]

@@ -11,8 +11,8 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 import data
 from data import DataError
-from plumbing import ranks
+from plumbing import manifest, ranks
 
 SILENT = 2e-4       # peak-to-peak below this share of full scale is silence: 6 steps of 16 bits
 FULL = 0.9999       # of full scale: three samples in a row at this level are clipped
 BLOCK = 2**18       # samples decoded at a time, all channels together: no clip is too long
-AT_ONCE = 8         # clips that a thread decodes before it asks for more
 
 
 @dataclass
@@ -45,12 +44,17 @@ def clip_name(path, where=None) -> str:
 
 
 def read_frames(file, count, clip):
-    """The next `count` frames, -1 for all -> [samples, channels] float32. Raises DataError."""
+    """The next `count` frames -> their samples [frames, channels] and the mean of the channels
+    [frames], float32. Raises DataError."""
     try:
-        return file.read(count, dtype="float32", always_2d=True)
+        block = file.read(count, dtype="float32", always_2d=True)
     except (RuntimeError, OSError, MemoryError, ValueError) as error:
         raise DataError(f"{clip} breaks off while decoding ({str(error).rstrip('.')}); "
                         "make or fetch it again") from None
+    mono = sum(block.T) / file.channels
+    if not np.isfinite(mono).all():
+        raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
+    return block, mono
 
 
 def open_audio(path, *, where=None, max_seconds=None):
@@ -78,7 +82,7 @@ def open_audio(path, *, where=None, max_seconds=None):
     if frames == 0:             # of a WAV whose writer was killed, libsndfile reads nothing
         raise DataError(f"{clip} is empty (it holds no samples, or its header does not know how "
                         "many); make it again, or have ffmpeg copy it to a new file")
-    if math.ceil(frames * data.resample_ratio(rate)) < data.MIN_SAMPLES:
+    if seconds * data.SAMPLE_RATE < data.MIN_SAMPLES:
         raise DataError(f"{clip} lasts {seconds:.3f} s, too short for a single audio token; "
                         "use at least 0.021 s")
     if max_seconds is not None and seconds > max_seconds:
@@ -87,30 +91,25 @@ def open_audio(path, *, where=None, max_seconds=None):
     return file
 
 
-def decode(path, *, where=None, max_seconds=None) -> Clip:
+def decode(path, max_seconds=None) -> Clip:
     """Decodes a clip from end to end, block by block. Raises DataError for a clip with a fault."""
-    clip = clip_name(path, where)
+    clip = clip_name(path)
     there = 0                           # frames
     clipped = 0                         # samples, the mean of the channels
     low, high = math.inf, -math.inf     # of the mean of the channels
-    with open_audio(path, where=where, max_seconds=max_seconds) as file:
+    with open_audio(path, max_seconds=max_seconds) as file:
         rate, frames, channels = file.samplerate, file.frames, file.channels
         guessed = file.format == "MP3"              # many do not say how long they are
         while there < frames:
-            block = read_frames(file, max(1, BLOCK // channels), clip)
+            block, mono = read_frames(file, max(1, BLOCK // channels), clip)
             if not len(block):
                 break
             there += len(block)
-            mono = data.mean_of_channels(block)
-            if not np.isfinite(mono).all():
-                raise DataError(f"{clip} holds samples that are not finite numbers; "
-                                "make or fetch it again")
             low = min(low, float(mono.min()))
             high = max(high, float(mono.max()))
-            if max(block.max(), -block.min()) >= FULL:
-                full = np.abs(block) >= FULL
-                in_a_run = full[2:] & full[1:-1] & full[:-2]
-                clipped += int(in_a_run.sum()) / channels
+            full = np.abs(block) >= FULL
+            in_a_run = full[2:] & full[1:-1] & full[:-2]
+            clipped += int(in_a_run.sum()) / channels
 
     seconds = there / rate
     if there == 0 or (there < frames and not guessed):
@@ -149,44 +148,38 @@ def missing_bytes(path, form) -> int:
 def check_clips(examples, max_seconds=None) -> list[float]:
     """Decodes every clip -> their durations in seconds, on every rank the same. Then raises
     DataError for the first with a fault."""
-    seconds = []
-    for example, clip in zip(examples, decode_all(examples, max_seconds)):
-        if isinstance(clip, str):
-            raise DataError(f"{example.where}: {clip}")
-        seconds.append(clip.seconds)
-    return seconds
+    clips = decode_all(examples, max_seconds)
+    for example in examples:
+        if isinstance(clips[example.audio], str):
+            raise DataError(f"{example.where}: {clips[example.audio]}")
+    return [clips[example.audio].seconds for example in examples]
 
 
-def decode_all(examples, max_seconds=None) -> list[Clip | str]:
-    """Each example's clip, or the sentence that says what is wrong with it.
+def decode_all(examples, max_seconds=None) -> dict[Path, Clip | str]:
+    """What each file turns out to be: its Clip, or the sentence that says what is wrong with it.
 
     Each file is decoded once, in threads (libsndfile lets go of Python's lock), and under
     torch.distributed by one rank, which tells the others."""
     paths = list(dict.fromkeys(example.audio for example in examples))
     share = paths[ranks.rank()::ranks.world_size()]
-    tasks = [share[start:start + AT_ONCE] for start in range(0, len(share), AT_ONCE)]
 
-    def decode_some(task):
-        clips = []
-        for path in task:
-            try:
-                clips.append(decode(path, max_seconds=max_seconds))
-            except DataError as error:
-                clips.append(str(error))
-        return clips
+    def decode_one(path):
+        try:
+            return path, decode(path, max_seconds)
+        except DataError as error:
+            return path, str(error)
 
     threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    with ThreadPool(max(1, threads)) as pool:
         bar = tqdm(
-            pool.map(decode_some, tasks),
+            pool.imap(decode_one, share, chunksize=8),
             "decoding clips",
-            len(tasks),
+            len(share),
             leave=False,
             disable=True if ranks.rank() > 0 else None,
         )
-        clips = list(itertools.chain(*bar))
-    by_path = dict(ranks.gather_lists(list(zip(share, clips))))
-    return [by_path[example.audio] for example in examples]
+        clips = list(bar)
+    return dict(ranks.gather_lists(clips))
 
 
 def about_clips(seconds, processor) -> str:
@@ -214,70 +207,35 @@ def about_clips(seconds, processor) -> str:
 # 3. python data.py check FILE
 
 def command(args):
-    """Prints every fault in the order of the lines, then a table; exits with 1 if there is any."""
-    tokenizer = load_tokenizer(args.student)
-    faults, examples = [], []
-    for item in data.parse_manifest(args.file):
-        if isinstance(item, DataError):
-            faults.append(str(item))
-        else:
-            examples.append(item)
-    if not faults and not examples:
-        raise DataError(f"{args.file}: the manifest is empty; write one JSON object per line")
-
-    good, odd = [], []
-    for example, clip in zip(examples, decode_all(examples, args.max_seconds)):
+    """Prints every fault in the order of the lines, then what is odd, then the clips' durations by
+    task. Exits with 1 if there is a fault."""
+    lines = list(manifest.parse(args.file))
+    clips = decode_all([x for x in lines if isinstance(x, data.Example)], args.max_seconds)
+    faults, odd = [], []
+    seconds = defaultdict(list)         # task -> of its clips
+    for line in lines:
+        if isinstance(line, DataError):
+            faults.append(line)
+            continue
+        clip = clips[line.audio]
         if isinstance(clip, str):
-            faults.append(f"{example.where}: {clip}")
-        else:
-            good.append((example, clip))
-            if clip.odd:
-                odd.append(f"{example.where}: {clip.odd}")
+            faults.append(f"{line.where}: {clip}")
+            continue
+        seconds[line.task].append(clip.seconds)
+        if clip.odd:
+            odd.append(f"{line.where}: {clip.odd}")
 
-    prefix = f"{Path(args.file)}:"
-    faults.sort(key=lambda fault: int(fault.removeprefix(prefix).partition(":")[0]))
     for fault in faults:
         print(f"fault: {fault}")
     for sentence in odd:
         print(f"odd: {sentence}")
-    counts = [f"{len(good)} examples are valid"]
-    if faults:
-        counts.append(f"{len(faults)} have faults")
-    if odd:
-        counts.append(f"{len(odd)} odd things")
-    print(f"{args.file}: {', '.join(counts)}")
-    if good:
-        print_table(good, tokenizer)
+    together = list(itertools.chain(*seconds.values()))
+    print(f"{args.file}: {len(together)} examples are valid, {len(faults)} have faults, "
+          f"{len(odd)} odd things")
+    if together:
+        print(f"\n{'task':12}{'count':>8}{'mean, s':>10}{'longest, s':>12}")
+        for task, values in [*sorted(seconds.items()), ("together", together)]:
+            mean = sum(values) / len(values)
+            print(f"{task:12}{len(values):8}{mean:10.1f}{max(values):12.1f}")
     if faults:
         raise SystemExit(1)
-
-
-def load_tokenizer(name):
-    """The tokenizer in a folder or on the hub, or one sentence and the end."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: there is no tokenizer in {name} ({str(error).splitlines()[0]}); "
-                         "name the student's folder with --student") from None
-
-
-def print_table(good, tokenizer):
-    """[(Example, Clip)] -> how many, how long and how many tokens, by task."""
-    rows = defaultdict(list)            # task -> [(seconds, question tokens, response tokens)]
-    for example, clip in good:
-        question = tokenizer(data.question_text(example), add_special_tokens=False)["input_ids"]
-        response = data.encode_response(tokenizer, data.response_text(example))
-        rows[example.task].append((clip.seconds, len(question), len(response)))
-    together = list(itertools.chain(*rows.values()))
-
-    print(f"\n{'':12}{'':>8}{'seconds':>16}{'question tokens':>18}{'response tokens':>18}")
-    print(f"{'task':12}{'count':>8}{'mean':>10}{'max':>6}" + f"{'mean':>12}{'max':>6}" * 2)
-    for task, values in [*sorted(rows.items()), ("together", together)]:
-        seconds, question, response = zip(*values)
-        line = f"{task:12}{len(values):8}"
-        line += f"{sum(seconds) / len(seconds):10.1f}{max(seconds):6.1f}"
-        for tokens in (question, response):
-            line += f"{sum(tokens) / len(tokens):12.0f}{max(tokens):6}"
-        print(line)

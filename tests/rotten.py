@@ -201,12 +201,15 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
     "a list": (b"[1, 2]", "holds a list"),
     "null": (b"null", "holds a NoneType"),
     **{
-        f"null {name}": ({name: None}, f"field '{name}' is null")
+        f"null {name}": ({name: None}, f"field '{name}' is missing or null")
         for name in ("id", "audio", "question", "answer", "task")
     },
-    "null stage": ({"reasoning": {**STAGES, "caption": None}}, "field 'caption' is null"),
+    "null stage": (
+        {"reasoning": {**STAGES, "caption": None}},
+        "field 'caption' is missing or null",
+    ),
     **{
-        f"no {name}": ({name: ...}, f"field '{name}' is missing")
+        f"no {name}": ({name: ...}, f"field '{name}' is missing or null")
         for name in ("id", "audio", "question", "answer", "task")
     },
     "empty answer": ({"answer": " "}, "field 'answer' is empty"),
@@ -217,7 +220,7 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
         "must be a string, not dict",
     ),
     "choices of another type": ({"choices": "bell"}, "'choices' must be a list"),
-    "null choice": ({"choices": ["bell", None]}, "'choices' must be a list"),
+    "null choice": ({"choices": ["bell", None]}, "a choice is missing or null"),
     "reasoning of another type": ({"reasoning": "It rings."}, "'reasoning' must be an object"),
     "answer not among the choices": ({"answer": "B"}, "'B' is not among the choices"),
     "a tag in the answer": (

@@ -756,7 +756,9 @@ def test_what_is_saved_loads_with_transformers_alone(name, loaded, tmp_path):
     assert "{'missing': 0, 'unexpected': 0, 'mismatched': 0}" in done.stdout
     wave = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     with torch.no_grad():
-        prompts = data.noise_prompts(processor, [wave])
+        question = data.audio_prompt(processor, "What is that?")
+        ids, features = data.audio_inputs(processor, [question], [wave])
+        prompts = data.Prompts([], ids, [], features)
         view = data.audio_view(prompts, [0], [[]], processor)
         logits = (models.hear(model, **view.inputs) @ models.head_weight(model).T)[0, -1]
     norm = float(re.search(r"norm ([\d.]+)", done.stdout)[1])
