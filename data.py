@@ -198,7 +198,7 @@ def audio_prompt(processor, question: str) -> str:
             )
         except (TypeError, jinja2.TemplateError):
             continue
-        if prompt.count(processor.audio_token) == 1:
+        if isinstance(prompt, str) and prompt.count(processor.audio_token) == 1:
             return prompt
     raise DataError("the chat template does not put one audio placeholder "
                     f"{processor.audio_token} for one clip; use the template of the model's own "
