@@ -141,7 +141,7 @@ def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
     return sorted(banned - {None, *keep})               # None: what this tokenizer does not have
 
 
-def shared_vocabulary(student, teacher, *, minimum=0.9) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def shared_vocabulary(student, teacher, *, minimum=0.9):
     """Two tokenizers -> the ids of tokens that are equal AS STRINGS in both: (student_ids [n],
     teacher_ids [n], counts).
 
@@ -176,10 +176,9 @@ def token_map(student_ids, teacher_ids, size):
 
 def question_text(example: Example) -> str:
     """The question, then one line per choice: "A. gold"."""
-    lines = [example.question] if example.question else []
-    for letter, choice in zip(string.ascii_uppercase, example.choices):
-        lines.append(f"{letter}. {choice}")
-    return "\n".join(lines)
+    choices = zip(string.ascii_uppercase, example.choices)
+    lines = [f"{letter}. {choice}" for letter, choice in choices]
+    return "\n".join(filter(None, [example.question, *lines]))
 
 
 def audio_prompt(processor, question: str) -> str:
@@ -210,7 +209,7 @@ def text_prompt(tokenizer, words: str, question: str) -> str:
 
     enable_thinking=False makes Qwen3's template append its empty think block, so that the teacher
     is asked in training exactly as it is scored; other templates ignore it."""
-    content = "\n".join(part for part in (words, question) if part)
+    content = "\n".join(filter(None, [words, question]))
     turns = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -230,7 +229,7 @@ def needed(example, name):
     return value
 
 
-def _words_and_question(example, processor, field=None) -> tuple[str, str]:
+def _words_and_question(example, processor, field=None):
     words = needed(example, field) if field else ""
     question = question_text(example)
     # A placeholder would ask the model for audio that is not there. A text LLM's tokenizer may
@@ -255,7 +254,7 @@ def longest(processor) -> float:
     return getattr(features, "n_samples", math.inf) / features.sampling_rate
 
 
-def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
+def audio_inputs(processor, prompts, waves):
     """Prompts as text and their waves [samples] -> (ids of each prompt, with as many placeholders
     as its wave gives; features, one row per wave)."""
     options = {"sampling_rate": SAMPLE_RATE}
@@ -285,7 +284,8 @@ def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
     return ids, inputs
 
 
-def _audio_prompts(examples, processor) -> tuple[list[list[int]], dict]:
+def _audio_prompts(examples, processor):
+    # -> (ids of each prompt, features), as audio_inputs
     texts, waves = [], []
     for example in examples:
         wave = load_audio(example.audio, where=example.where, cut=longest(processor))
@@ -294,7 +294,7 @@ def _audio_prompts(examples, processor) -> tuple[list[list[int]], dict]:
     return audio_inputs(processor, texts, waves)
 
 
-def _text_prompts(examples, processor, tokenizer, field) -> list[list[int]]:
+def _text_prompts(examples, processor, tokenizer, field):
     ids = []
     for example in examples:
         prompt = text_prompt(tokenizer, *_words_and_question(example, processor, field))
@@ -316,7 +316,7 @@ def encode_prompts(examples, processor, tokenizer, *, words) -> Prompts:
     """Examples -> Prompts, reading the audio files; arguments as in collate. Raises DataError."""
     audio, features = _audio_prompts(examples, processor)
     text = _text_prompts(examples, processor, tokenizer, words)
-    return Prompts(list(examples), audio, text, features)
+    return Prompts(examples, audio, text, features)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class Batch:
         )
 
 
-def pad(rows: list[list[int]], tokenizer, side: str) -> dict[str, torch.Tensor]:
+def pad(rows, tokenizer, side):
     """Lists of ids -> {"input_ids", "attention_mask"} [batch, seq], padded at that side."""
     rows = [torch.tensor(row) for row in rows]
     beside = functools.partial(pad_sequence, batch_first=True, padding_side=side)
@@ -430,11 +430,6 @@ def audio_view(prompts: Prompts, rows, responses, processor) -> View:
     )
 
 
-def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
-    """The same behind the text prompts; the responses in the text view's vocabulary."""
-    return pack(prompts.text, rows, responses, tokenizer)
-
-
 def collate(
     examples, processor, tokenizer, *, words="description", student_to_teacher=None
 ) -> Batch:
@@ -475,24 +470,22 @@ def collate(
     rows = range(len(examples))
     return Batch(
         audio=audio_view(prompts, rows, responses, processor),
-        text=text_view(prompts, rows, teacher_responses, tokenizer),
-        labels=torch.tensor([token for response in responses for token in response]),
-        examples=list(examples),
+        text=pack(prompts.text, rows, teacher_responses, tokenizer),
+        labels=torch.tensor(list(itertools.chain(*responses))),
+        examples=examples,
     )
 
 
-def pad_left(prompts, tokenizer) -> dict[str, torch.Tensor]:
+def pad_left(prompts, tokenizer):
     """Lists of ids -> {"input_ids", "attention_mask", "position_ids"} [batch, seq] for generation:
     every row's first new token follows its last prompt token. Positions count real tokens."""
     inputs = pad(prompts, tokenizer, "left")
-    positions = inputs["attention_mask"].cumsum(-1) - 1
-    return {**inputs, "position_ids": positions.clamp(min=0)}
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return inputs
 
 
-def prompt_batch(
-    examples, processor, *, view="audio", tokenizer=None, words=None
-) -> dict[str, torch.Tensor]:
-    """Inputs for model.generate: prompts only, left padded.
+def prompt_batch(examples, processor, *, view="audio", tokenizer=None, words=None):
+    """Examples -> the inputs of model.generate, a dict of tensors: prompts only, left padded.
 
     view "text": tokenizer (default: the student's) and the field of `words`; without words the
     question alone."""
@@ -605,13 +598,12 @@ def load_audio(path, *, where=None, cut=math.inf) -> torch.Tensor:
     from plumbing import check
 
     with check.open_audio(path, where=where) as file:
-        rate = file.samplerate
-        count = math.ceil(min(cut * rate, file.frames))
+        count = math.ceil(min(cut * file.samplerate, file.frames))
         _, mono = check.read_frames(file, count, check.clip_name(path, where))
     # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
     # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
     # at most for odd ones up to 192 kHz.
-    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
+    ratio = Fraction(SAMPLE_RATE, file.samplerate).limit_denominator(1000)
     wave = torch.from_numpy(mono)
     return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
@@ -642,12 +634,10 @@ def main():
         "1 if there is any")
     add("file", help="the manifest, JSONL")
     # show
-    add("--student", default=str(Path(__file__).resolve().parent / "mini" / "student"),
-        help="folder or hub name of the student")
     add("--id", help="the example's id; the first one's without")
-    add("--teacher", help="folder or hub name of the text teacher; without, the student reads too")
-    add("--words", default="description", choices=["description", "transcript"],
-        help="the field with the words for the audio: description (paper A), transcript (CORD)")
+    add("--student", default="mini/student", help="folder or hub name of the student")
+    add("--teacher", help="folder or hub name of a text teacher, which reads the description "
+        "(paper A); without, the student reads the transcript (CORD)")
     # check
     add("--max-seconds", type=float, default=30.0,
         help="longest clip allowed, in seconds (Qwen2-Audio's window: 30)")

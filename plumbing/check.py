@@ -16,7 +16,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data
@@ -64,14 +63,12 @@ def open_audio(path, *, where=None, max_seconds=None):
     path, clip = Path(path), clip_name(path, where)
     if not os.path.isfile(path):            # pathlib's raises for names that are too long
         raise DataError(f"{clip} does not exist; put it there or correct the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"{clip} is empty (0 bytes); make or fetch it again")
     try:
         file = soundfile.SoundFile(path)
         absent = missing_bytes(path, file.format)
     except (RuntimeError, OSError, TypeError, ValueError) as error:     # TypeError: such as .raw
         raise DataError(f"{clip} cannot be decoded ({str(error).rstrip('.')}); "
-                        "convert it to WAV, FLAC, OGG or MP3") from None
+                        "make or fetch it again, as WAV, FLAC, OGG or MP3") from None
     frames, rate = file.frames, file.samplerate
     seconds = frames / rate
     if absent > 0:
@@ -98,32 +95,30 @@ def decode(path, max_seconds=None) -> Clip:
     clipped = 0                         # samples, the mean of the channels
     low, high = math.inf, -math.inf     # of the mean of the channels
     with open_audio(path, max_seconds=max_seconds) as file:
-        rate, frames, channels = file.samplerate, file.frames, file.channels
-        guessed = file.format == "MP3"              # many do not say how long they are
-        while there < frames:
-            block, mono = read_frames(file, max(1, BLOCK // channels), clip)
+        while there < file.frames:
+            block, mono = read_frames(file, max(1, BLOCK // file.channels), clip)
             if not len(block):
                 break
             there += len(block)
-            low = min(low, float(mono.min()))
-            high = max(high, float(mono.max()))
+            low = min(low, mono.min())
+            high = max(high, mono.max())
             full = np.abs(block) >= FULL
             in_a_run = full[2:] & full[1:-1] & full[:-2]
-            clipped += int(in_a_run.sum()) / channels
+            clipped += in_a_run.sum() / file.channels
 
-    seconds = there / rate
-    if there == 0 or (there < frames and not guessed):
-        raise DataError(f"{clip} is cut off ({seconds:.2f} s of the {frames / rate:.2f} s that its "
+    seconds = there / file.samplerate
+    promised = file.frames / file.samplerate
+    guessed = file.format == "MP3"                  # many do not say how long they are
+    if there == 0 or (there < file.frames and not guessed):
+        raise DataError(f"{clip} is cut off ({seconds:.2f} s of the {promised:.2f} s that its "
                         "header promises are there); make or fetch it again")
     if high - low < SILENT:
         raise DataError(f"{clip} is silent (its {seconds:.2f} s, mixed to mono, are all zeros or "
                         "next to it); make it again, or leave the line out")
     odd = None
     if clipped > 0.01 * there:
-        odd = (
-            f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full "
-            "scale); record it at a lower level"
-        )
+        odd = (f"{clip} is clipped ({clipped / there:.0%} of its samples lie in runs at full "
+               "scale); record it at a lower level")
     return Clip(seconds, odd)
 
 
@@ -183,23 +178,14 @@ def decode_all(examples, max_seconds=None) -> dict[Path, Clip | str]:
 
 
 def about_clips(seconds, processor) -> str:
-    """What clips of these durations mean for a model, in a line: what of them it hears, and the
-    memory of one clip's features."""
+    """How many clips of these durations there are, and what of them a model hears, in a line."""
     window = data.longest(processor)
-    wave = torch.zeros(math.ceil(min(window, max(seconds)) * data.SAMPLE_RATE))
-    prompt = data.audio_prompt(processor, "")
-    _, features = data.audio_inputs(processor, [prompt], [wave.numpy()])
-    size = sum(tensor.nbytes for tensor in features.values()) / 2**20
-    line = (
-        f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, longest "
-        f"{max(seconds):.1f} s; features at most {size:.2f} MiB a clip"
-    )
+    line = (f"{len(seconds):,} clips, {sum(seconds) / 3600:.2f} hours, "
+            f"longest {max(seconds):.1f} s")
     cut = sum(duration > window for duration in seconds)
     if cut:
-        line += (
-            f"; {cut:,} are longer than the {window:g} s that the model hears and are cut "
-            "there (--max-seconds refuses them)"
-        )
+        line += (f"; {cut:,} are longer than the {window:g} s that the model hears and are cut "
+                 "there (--max-seconds refuses them)")
     return line
 
 

@@ -5,6 +5,7 @@ data.read_manifest calls it for who wants the examples or the first fault. Every
 data.DataError.
 """
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -95,18 +96,14 @@ def parse_line(line: bytes, where: str, folder: Path) -> Example:
             raise DataError(f"{where}: the text {text[:60]!r} contains the tag {tag[0]}, "
                             "which marks the response's parts; remove the tag")
 
-    # The clip. resolve() follows links first, so that neither "..", nor an absolute path, nor a
-    # link can read a file from elsewhere
-    name = record["audio"]
-    try:
-        record["audio"] = (folder / name).resolve()
-    except (OSError, RuntimeError) as error:                    # RuntimeError: a circle of links
-        raise DataError(f"{where}: the audio path {name!r:.150} cannot be used "
-                        f"({str(error):.150}); correct it") from None
-    if not record["audio"].is_relative_to(folder):
-        raise DataError(f"{where}: the audio path {name!r:.150} leaves the folder {folder}; "
-                        "put the clip or the manifest elsewhere")
+    # The clip. realpath follows links first, so that neither "..", nor an absolute path, nor a link
+    # can read a file from elsewhere
+    audio = Path(os.path.realpath(folder / record["audio"]))
+    if not audio.is_relative_to(folder):
+        raise DataError(f"{where}: the audio path {record['audio']!r:.150} leaves the folder "
+                        f"{folder}; put the clip or the manifest elsewhere")
 
+    record["audio"] = audio
     record["kind"] = record.get("sub-category")
     record["where"] = where
     return Example(**{field.name: record.get(field.name) for field in fields(Example)})

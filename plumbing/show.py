@@ -18,9 +18,10 @@ def command(args):
     """Finds the example and prints both its views."""
     import transformers
 
-    examples = [line for line in manifest.parse(args.file) if isinstance(line, data.Example)]
-    if args.id is not None:
-        examples = [example for example in examples if example.id == args.id]
+    examples = []
+    for line in manifest.parse(args.file):
+        if isinstance(line, data.Example) and args.id in (None, line.id):
+            examples.append(line)
     if not examples:
         raise data.DataError(f"{args.file} has no valid example with the id {args.id}; "
                              "python data.py check names the lines with faults")
@@ -35,11 +36,13 @@ def command(args):
         raise data.DataError(f"there is no processor or tokenizer ({str(error).splitlines()[0]}); "
                              "name the models' folders with --student and --teacher") from None
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    print(*picture(examples[0], processor, reader, args.words), sep="\n")
+    words = "description" if args.teacher else "transcript"
+    print(*picture(examples[0], processor, reader, words), sep="\n")
 
 
-def picture(example, processor, reader, words="description") -> list[str]:
-    """Both views of an example, 100 columns wide. reader: the text view's tokenizer."""
+def picture(example, processor, reader, words) -> list[str]:
+    """Both views of an example, 100 columns wide. reader: the text view's tokenizer. words: the
+    field that it reads."""
     student = processor.tokenizer
     student_ids, reader_ids, _ = data.shared_vocabulary(student, reader)
     mapping = data.token_map(student_ids, reader_ids, len(student))

@@ -135,7 +135,7 @@ BAD_AUDIO = {  # fault -> (file, how to write it, words)
         altered(lambda content: content[:30]),
         "cannot be decoded",
     ),
-    "zero-length file": ("empty.wav", lambda path: path.touch(), "is empty (0 bytes)"),
+    "zero-length file": ("empty.wav", lambda path: path.touch(), "cannot be decoded"),
     "zero samples": ("none.wav", sound(np.zeros(0)), "is empty (it holds no samples"),
     "a header without its length": (
         "unclosed.wav",
@@ -251,7 +251,7 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
     "absolute path": ({"audio": "/etc/passwd"}, "leaves the folder"),
     "link outwards": ({"audio": "out.wav"}, "leaves the folder"),
     "link to a folder outside": ({"audio": "up/outside.wav"}, "leaves the folder"),
-    "circle of links": ({"audio": "circle.wav"}, "cannot be used ("),
+    "circle of links": ({"audio": "circle.wav"}, "does not exist"),
     "duplicate id": ({"id": "good wav"}, "was already used at "),
 }
 

@@ -799,7 +799,7 @@ def test_long_clips_are_cut_where_the_model_stops_hearing_and_counted_or_refused
     )  # but for the cut edge
     line = about_clips([3.2, 3.0, 1.0], tiny_processor)
     assert line.startswith(
-        "3 clips, 0.00 hours, longest 3.2 s; features at most 0.02 MiB a clip; "
+        "3 clips, 0.00 hours, longest 3.2 s; "
         "1 are longer than the 3 s that the model hears and are cut there"
     )
     assert "longer" not in about_clips([3.0, 1.0], tiny_processor)
