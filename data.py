@@ -125,7 +125,7 @@ def turn_end_id(tokenizer) -> int:
                     "use an instruct model whose template closes its turns")
 
 
-def _special_ids(tokenizer) -> set[int]:
+def _special_ids(tokenizer):
     added = tokenizer.added_tokens_decoder.items()
     return {index for index, token in added if token.special}.union(tokenizer.all_special_ids)
 
@@ -223,7 +223,7 @@ def _audio_id(processor) -> int:
 def needed(example, name):
     """example.<name>. Raises DataError where there is nothing in it."""
     value = getattr(example, name)
-    if not value or not str(value).strip():
+    if not str(value or "").strip():
         raise DataError(f"{example.where}: {name!r} is missing or empty and is needed here; "
                         "add it to the line")
     return value
@@ -393,7 +393,7 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=-1, features=None) -> 
     # 2. What predicts a token: one column before its own, or the prompt's end
     batch, seq = inputs["input_ids"].shape
     positions = torch.arange(seq).repeat(batch, 1)                      # [batch, seq]
-    before = torch.arange(batch * seq).view(batch, seq) - 1             # the same, flattened
+    before = torch.arange(batch * seq).view(batch, seq) - 1             # [batch, seq], flattened
     branch = inputs["attention_mask"] - 1               # 0 prompt, 1, 2, .. responses, -1 padding
     for sequence, (row, group) in enumerate(groups):
         begin = len(prompts[row])
@@ -440,13 +440,13 @@ def collate(
     "transcript" (CORD). student_to_teacher: token_map's, where the two number their tokens
     differently. Raises DataError."""
     student = processor.tokenizer
-    end_id = turn_end_id(student)
+    control = (_audio_id(processor), turn_end_id(student))
     responses, teacher_responses = [], []
     for example in examples:
         response = encode_response(student, response_text(example))
         # A placeholder would ask for audio that is not there, a turn end would teach to stop
         for token in response[:-1]:
-            if token in (_audio_id(processor), end_id):
+            if token in control:
                 raise DataError(f"{example.where}: the response contains the control token "
                                 f"{student.convert_ids_to_tokens(token)}; "
                                 "remove it from the answer or the reasoning")

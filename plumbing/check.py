@@ -60,7 +60,7 @@ def open_audio(path, *, where=None, max_seconds=None):
     """-> soundfile's open file, once its header makes sense. Raises DataError."""
     import soundfile  # see data.py's imports
 
-    path, clip = Path(path), clip_name(path, where)
+    clip = clip_name(path, where)
     if not os.path.isfile(path):            # pathlib's raises for names that are too long
         raise DataError(f"{clip} does not exist; put it there or correct the path")
     try:
@@ -71,7 +71,7 @@ def open_audio(path, *, where=None, max_seconds=None):
                         "make or fetch it again, as WAV, FLAC, OGG or MP3") from None
     frames, rate = file.frames, file.samplerate
     seconds = frames / rate
-    if absent > 0:
+    if absent:
         raise DataError(f"{clip} is cut off ({absent:,} bytes that its header promises are not "
                         "there); make or fetch it again")
     if not 1_000 <= rate <= 1_000_000 or frames > 2**40:        # a streamed FLAC's
@@ -133,7 +133,7 @@ def missing_bytes(path, form) -> int:
     promised = 8 + int.from_bytes(head[4:], "big" if head[:4] == b"RIFX" else "little")
     # A writer to a pipe cannot know the size, and promises 2 or 4 GiB, more or less
     streamed = min(abs(promised - 2**31), abs(promised - 2**32)) < 2**13
-    absent = promised - path.stat().st_size
+    absent = promised - os.path.getsize(path)
     return absent if absent > 128 and not streamed else 0      # some count their own header twice
 
 
@@ -196,7 +196,8 @@ def command(args):
     """Prints every fault in the order of the lines, then what is odd, then the clips' durations by
     task. Exits with 1 if there is a fault."""
     lines = list(manifest.parse(args.file))
-    clips = decode_all([x for x in lines if isinstance(x, data.Example)], args.max_seconds)
+    examples = [line for line in lines if isinstance(line, data.Example)]
+    clips = decode_all(examples, args.max_seconds)
     faults, odd = [], []
     seconds = defaultdict(list)         # task -> of its clips
     for line in lines:
@@ -221,7 +222,6 @@ def command(args):
     if together:
         print(f"\n{'task':12}{'count':>8}{'mean, s':>10}{'longest, s':>12}")
         for task, values in [*sorted(seconds.items()), ("together", together)]:
-            mean = sum(values) / len(values)
-            print(f"{task:12}{len(values):8}{mean:10.1f}{max(values):12.1f}")
+            print(f"{task:12}{len(values):8}{sum(values) / len(values):10.1f}{max(values):12.1f}")
     if faults:
         raise SystemExit(1)

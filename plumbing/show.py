@@ -64,12 +64,11 @@ def picture(example, processor, reader, words) -> list[str]:
         middle.append(f"--> {f'y{k}':<5}{readable(student, label):<{TOKEN}}<--")
     middle.append("")
 
-    # 3. All three end together
+    # 3. All three end together: from below, the shorter are filled up
     columns.insert(1, middle)
-    height = max(map(len, columns))
-    columns = [[""] * (height - len(column)) + column for column in columns]
+    from_below = itertools.zip_longest(*map(reversed, columns), fillvalue="")
     title = f"{'position':>9}{'id':>8}  token"
-    rows = [("AUDIO VIEW", "", "TEXT VIEW"), (title, "", title), *zip(*columns)]
+    rows = [("AUDIO VIEW", "", "TEXT VIEW"), (title, "", title), *reversed(list(from_below))]
     return [f"{left:{SIDE}}{between:^{MIDDLE}}{right}".rstrip() for left, between, right in rows]
 
 
