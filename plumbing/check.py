@@ -108,8 +108,7 @@ def decode(path, max_seconds=None) -> Clip:
 
     seconds = there / file.samplerate
     promised = file.frames / file.samplerate
-    guessed = file.format == "MP3"                  # many do not say how long they are
-    if there == 0 or (there < file.frames and not guessed):
+    if there < file.frames and file.format != "MP3":        # many MP3 files only guess their length
         raise DataError(f"{clip} is cut off ({seconds:.2f} s of the {promised:.2f} s that its "
                         "header promises are there); make or fetch it again")
     if high - low < SILENT:
@@ -193,32 +192,31 @@ def about_clips(seconds, processor) -> str:
 # 3. python data.py check FILE
 
 def command(args):
-    """Prints every fault in the order of the lines, then what is odd, then the clips' durations by
-    task. Exits with 1 if there is a fault."""
+    """Prints what is wrong or odd, in the order of the lines, then the clips' durations by task.
+    Exits with 1 if there is a fault."""
     lines = list(manifest.parse(args.file))
     examples = [line for line in lines if isinstance(line, data.Example)]
     clips = decode_all(examples, args.max_seconds)
-    faults, odd = [], []
+    faults, odd = 0, 0
     seconds = defaultdict(list)         # task -> of its clips
     for line in lines:
         if isinstance(line, DataError):
-            faults.append(line)
+            print(f"fault: {line}")
+            faults += 1
             continue
         clip = clips[line.audio]
         if isinstance(clip, str):
-            faults.append(f"{line.where}: {clip}")
+            print(f"fault: {line.where}: {clip}")
+            faults += 1
             continue
         seconds[line.task].append(clip.seconds)
         if clip.odd:
-            odd.append(f"{line.where}: {clip.odd}")
+            print(f"odd: {line.where}: {clip.odd}")
+            odd += 1
 
-    for fault in faults:
-        print(f"fault: {fault}")
-    for sentence in odd:
-        print(f"odd: {sentence}")
     together = list(itertools.chain(*seconds.values()))
-    print(f"{args.file}: {len(together)} examples are valid, {len(faults)} have faults, "
-          f"{len(odd)} odd things")
+    print(f"{args.file}: {len(together)} examples are valid, {faults} have faults, "
+          f"{odd} odd things")
     if together:
         print(f"\n{'task':12}{'count':>8}{'mean, s':>10}{'longest, s':>12}")
         for task, values in [*sorted(seconds.items()), ("together", together)]:
