@@ -26,10 +26,10 @@ Examples come from a manifest: JSONL, one object per line,
 See both views of one of your own examples, and find every fault of a manifest and its clips:
 
     python data.py show FILE --id s1 --student mini/student --teacher mini/teacher
-    python data.py check FILE --student mini/student --max-seconds 30
+    python data.py check FILE --max-seconds 30
 """
 import argparse
-import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -38,11 +38,12 @@ import re
 import string
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # jinja2, soundfile and torchaudio are imported where they are used, so that --help is quick. For
 # forked workers plumbing/run.py imports them once, in _feed, before the fork.
@@ -114,22 +115,19 @@ def turn_end_id(tokenizer) -> int:
     content = "one two three"
     turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": content}]
     conversation = tokenizer.apply_chat_template(turns, tokenize=False)
-    _, found, closing = conversation.rpartition(content)
+    closing = conversation.partition(content)[2]
     special = _special_ids(tokenizer)
-    if found:
-        for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
-            if token in special:
-                return token
-    name = tokenizer.name_or_path or "a tokenizer"
-    raise DataError(f"the chat template of {name} closes an assistant's turn with no special "
-                    "token, so that nothing would say where an answer ends; "
+    for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return token
+    raise DataError(f"the chat template of {tokenizer.name_or_path} closes an assistant's turn "
+                    "with no special token, so that nothing would say where an answer ends; "
                     "use an instruct model whose template closes its turns")
 
 
-def _special_ids(tokenizer) -> set[int]:
-    named = {index for index in tokenizer.all_special_ids if index is not None}
+def _special_ids(tokenizer):
     added = tokenizer.added_tokens_decoder.items()
-    return named | {index for index, token in added if token.special}
+    return {index for index, token in added if token.special}.union(tokenizer.all_special_ids)
 
 
 def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
@@ -139,13 +137,11 @@ def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
     placeholder: the audio's id, which some tokenizers do not count as special. Sampled, it would
     ask the next forward for audio that is not there."""
     unused = set(range(size)) - set(tokenizer.get_vocab().values())
-    banned = (_special_ids(tokenizer) | unused) - set(keep)
-    if placeholder is not None:
-        banned.add(placeholder)
-    return sorted(banned)
+    banned = {placeholder, *_special_ids(tokenizer), *unused}
+    return sorted(banned - {None, *keep})               # None: what this tokenizer does not have
 
 
-def shared_vocabulary(student, teacher, *, minimum=0.9) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def shared_vocabulary(student, teacher, *, minimum=0.9):
     """Two tokenizers -> the ids of tokens that are equal AS STRINGS in both: (student_ids [n],
     teacher_ids [n], counts).
 
@@ -154,21 +150,20 @@ def shared_vocabulary(student, teacher, *, minimum=0.9) -> tuple[torch.Tensor, t
     speaks another alphabet, and its distribution cannot be copied."""
     ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     shared = sorted((ids[token], teacher_ids[token]) for token in ids.keys() & teacher_ids.keys())
-    teacher_tokens = {index: token for token, index in teacher_ids.items()}
-    moved = [token for token, index in ids.items() if teacher_tokens.get(index, token) != token]
+    same_id = set(ids.values()) & set(teacher_ids.values())
     counts = {
         "shared": len(shared),
         "only_student": len(ids) - len(shared),
         "only_teacher": len(teacher_ids) - len(shared),
-        "same_id_other_meaning": len(moved),
+        "same_id_other_meaning": len(same_id) - len(ids.items() & teacher_ids.items()),
     }
     if len(shared) < minimum * min(len(ids), len(teacher_ids)):
-        raise DataError(f"the teacher's tokenizer ({teacher.name_or_path or 'unnamed'}, "
+        raise DataError(f"the teacher's tokenizer ({teacher.name_or_path}, "
                         f"{len(teacher_ids)} tokens) shares only {len(shared)} with the student's "
                         f"{len(ids)}, under {minimum:.1%} of the smaller; "
                         "choose one from its family")
-    pairs = torch.tensor(shared, dtype=torch.int64).reshape(-1, 2)
-    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), counts
+    student_ids, teacher_ids = torch.tensor(shared).T.contiguous()
+    return student_ids, teacher_ids, counts
 
 
 def token_map(student_ids, teacher_ids, size):
@@ -181,10 +176,9 @@ def token_map(student_ids, teacher_ids, size):
 
 def question_text(example: Example) -> str:
     """The question, then one line per choice: "A. gold"."""
-    lines = [example.question] if example.question else []
-    for letter, choice in zip(string.ascii_uppercase, example.choices):
-        lines.append(f"{letter}. {choice}")
-    return "\n".join(lines)
+    choices = zip(string.ascii_uppercase, example.choices)
+    lines = [f"{letter}. {choice}" for letter, choice in choices]
+    return "\n".join(filter(None, [example.question, *lines]))
 
 
 def audio_prompt(processor, question: str) -> str:
@@ -215,7 +209,7 @@ def text_prompt(tokenizer, words: str, question: str) -> str:
 
     enable_thinking=False makes Qwen3's template append its empty think block, so that the teacher
     is asked in training exactly as it is scored; other templates ignore it."""
-    content = "\n".join(part for part in (words, question) if part)
+    content = "\n".join(filter(None, [words, question]))
     turns = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -226,17 +220,22 @@ def _audio_id(processor) -> int:
     return processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
 
 
-def _words_and_question(example, processor, field=None) -> tuple[str, str]:
-    # A placeholder written into either would ask the model for audio that is not there
-    words, question = "", question_text(example)
-    if field:
-        words = getattr(example, field)
-        if not words:
-            raise DataError(f"{example.where}: {field!r} is missing or empty and is needed here; "
-                            "add it to the line")
-    # A text LLM's tokenizer may stand in for the processor: it has none
+def needed(example, name):
+    """example.<name>. Raises DataError where there is nothing in it."""
+    value = getattr(example, name)
+    if not str(value or "").strip():
+        raise DataError(f"{example.where}: {name!r} is missing or empty and is needed here; "
+                        "add it to the line")
+    return value
+
+
+def _words_and_question(example, processor, field=None):
+    words = needed(example, field) if field else ""
+    question = question_text(example)
+    # A placeholder would ask the model for audio that is not there. A text LLM's tokenizer may
+    # stand in for the processor: it has none
     placeholder = getattr(processor, "audio_token", None)
-    if placeholder and placeholder in f"{words}\n{question}":
+    if placeholder and placeholder in words + question:
         raise DataError(f"{example.where}: the text contains the audio placeholder {placeholder}; "
                         "remove it")
     return words, question
@@ -255,7 +254,7 @@ def longest(processor) -> float:
     return getattr(features, "n_samples", math.inf) / features.sampling_rate
 
 
-def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
+def audio_inputs(processor, prompts, waves):
     """Prompts as text and their waves [samples] -> (ids of each prompt, with as many placeholders
     as its wave gives; features, one row per wave)."""
     options = {"sampling_rate": SAMPLE_RATE}
@@ -285,23 +284,17 @@ def audio_inputs(processor, prompts, waves) -> tuple[list[list[int]], dict]:
     return ids, inputs
 
 
-def _audio_prompts(examples, processor, max_seconds=None) -> tuple[list[list[int]], dict]:
+def _audio_prompts(examples, processor):
+    # -> (ids of each prompt, features), as audio_inputs
     texts, waves = [], []
     for example in examples:
-        wave = load_audio(
-            example.audio, where=example.where, max_seconds=max_seconds, cut=longest(processor)
-        )
+        wave = load_audio(example.audio, where=example.where, cut=longest(processor))
         waves.append(wave.numpy())
         texts.append(audio_prompt(processor, _words_and_question(example, processor)[1]))
-    ids, features = audio_inputs(processor, texts, waves)
-    for example, row in zip(examples, ids):
-        if _audio_id(processor) not in row:
-            raise DataError(f"{example.where}: the clip {example.audio} gives no audio token; "
-                            "use a longer clip")
-    return ids, features
+    return audio_inputs(processor, texts, waves)
 
 
-def _text_prompts(examples, processor, tokenizer, field) -> list[list[int]]:
+def _text_prompts(examples, processor, tokenizer, field):
     ids = []
     for example in examples:
         prompt = text_prompt(tokenizer, *_words_and_question(example, processor, field))
@@ -319,18 +312,11 @@ class Prompts:
     features: dict[str, torch.Tensor]   # what the audio tower takes, one row per example
 
 
-def encode_prompts(examples, processor, tokenizer, *, words, max_seconds=None) -> Prompts:
+def encode_prompts(examples, processor, tokenizer, *, words) -> Prompts:
     """Examples -> Prompts, reading the audio files; arguments as in collate. Raises DataError."""
-    audio, features = _audio_prompts(examples, processor, max_seconds)
+    audio, features = _audio_prompts(examples, processor)
     text = _text_prompts(examples, processor, tokenizer, words)
-    return Prompts(list(examples), audio, text, features)
-
-
-def noise_prompts(processor, waves) -> Prompts:
-    """Waves [samples] in prompts that ask what they are: what hearing.check listens to."""
-    texts = [audio_prompt(processor, "What is that?")] * len(waves)
-    ids, features = audio_inputs(processor, texts, waves)
-    return Prompts([], ids, [], features)
+    return Prompts(examples, audio, text, features)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,35 +341,29 @@ class Batch:
     audio: View
     text: View
     labels: torch.Tensor                # [tokens] int64: the response's ids, student's numbering,
-    ids: list[str]                      #   in the order of both predict_positions
-    examples: list[Example]
+    examples: list[Example]             #   in the order of both predict_positions
 
     def to(self, device) -> "Batch":
-        return Batch(
-            self.audio.to(device),
-            self.text.to(device),
-            self.labels.to(device),
-            self.ids,
-            self.examples,
+        return replace(
+            self,
+            audio=self.audio.to(device),
+            text=self.text.to(device),
+            labels=self.labels.to(device),
         )
 
 
-def pad(rows: list[list[int]], tokenizer, side: str) -> dict[str, torch.Tensor]:
+def pad(rows, tokenizer, side):
     """Lists of ids -> {"input_ids", "attention_mask"} [batch, seq], padded at that side."""
-    width = max(map(len, rows))
-    fill = tokenizer.pad_token_id
-    if fill is None:
-        fill = turn_end_id(tokenizer)                   # any id will do: attention_mask hides it
-    ids = torch.full((len(rows), width), fill)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        start = 0 if side == "right" else width - len(row)
-        ids[index, start:start + len(row)] = torch.tensor(row)
-        mask[index, start:start + len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    rows = [torch.tensor(row) for row in rows]
+    beside = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    fill = tokenizer.pad_token_id or 0                  # any id will do: attention_mask hides it
+    return {
+        "input_ids": beside(rows, padding_value=fill),
+        "attention_mask": beside([torch.ones_like(row) for row in rows]),
+    }
 
 
-def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -> View:
+def pack(prompts, rows, responses, tokenizer, *, audio_id=-1, features=None) -> View:
     """Response i behind prompt rows[i]; neighbours with the same prompt share one sequence.
 
     Two prompts, A B C and D E, and three responses, of which two are to the first: rows [0, 0, 1]
@@ -400,36 +380,31 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -
         predict_positions = [2, 3, 4,  2, 6,  8 + 1, 8 + 2]         of y1 y2 y3  z1 z2  w1 w2
 
     So a prompt, with its sound, is run once however many responses it has. attention_mask is then
-    bool [batch, 1, seq, seq], for models with PyTorch's own attention; else int64 [batch, seq]."""
-    # 1. Responses that stand together and are to the same prompt: [[0, 1], [2]]
+    bool [batch, 1, seq, seq], for models with PyTorch's own attention; else int64 [batch, seq].
+
+    audio_id: the placeholder's. features: {name: [prompts, ...]}, what the audio tower takes."""
+    # 1. Neighbours with the same prompt: [(0, [y, z]), (1, [w])]
     groups = []
-    for _, group in itertools.groupby(range(len(rows)), key=lambda i: rows[i]):
-        groups.append(list(group))
-    sequences = []
-    for group in groups:
-        sequence = list(prompts[rows[group[0]]])
-        for i in group:
-            sequence += responses[i]
-        sequences.append(sequence)
+    for row, group in itertools.groupby(range(len(rows)), key=lambda i: rows[i]):
+        groups.append((row, [responses[i] for i in group]))
+    sequences = [[*prompts[row], *itertools.chain(*group)] for row, group in groups]
     inputs = pad(sequences, tokenizer, "right")
 
-    # 2. Where each response token is predicted: one column before its own, or at the prompt's end
+    # 2. What predicts a token: one column before its own, or the prompt's end
     batch, seq = inputs["input_ids"].shape
     positions = torch.arange(seq).repeat(batch, 1)                      # [batch, seq]
+    before = torch.arange(batch * seq).view(batch, seq) - 1             # [batch, seq], flattened
     branch = inputs["attention_mask"] - 1               # 0 prompt, 1, 2, .. responses, -1 padding
-    predict, audio = [], []
-    for row, group in enumerate(groups):
-        prompt = prompts[rows[group[0]]]
-        audio += [row * seq + column for column, token in enumerate(prompt) if token == audio_id]
-        begin = len(prompt)
-        for number, i in enumerate(group, start=1):
-            end = begin + len(responses[i])
-            for column in range(begin, end):
-                before = column - 1 if column > begin else len(prompt) - 1
-                predict.append(row * seq + before)
-            positions[row, begin:end] = torch.arange(len(prompt), len(prompt) + end - begin)
-            branch[row, begin:end] = number
+    for sequence, (row, group) in enumerate(groups):
+        begin = len(prompts[row])
+        for number, response in enumerate(group, start=1):
+            end = begin + len(response)
+            others = begin - len(prompts[row])          # columns of the responses before this one
+            positions[sequence, begin:end] -= others
+            before[sequence, begin:begin + 1] -= others
+            branch[sequence, begin:end] = number
             begin = end
+    audio = (branch == 0) & (inputs["input_ids"] == audio_id)
 
     # 3. position_ids are always given: some families (Omni) would count them for sound and pictures
     inputs["position_ids"] = positions
@@ -438,40 +413,25 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=None, features=None) -
         sees = (branch[:, None] == 0) | same
         causal = torch.ones(seq, seq, dtype=torch.bool).tril()
         inputs["attention_mask"] = (sees & causal)[:, None]
-    return View(
-        {**inputs, **(features or {})},
-        torch.tensor(predict, dtype=torch.int64),
-        torch.tensor(audio, dtype=torch.int64),
-    )
+    for name, tensor in (features or {}).items():
+        inputs[name] = tensor[[row for row, _ in groups]]
+    return View(inputs, before[branch > 0], audio.flatten().nonzero()[:, 0])
 
 
 def audio_view(prompts: Prompts, rows, responses, processor) -> View:
     """Response i (list of ids) behind the audio prompt of example rows[i], with its sound."""
-    sequences = torch.as_tensor([row for row, _ in itertools.groupby(rows)])
-    features = {name: tensor[sequences] for name, tensor in prompts.features.items()}
     return pack(
         prompts.audio,
         rows,
         responses,
         processor.tokenizer,
         audio_id=_audio_id(processor),
-        features=features,
+        features=prompts.features,
     )
 
 
-def text_view(prompts: Prompts, rows, responses, tokenizer) -> View:
-    """The same behind the text prompts; the responses in the text view's vocabulary."""
-    return pack(prompts.text, rows, responses, tokenizer)
-
-
 def collate(
-    examples,
-    processor,
-    tokenizer,
-    *,
-    words="description",
-    student_to_teacher=None,
-    max_seconds=None,
+    examples, processor, tokenizer, *, words="description", student_to_teacher=None
 ) -> Batch:
     """Examples -> Batch with their reference responses, reading the audio files.
 
@@ -480,13 +440,13 @@ def collate(
     "transcript" (CORD). student_to_teacher: token_map's, where the two number their tokens
     differently. Raises DataError."""
     student = processor.tokenizer
-    end_id = turn_end_id(student)
+    control = (_audio_id(processor), turn_end_id(student))
     responses, teacher_responses = [], []
     for example in examples:
         response = encode_response(student, response_text(example))
         # A placeholder would ask for audio that is not there, a turn end would teach to stop
         for token in response[:-1]:
-            if token in (_audio_id(processor), end_id):
+            if token in control:
                 raise DataError(f"{example.where}: the response contains the control token "
                                 f"{student.convert_ids_to_tokens(token)}; "
                                 "remove it from the answer or the reasoning")
@@ -502,33 +462,30 @@ def collate(
         teacher_responses.append(response)
 
     if teacher_responses[0][-1] != turn_end_id(tokenizer):
-        raise DataError(f"the text view's tokenizer ({tokenizer.name_or_path or 'unnamed'}) closes "
-                        "turns with another token than the student's; choose a teacher with the "
-                        "student's chat format")
+        raise DataError(f"the text view's tokenizer ({tokenizer.name_or_path}) closes turns with "
+                        "another token than the student's; choose a teacher with the student's "
+                        "chat format")
 
-    prompts = encode_prompts(examples, processor, tokenizer, words=words, max_seconds=max_seconds)
+    prompts = encode_prompts(examples, processor, tokenizer, words=words)
     rows = range(len(examples))
     return Batch(
         audio=audio_view(prompts, rows, responses, processor),
-        text=text_view(prompts, rows, teacher_responses, tokenizer),
-        labels=torch.tensor([token for response in responses for token in response]),
-        ids=[example.id for example in examples],
-        examples=list(examples),
+        text=pack(prompts.text, rows, teacher_responses, tokenizer),
+        labels=torch.tensor(list(itertools.chain(*responses))),
+        examples=examples,
     )
 
 
-def pad_left(prompts, tokenizer) -> dict[str, torch.Tensor]:
+def pad_left(prompts, tokenizer):
     """Lists of ids -> {"input_ids", "attention_mask", "position_ids"} [batch, seq] for generation:
     every row's first new token follows its last prompt token. Positions count real tokens."""
     inputs = pad(prompts, tokenizer, "left")
-    positions = inputs["attention_mask"].cumsum(-1) - 1
-    return {**inputs, "position_ids": positions.clamp(min=0)}
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return inputs
 
 
-def prompt_batch(
-    examples, processor, *, view="audio", tokenizer=None, words=None
-) -> dict[str, torch.Tensor]:
-    """Inputs for model.generate: prompts only, left padded.
+def prompt_batch(examples, processor, *, view="audio", tokenizer=None, words=None):
+    """Examples -> the inputs of model.generate, a dict of tensors: prompts only, left padded.
 
     view "text": tokenizer (default: the student's) and the field of `words`; without words the
     question alone."""
@@ -563,14 +520,13 @@ def read_manifest(path, *, require=(), split=None, limit=None) -> list[Example]:
     require: optional fields that every returned example must have. split, limit: which and how
     many. Audio paths are relative to the manifest's folder and must stay inside it, links
     resolved. Unknown keys are ignored. Raises DataError at the first fault."""
-    path = Path(path)
+    from plumbing import manifest
+
     examples = []
-    for example in parse_manifest(path):
+    for example in manifest.parse(path):
         if isinstance(example, DataError):
             raise example
         examples.append(example)
-    if not examples:
-        raise DataError(f"{path}: the manifest is empty; write one JSON object per line")
 
     chosen = [example for example in examples if split is None or example.split == split][:limit]
     if not chosen:
@@ -579,9 +535,7 @@ def read_manifest(path, *, require=(), split=None, limit=None) -> list[Example]:
                         f"the file has the splits {splits}")
     for example in chosen:
         for name in require:
-            if not str(getattr(example, name) or "").strip():
-                raise DataError(f"{example.where}: {name!r} is missing or empty and is needed "
-                                "here; add it to the line")
+            needed(example, name)
     return chosen
 
 
@@ -595,51 +549,6 @@ def read_manifests(paths, **options) -> list[Example]:
             manifest.claim_id(example, seen)
             examples.append(example)
     return examples
-
-
-def parse_manifest(path):
-    """Yields an Example, or the DataError that says what is wrong, for each line with content."""
-    from plumbing import manifest
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such manifest; check the path")
-    folder = path.parent.resolve()
-    seen = {}
-    for number, line in manifest.lines(path):
-        try:
-            example = parse_line(line, f"{path}:{number}", folder)
-            manifest.claim_id(example, seen)
-            yield example
-        except DataError as error:
-            yield error
-
-
-def parse_line(line: bytes, where: str, folder: Path) -> Example:
-    """One line of a manifest -> Example. Raises DataError.
-
-    where: "manifest.jsonl:12", for messages. folder: the manifest's own, resolved."""
-    from plumbing import manifest
-
-    record = manifest.parse_record(line, where)         # whatever may be wrong is said there
-    reasoning = record.get("reasoning")
-    if reasoning is not None:
-        reasoning = {stage: reasoning[stage] for stage in STAGES}
-    return Example(
-        id=record["id"],
-        audio=manifest.inside(record["audio"], folder, where),
-        question=record["question"],
-        choices=record.get("choices") or [],
-        answer=record["answer"],
-        task=record["task"],
-        reasoning=reasoning,
-        description=record.get("description"),
-        transcript=record.get("transcript"),
-        speaker=record.get("speaker"),
-        split=record.get("split"),
-        where=where,
-        kind=record.get("sub-category"),
-    )
 
 
 def fingerprint(examples) -> str:
@@ -674,43 +583,28 @@ def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
             elif luck >= share / 2:
                 words.append(instead)
         description = " ".join(words or [swapped])              # never nothing at all
-        corrupted.append(dataclasses.replace(example, description=description))
+        corrupted.append(replace(example, description=description))
     return corrupted
 
 
 # ---------------------------------------------------------------------------------------------
 # 5. Audio. Whether a file is one that can be used is plumbing/check.py's question
 
-def mean_of_channels(block):
-    """[samples, channels] -> [samples], without a copy of what is mono."""
-    channels = block.shape[1]
-    return block[:, 0] if channels == 1 else sum(block.T) / channels
-
-
-def resample_ratio(rate) -> Fraction:
-    # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
-    # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
-    # at most for odd ones up to 192 kHz.
-    return Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
-
-
-def load_audio(path, *, where=None, max_seconds=None, cut=math.inf) -> torch.Tensor:
+def load_audio(path, *, where=None, cut=math.inf) -> torch.Tensor:
     """The first `cut` seconds of a WAV, FLAC, OGG or MP3 file as float32 [samples]: 16 kHz, mono
     (mean of the channels), 1.0 is full scale. Raises DataError."""
     import torchaudio
 
     from plumbing import check
 
-    clip = check.clip_name(path, where)
-    with check.open_audio(path, where=where, max_seconds=max_seconds) as file:
-        rate = file.samplerate
-        count = math.ceil(cut * rate) if cut < math.inf else -1
-        wave = torch.from_numpy(mean_of_channels(check.read_frames(file, count, clip)))
-    if not wave.isfinite().all():
-        raise DataError(f"{clip} holds samples that are not finite numbers; make or fetch it again")
-    if rate == SAMPLE_RATE:
-        return wave
-    ratio = resample_ratio(rate)
+    with check.open_audio(path, where=where) as file:
+        count = math.ceil(min(cut * file.samplerate, file.frames))
+        _, mono = check.read_frames(file, count, check.clip_name(path, where))
+    # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
+    # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
+    # at most for odd ones up to 192 kHz.
+    ratio = Fraction(SAMPLE_RATE, file.samplerate).limit_denominator(1000)
+    wave = torch.from_numpy(mono)
     return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
@@ -722,12 +616,9 @@ def audio_seconds(path, *, where=None, max_seconds=None) -> float:
         return file.frames / file.samplerate
 
 
-def check_audio(examples, max_seconds=None) -> list[float]:
+def check_audio(examples) -> list[float]:
     """The clips' durations; raises DataError at the first whose header shows a fault."""
-    return [
-        audio_seconds(example.audio, where=example.where, max_seconds=max_seconds)
-        for example in examples
-    ]
+    return [audio_seconds(example.audio, where=example.where) for example in examples]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -742,13 +633,11 @@ def main():
         "token. check: every fault of a manifest and its clips, and a table by task; exit status "
         "1 if there is any")
     add("file", help="the manifest, JSONL")
-    add("--student", default=str(Path(__file__).resolve().parent / "mini" / "student"),
-        help="folder or hub name of the student")
     # show
     add("--id", help="the example's id; the first one's without")
-    add("--teacher", help="folder or hub name of the text teacher; without, the student reads too")
-    add("--words", default="description", choices=["description", "transcript"],
-        help="the field with the words for the audio: description (paper A), transcript (CORD)")
+    add("--student", default="mini/student", help="folder or hub name of the student")
+    add("--teacher", help="folder or hub name of a text teacher, which reads the description "
+        "(paper A); without, the student reads the transcript (CORD)")
     # check
     add("--max-seconds", type=float, default=30.0,
         help="longest clip allowed, in seconds (Qwen2-Audio's window: 30)")

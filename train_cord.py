@@ -235,8 +235,11 @@ def _batch(rollouts, prompts, processor, device):
     )
     text = None
     if kl_rollouts:
-        text = data.text_view(
-            prompts, [r.row for r in kl_rollouts], [r.ids for r in kl_rollouts], processor.tokenizer
+        text = data.pack(
+            prompts.text,
+            [r.row for r in kl_rollouts],
+            [r.ids for r in kl_rollouts],
+            processor.tokenizer,
         ).to(device)
     return CordBatch(
         audio=audio.to(device),
@@ -434,7 +437,6 @@ def train(args, run):
         processor=processor,
         tokenizer=tokenizer,
         words="transcript",
-        max_seconds=args.max_seconds,
     )
 
     # 5.4 What will happen, in a few lines

@@ -287,7 +287,7 @@ class SourceLayerStep(nn.Module):
         audio_states = {layer: [] for layer in self.acoustic_layers}
 
         def sample(hidden, batch):                      # [tokens, width] -> fewer, evenly spaced
-            most = CALIBRATION_TOKENS * len(batch.ids)
+            most = CALIBRATION_TOKENS * len(batch.examples)
             return hidden[::max(1, math.ceil(len(hidden) / most))].clone()
 
         for batch in batches:
@@ -398,7 +398,6 @@ def train(args, run):
                 tokenizer or processor.tokenizer,
                 words="description" if teacher else None,
                 student_to_teacher=student_to_teacher,
-                max_seconds=args.max_seconds,
             )
             for i in range(0, len(examples), args.micro_batch)
         ]
@@ -507,7 +506,7 @@ def train(args, run):
         optimizer.zero_grad(set_to_none=True)
 
         # 4. What happened?
-        ids = [name for batch in batches for name in batch.ids]
+        ids = [example.id for batch in batches for example in batch.examples]
         run.log(step, ids, lr=optimizer.param_groups[0]["lr"],
                 tokens_per_second=(tokens["response"] + tokens["audio"]) / run.step_seconds())
         run.save_or_stop()

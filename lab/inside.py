@@ -363,7 +363,7 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
         answers = [r.ids for r in rollouts]
         rows = range(len(answers))
         audio = data.audio_view(prompts, rows, answers, processor)
-        text = data.text_view(prompts, rows, answers, tokenizer)
+        text = data.pack(prompts.text, rows, answers, tokenizer)
 
         logits = []
         for forward, model, view in ((models.hear, student, audio), (models.read, teacher, text)):

@@ -27,7 +27,9 @@ def check(model, processor, *, shared_prompts=False):
     for samples in (16_000, 24_000):
         wave = 0.1 * torch.randn(samples, generator=noise)
         waves.append(wave.numpy())
-    prompts = data.noise_prompts(processor, waves)
+    question = data.audio_prompt(processor, "What is that?")
+    ids, features = data.audio_inputs(processor, [question, question], waves)
+    prompts = data.Prompts(examples=[], audio=ids, text=[], features=features)
     view = data.audio_view(prompts, [0, 1], [[1, 2], [3]], processor).to(model.device)
     if shared_prompts:
         _check_window(model)

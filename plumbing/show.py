@@ -7,7 +7,7 @@ columns predicts the same response token; that is what every loss relies on.
 import itertools
 
 import data
-from plumbing import check
+from plumbing import manifest
 
 SIDE = 36           # columns of a view: position, id, token
 MIDDLE = 28         # columns between the views: the token that both predict
@@ -18,10 +18,10 @@ def command(args):
     """Finds the example and prints both its views."""
     import transformers
 
-    lines = data.parse_manifest(args.file)
-    examples = [line for line in lines if isinstance(line, data.Example)]
-    if args.id is not None:
-        examples = [example for example in examples if example.id == args.id]
+    examples = []
+    for line in manifest.parse(args.file):
+        if isinstance(line, data.Example) and args.id in (None, line.id):
+            examples.append(line)
     if not examples:
         raise data.DataError(f"{args.file} has no valid example with the id {args.id}; "
                              "python data.py check names the lines with faults")
@@ -29,57 +29,47 @@ def command(args):
         processor = transformers.AutoProcessor.from_pretrained(
             args.student, trust_remote_code=False
         )
+        reader = transformers.AutoTokenizer.from_pretrained(
+            args.teacher or args.student, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise data.DataError(f"there is no processor in {args.student} "
-                             f"({str(error).splitlines()[0]}); "
-                             "name the student's folder with --student") from None
+        raise data.DataError(f"there is no processor or tokenizer ({str(error).splitlines()[0]}); "
+                             "name the models' folders with --student and --teacher") from None
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    reader = processor.tokenizer
-    if args.teacher:
-        reader = check.load_tokenizer(args.teacher)
-    print(*picture(examples[0], processor, reader, args.words), sep="\n")
+    words = "description" if args.teacher else "transcript"
+    print(*picture(examples[0], processor, reader, words), sep="\n")
 
 
-def picture(example, processor, reader, words="description") -> list[str]:
-    """Both views of an example, 100 columns wide. reader: the text view's tokenizer."""
+def picture(example, processor, reader, words) -> list[str]:
+    """Both views of an example, 100 columns wide. reader: the text view's tokenizer. words: the
+    field that it reads."""
     student = processor.tokenizer
     student_ids, reader_ids, _ = data.shared_vocabulary(student, reader)
     mapping = data.token_map(student_ids, reader_ids, len(student))
     batch = data.collate([example], processor, reader, words=words, student_to_teacher=mapping)
-    audio = tokens(batch.audio, student)
-    text = tokens(batch.text, reader)
-    audio_places = batch.audio.predict_positions.tolist()
-    text_places = batch.text.predict_positions.tolist()
 
-    # 1. The prompts, each by itself; they end together, where the response begins
-    columns = f"{'position':>9}{'id':>8}  token"
-    lines = [
-        side_by_side("AUDIO VIEW", "", "TEXT VIEW"),
-        side_by_side(columns, "", columns),
-    ]
-    left = folded(audio[:audio_places[0]])
-    right = folded(text[:text_places[0]])
-    height = max(len(left), len(right))
-    left = [""] * (height - len(left)) + left
-    right = [""] * (height - len(right)) + right
-    lines += [side_by_side(one, "", other) for one, other in zip(left, right)]
+    # 1. Each view is a column: its prompt, then its response, which begins at the prompt's end
+    heading = "predict_positions"
+    columns = []
+    for view, tokenizer in ((batch.audio, student), (batch.text, reader)):
+        ids = view.inputs["input_ids"][0].tolist()
+        begin = int(view.predict_positions[0])
+        prompt = entries(ids[:begin], 0, tokenizer, fold=True)
+        response = entries(ids[begin:], begin, tokenizer)
+        columns.append([*prompt, "", heading, *response])
 
-    # 2. The response: row k of both sides predicts its token k
-    lines += ["", side_by_side("predict_positions", "both predict", "predict_positions")]
-    for k, label in enumerate(batch.labels.tolist()):
-        middle = f"--> {f'y{k + 1}':<5}{readable(student, label):<{TOKEN}}<--"
-        left, right = audio[audio_places[k]], text[text_places[k]]
-        lines.append(side_by_side(entry(*left), middle, entry(*right)))
+    # 2. Between them what both predict. The turn's end is predicted, and predicts nothing
+    middle = ["", "both predict"]
+    for k, label in enumerate(batch.labels.tolist(), 1):
+        middle.append(f"--> {f'y{k}':<5}{readable(student, label):<{TOKEN}}<--")
+    middle.append("")
 
-    # 3. The turn's end is predicted, and predicts nothing
-    lines.append(side_by_side(entry(*audio[-1]), "", entry(*text[-1])))
-    return lines
-
-
-def tokens(view, tokenizer) -> list[tuple]:
-    """A view of one example -> (position, id, text) of each token."""
-    ids = view.inputs["input_ids"][0].tolist()
-    return [(str(place), token, readable(tokenizer, token)) for place, token in enumerate(ids)]
+    # 3. All three end together: from below, the shorter are filled up
+    columns.insert(1, middle)
+    from_below = itertools.zip_longest(*map(reversed, columns), fillvalue="")
+    title = f"{'position':>9}{'id':>8}  token"
+    rows = [("AUDIO VIEW", "", "TEXT VIEW"), (title, "", title), *reversed(list(from_below))]
+    return [f"{left:{SIDE}}{between:^{MIDDLE}}{right}".rstrip() for left, between, right in rows]
 
 
 def readable(tokenizer, token) -> str:
@@ -88,23 +78,18 @@ def readable(tokenizer, token) -> str:
     return text if len(text) < TOKEN else text[:TOKEN - 3] + ".."
 
 
-def folded(column) -> list[str]:
-    """The lines of a prompt; equal tokens in a row, such as a clip's placeholders, are one line."""
+def entries(ids, place, tokenizer, *, fold=False) -> list[str]:
+    """A line for each token, the first of which stands at this place.
+
+    fold: equal tokens in a row, such as a clip's placeholders, are one line."""
     lines = []
-    for _, run in itertools.groupby(column, key=lambda entry: entry[1]):
-        run = list(run)
-        place, token, text = run[0]
-        if len(run) > 2:
-            place, text = f"{place}-{run[-1][0]}", f"{text} x {len(run)}"
-            lines.append(entry(place, token, text))
-        else:
-            lines += [entry(*one) for one in run]
+    for token, run in itertools.groupby(ids):
+        count = len(list(run))
+        text = readable(tokenizer, token)
+        places = range(place, place + count)
+        if fold and count > 2:
+            places = [f"{place}-{place + count - 1}"]
+            text = f"{text} x {count}"
+        lines += [f"{place:>9}{token:>8}  {text}" for place in places]
+        place += count
     return lines
-
-
-def entry(place, token, text) -> str:
-    return f"{place:>9}{token:>8}  {text}"
-
-
-def side_by_side(left, middle, right) -> str:
-    return f"{left:{SIDE}}{middle:^{MIDDLE}}{right}".rstrip()

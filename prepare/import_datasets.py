@@ -66,6 +66,7 @@ from tqdm import tqdm
 import data
 import judge
 from data import DataError
+from plumbing import manifest
 
 # CoTA's configurations -> the task that their questions are reported by: four that its readers
 # name, then corpora that it is made of. "meld_train" counts as meld. Any other is a task of its
@@ -773,7 +774,7 @@ def import_row(row, where, split, number, args, folder, root, ids):
     line = {key: value for key, value in line.items() if value is not None}
     try:
         # what read_manifest would say; a line without audio is judged as if it had been spoken
-        data.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), where, folder)
+        manifest.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), where, folder)
     except TypeError as error:
         raise DataError(f"{where}: a column holds what is no text ({error})") from None
     return line, path, content

@@ -25,6 +25,7 @@ import _ctypes
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 import data
 from data import SAMPLE_RATE  # what every audio tower in the project hears
-from plumbing import ranks
+from plumbing import manifest, ranks
 from plumbing.files import append_jsonl, write_json
 from prepare.verbalise import verbalise
 
@@ -260,46 +261,35 @@ def kokoro_reader(voices, folder, device):
 def read_lines(path, limit):
     """A manifest without audio -> [(where, record)]. Raises DataError at the first bad line,
     before anything is spoken."""
-    if not path.is_file():
-        raise data.DataError(f"{path}: there is no such manifest; check the path")
     lines, seen = [], {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip() and (limit is None or len(lines) < limit):
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    raise data.DataError(
-                        f"{where}: the line is not JSON ({error}); write one JSON object per line"
-                        " in UTF-8"
-                    ) from None
-                if isinstance(record, dict) and record.get("audio"):
-                    raise data.DataError(
-                        f"{where}: the line has audio already ({record['audio']!r}); give a"
-                        " manifest without it"
-                    )
-                # what read_manifest will ask of the line once it has its audio
-                with_audio = (
-                    {**record, "audio": "clip.flac"} if isinstance(record, dict) else record
-                )
-                example = data.parse_line(
-                    json.dumps(with_audio).encode(), where, path.parent.resolve()
-                )
-                if not (example.transcript or "").strip():
-                    raise data.DataError(
-                        f"{where}: the field 'transcript' is missing or empty; it holds the words"
-                        " to be spoken"
-                    )
-                if example.id in seen:
-                    raise data.DataError(
-                        f"{where}: id {example.id!r} was already used at {seen[example.id]}; give"
-                        " every example its own id"
-                    )
-                seen[example.id] = where
-                lines.append((where, record))
-    if not lines:
-        raise data.DataError(f"{path}: the manifest is empty; write one JSON object per line")
+    for number, line in itertools.islice(manifest.lines(path), limit):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise data.DataError(
+                f"{where}: the line is not JSON ({error}); write one JSON object per line"
+                " in UTF-8"
+            ) from None
+        if isinstance(record, dict) and record.get("audio"):
+            raise data.DataError(
+                f"{where}: the line has audio already ({record['audio']!r}); give a"
+                " manifest without it"
+            )
+        # what read_manifest will ask of the line once it has its audio
+        with_audio = (
+            {**record, "audio": "clip.flac"} if isinstance(record, dict) else record
+        )
+        example = manifest.parse_line(
+            json.dumps(with_audio).encode(), where, path.parent.resolve()
+        )
+        if not (example.transcript or "").strip():
+            raise data.DataError(
+                f"{where}: the field 'transcript' is missing or empty; it holds the words"
+                " to be spoken"
+            )
+        manifest.claim_id(example, seen)
+        lines.append((where, record))
     return lines
 
 

@@ -135,7 +135,7 @@ BAD_AUDIO = {  # fault -> (file, how to write it, words)
         altered(lambda content: content[:30]),
         "cannot be decoded",
     ),
-    "zero-length file": ("empty.wav", lambda path: path.touch(), "is empty (0 bytes)"),
+    "zero-length file": ("empty.wav", lambda path: path.touch(), "cannot be decoded"),
     "zero samples": ("none.wav", sound(np.zeros(0)), "is empty (it holds no samples"),
     "a header without its length": (
         "unclosed.wav",
@@ -201,12 +201,15 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
     "a list": (b"[1, 2]", "holds a list"),
     "null": (b"null", "holds a NoneType"),
     **{
-        f"null {name}": ({name: None}, f"field '{name}' is null")
+        f"null {name}": ({name: None}, f"field '{name}' is missing or null")
         for name in ("id", "audio", "question", "answer", "task")
     },
-    "null stage": ({"reasoning": {**STAGES, "caption": None}}, "field 'caption' is null"),
+    "null stage": (
+        {"reasoning": {**STAGES, "caption": None}},
+        "field 'caption' is missing or null",
+    ),
     **{
-        f"no {name}": ({name: ...}, f"field '{name}' is missing")
+        f"no {name}": ({name: ...}, f"field '{name}' is missing or null")
         for name in ("id", "audio", "question", "answer", "task")
     },
     "empty answer": ({"answer": " "}, "field 'answer' is empty"),
@@ -217,7 +220,7 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
         "must be a string, not dict",
     ),
     "choices of another type": ({"choices": "bell"}, "'choices' must be a list"),
-    "null choice": ({"choices": ["bell", None]}, "'choices' must be a list"),
+    "null choice": ({"choices": ["bell", None]}, "a choice is missing or null"),
     "reasoning of another type": ({"reasoning": "It rings."}, "'reasoning' must be an object"),
     "answer not among the choices": ({"answer": "B"}, "'B' is not among the choices"),
     "a tag in the answer": (
@@ -248,7 +251,7 @@ BAD_LINES = {  # fault -> (what is changed in a good line, or the line itself; w
     "absolute path": ({"audio": "/etc/passwd"}, "leaves the folder"),
     "link outwards": ({"audio": "out.wav"}, "leaves the folder"),
     "link to a folder outside": ({"audio": "up/outside.wav"}, "leaves the folder"),
-    "circle of links": ({"audio": "circle.wav"}, "cannot be used ("),
+    "circle of links": ({"audio": "circle.wav"}, "does not exist"),
     "duplicate id": ({"id": "good wav"}, "was already used at "),
 }
 

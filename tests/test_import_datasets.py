@@ -18,6 +18,7 @@ import data
 import judge
 import models
 from mini.world import MINI
+from plumbing import manifest
 from prepare import import_datasets
 from prepare.import_datasets import boxes, main, named, split_choices
 
@@ -1004,7 +1005,7 @@ def test_a_killed_import_leaves_no_manifest(tmp_path, monkeypatch):
     )
     out = tmp_path / "out.jsonl"
     out.write_text("the old one")
-    parse, calls = data.parse_line, []
+    parse, calls = manifest.parse_line, []
 
     def killed(*args):
         calls.append(1)
@@ -1012,7 +1013,7 @@ def test_a_killed_import_leaves_no_manifest(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return parse(*args)
 
-    monkeypatch.setattr(data, "parse_line", killed)
+    monkeypatch.setattr(manifest, "parse_line", killed)
     with pytest.raises(KeyboardInterrupt):
         main(["gsm8k", str(source), str(out)])
     assert out.read_text() == "the old one" and sorted(os.listdir(tmp_path)) == [

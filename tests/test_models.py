@@ -41,7 +41,6 @@ import train_cord
 import train_source_layer
 from lab import shapes
 from plumbing import hearing, hub, saving
-from plumbing.check import about_clips
 
 ROOT = Path(__file__).parent.parent
 ALL = list(families.FAMILIES)
@@ -756,7 +755,9 @@ def test_what_is_saved_loads_with_transformers_alone(name, loaded, tmp_path):
     assert "{'missing': 0, 'unexpected': 0, 'mismatched': 0}" in done.stdout
     wave = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     with torch.no_grad():
-        prompts = data.noise_prompts(processor, [wave])
+        question = data.audio_prompt(processor, "What is that?")
+        ids, features = data.audio_inputs(processor, [question], [wave])
+        prompts = data.Prompts([], ids, [], features)
         view = data.audio_view(prompts, [0], [[]], processor)
         logits = (models.hear(model, **view.inputs) @ models.head_weight(model).T)[0, -1]
     norm = float(re.search(r"norm ([\d.]+)", done.stdout)[1])
@@ -879,7 +880,6 @@ def test_a_window_of_300_seconds_is_not_padded_to_its_end(loaded, examples):
     ] == (whole["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")).sum(
         1
     ).tolist()
-    assert "features at most 0.01 MiB a clip" in about_clips([1.0], processor)
 
 
 @pytest.mark.parametrize("name", NAMES)

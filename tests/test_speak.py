@@ -274,7 +274,10 @@ def test_changed_words_are_spoken_anew(tmp_path):
             lambda line: line.update(transcript=5),
             r"in.jsonl:2: the field 'transcript' must be a string",
         ),
-        (lambda line: line.pop("answer"), r"in.jsonl:2: the field 'answer' is missing; add it"),
+        (
+            lambda line: line.pop("answer"),
+            r"in.jsonl:2: the field 'answer' is missing or null; add it",
+        ),
         (
             lambda line: line.update(id="q/0"),
             r"in.jsonl:2: id 'q/0' was already used at .*in.jsonl:1; give",

@@ -386,10 +386,9 @@ def test_calibration_holds_a_bounded_number_of_tokens_of_every_clip(everything, 
     monkey(train_source_layer, "CALIBRATION_TOKENS", 5)
     step.calibrate([batch, batch])
     for fewer, more in zip(kept, everything_kept, strict=True):
-        assert 15 < len(fewer[0]) <= 2 * 5 * len(batch.ids) < len(more[0]) and len(fewer[0]) == len(
-            fewer[1]
-        )
-        stride = -(-(len(more[0]) // 2) // (5 * len(batch.ids)))
+        assert 15 < len(fewer[0]) <= 2 * 5 * len(batch.examples) < len(more[0])
+        assert len(fewer[0]) == len(fewer[1])
+        stride = -(-(len(more[0]) // 2) // (5 * len(batch.examples)))
         assert all(
             torch.equal(one[: len(one) // 2], other[: len(other) // 2 : stride])
             for one, other in zip(fewer, more)
