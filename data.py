@@ -635,7 +635,8 @@ def main():
     add("file", help="the manifest, JSONL")
     # show
     add("--id", help="the example's id; the first one's without")
-    add("--student", default="mini/student", help="folder or hub name of the student")
+    add("--student", default=str(Path(__file__).with_name("mini") / "student"),
+        help="folder or hub name of the student")
     add("--teacher", help="folder or hub name of a text teacher, which reads the description "
         "(paper A); without, the student reads the transcript (CORD)")
     # check

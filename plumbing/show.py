@@ -36,7 +36,9 @@ def command(args):
         raise data.DataError(f"there is no processor or tokenizer ({str(error).splitlines()[0]}); "
                              "name the models' folders with --student and --teacher") from None
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    words = "description" if args.teacher else "transcript"
+    words = "transcript"
+    if args.teacher or not examples[0].transcript:
+        words = "description"
     print(*picture(examples[0], processor, reader, words), sep="\n")
 
 
