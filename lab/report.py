@@ -25,6 +25,7 @@ import numpy as np
 
 import data
 import evaluate
+from plumbing import tables
 from plumbing.files import writing
 from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, pyplot
 
@@ -68,15 +69,8 @@ def scores(found):
         intervals = found["intervals"]
         named = {view: (found[f"{view}_accuracy"], intervals[view]) for view in ("text", "audio")}
         named["gap"] = (found["gap"], intervals["gap"])
-        return {**named, **scores(found.get("elsewhere", {}))}
-
-    aqa = found.get("aqa", {})
-    ser = found.get("ser", {})
-    names = [name for name in (*aqa.get("correct", ()), "average") if aqa.get(name) is not None]
-    named = {name: (aqa[name], aqa["intervals"][name]) for name in names}
-    if ser.get("ua") is not None:
-        named["SER"] = (ser["ua"], ser["interval"])
-    return named
+        return {**named, **tables.scores(found.get("elsewhere", {}))}
+    return tables.scores(found)
 
 
 def read_run(folder):
@@ -288,7 +282,8 @@ def two_scales(axis, log, left, right):
         if not curve(log, name)[1]:
             continue
         side = side or axis.twinx()
-        draw(side, log, name, colour, scale=scale)
+        side.set_yscale(scale)
+        draw(side, log, name, colour)
         side.set_ylabel(label, color=colour)
         if scale != "log":
             side.set_ylim(bottom=0)
@@ -304,8 +299,9 @@ def plot_losses(axis, log):
     signed = [name for name in terms if min(terms[name]) < -TINY]               # not by rounding
     positive = [name for name in terms if name not in signed]
     lines = []
+    axis.set_yscale("log" if positive else "linear")
     for name in positive:
-        lines += draw(axis, log, name, colours[name], scale="log")
+        lines += draw(axis, log, name, colours[name])
     if positive:
         # L_ac starts at nothing, which is not to squeeze the rest
         low = min(np.percentile(terms[name], 5) for name in positive)
@@ -391,7 +387,7 @@ def plot_report(run):
         two_scales(panels["signal"], log, ("kl", "KL per token (nats)", "linear"),
                    ("reward", "reward, mean of the groups", "linear"))
     two_scales(panels["gradient"], log, ("grad_norm", "gradient norm", "log"),
-               ("lr", "learning rate", "exact"))
+               ("lr", "learning rate", "linear"))
     speed = "rollout_tokens_per_second" if rollouts else "tokens_per_second"
     waits = []
     for line in waits_of(log):

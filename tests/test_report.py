@@ -153,12 +153,12 @@ def test_a_log_is_read_whatever_a_kill_left_of_it(tmp_path):
         and not run["finished"]
     )
     assert plots.curve(run["log"], "loss") == (
-        (1, 2, 3),
-        (3.0, 2.0, 1.0),
+        [1, 2, 3],
+        [3.0, 2.0, 1.0],
     )  # of a step's two lines the later
-    assert plots.curve(run["log"], "sft") == ((3,), (0.5,)) and plots.curve(run["log"], "top") == (
-        (),
-        (),
+    assert plots.curve(run["log"], "sft") == ([3], [0.5]) and plots.curve(run["log"], "top") == (
+        [],
+        [],
     )
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n\xff\xfe{"st')
     assert report.read_run(tmp_path)["done"] == 1
