@@ -103,7 +103,6 @@ def generate(
     examples,
     *,
     view="audio",
-    tokenizer=None,
     words=None,
     batch_size=16,
     max_new_tokens=512,
@@ -116,22 +115,21 @@ def generate(
 ):
     """What the model says to each example: a list of str in the order of `examples`, tags included.
 
-    view="audio": the model hears; "text": it reads example.<words> instead, through `tokenizer`
-    (default: the processor's own; for a text-only LLM pass its tokenizer as processor).
-    with_end: triples (str, did it end by itself?, its token ids with that end) instead. Under
-    torch.distributed each rank takes its share, and every rank returns all outputs."""
-    tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
+    view="audio": the model hears; "text": it reads example.<words> instead. A text-only LLM passes
+    its tokenizer as processor. Ids differ. with_end: triples (str, did it end by itself?, its token
+    ids with that end) instead. Under torch.distributed each rank takes its share, and every rank
+    returns all outputs."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
-    def length(i):
+    def length(e):
         # in tokens, roughly: 25 a second of audio, and one for 4 characters of text
-        e = examples[i]
         if view == "audio":
             return 25 * data.audio_seconds(e.audio, where=e.where) + len(e.question) / 4
         read = getattr(e, words) if words else ""
         return len(e.question + (read or "")) / 4
 
     # Rows of a batch should be about as long. Longest first: out of memory shows at once
-    mine = range(ranks.rank(), len(examples), ranks.world_size())
+    mine = examples[ranks.rank()::ranks.world_size()]
     mine = sorted(mine, key=length, reverse=True)
 
     said = {}
@@ -140,25 +138,23 @@ def generate(
         for start in tqdm(range(0, len(mine), batch_size), "answers", disable=quiet, leave=False):
             rows = mine[start:start + batch_size]
             inputs = data.prompt_batch(
-                [examples[i] for i in rows], processor, view=view, tokenizer=tokenizer, words=words
+                rows, processor, view=view, tokenizer=tokenizer, words=words
             )
-            # (it casts floats alone)
-            inputs = transformers.BatchFeature(inputs).to(model.device, model.dtype)
-            keys = [f"{seed} {examples[i].id}" for i in rows]
             answers = _answers(
                 model,
                 tokenizer,
-                inputs,
-                keys,
+                transformers.BatchFeature(inputs).to(model.device, model.dtype),    # ids stay int64
+                [f"{seed} {e.id}" for e in rows],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
             )
-            said.update(zip(rows, answers))
+            for e, answer in zip(rows, answers):
+                said[e.id] = answer if with_end else answer[0]
 
     said = dict(ranks.gather_lists(list(said.items())))
-    return [said[i] if with_end else said[i][0] for i in range(len(examples))]
+    return [said[e.id] for e in examples]
 
 
 def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64):

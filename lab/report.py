@@ -27,13 +27,10 @@ import data
 import evaluate
 from plumbing import tables
 from plumbing.files import writing
-from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, pyplot
+from plumbing.plots import COLOURS, TINY, curve, draw, pyplot
 
-# The terms of both scripts, and Paul Tol's colours, which the colour-blind can tell apart.
-LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")
-COLOURS = (
-    "#333333", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"
-)
+LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")      # of both scripts
+BLUE, RED, ORANGE = "#2f5d9b", "#b04a5a", "#d98c3f"
 RECENT = 50                 # steps that the time left is judged by
 ROWS = 20                   # evaluations in the table
 
@@ -65,12 +62,11 @@ def read_lines(path):
 
 def scores(found):
     """An evaluation of either script -> {name: (value in per cent, its 95 % interval)}."""
-    if "text_accuracy" in found:
-        intervals = found["intervals"]
-        named = {view: (found[f"{view}_accuracy"], intervals[view]) for view in ("text", "audio")}
-        named["gap"] = (found["gap"], intervals["gap"])
-        return {**named, **tables.scores(found.get("elsewhere", {}))}
-    return tables.scores(found)
+    named = tables.scores(found)
+    if "gap" in found:
+        named["gap"] = (found["gap"], found["intervals"]["gap"])
+        named |= tables.scores(found.get("elsewhere", {}))
+    return named
 
 
 def read_run(folder):

@@ -5,8 +5,11 @@ What evaluate.py found, as text: the scores, and the difference of two runs.
 
 def scores(results):
     """An evaluation -> {name: (per cent, its 95 % interval)} of every task that was asked, of all
-    of them ("average"), and of emotions ("SER")."""
+    of them ("average"), and of emotions ("SER"); of both views ("text", "audio")."""
     found = {}
+    if "text_accuracy" in results:
+        for view in ("text", "audio"):
+            found[view] = results[f"{view}_accuracy"], results["intervals"][view]
     if "aqa" in results:
         aqa = results["aqa"]
         for name in (*aqa["correct"], "average"):

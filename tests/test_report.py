@@ -437,9 +437,8 @@ def test_smoothing_neither_lags_nor_loses_the_ends():
 def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
     left_out = {"step": 2, "skipped": "the gradient was not finite", "ids": ["q"]}
     write_run(tmp_path / "a", [source_layer(1, sft=None), left_out, source_layer(3)], cut="")
-    (tmp_path / "a" / "results.json").write_text(
-        json.dumps({"before": heard(50, 80), "after": heard(60, 75)})
-    )
+    for name, found in ("before", heard(50, 80)), ("after", heard(60, 75)):
+        (tmp_path / "a" / f"{name}.json").write_text(json.dumps(found))
     plots.plot_run(tmp_path / "a")
     write_run(tmp_path / "b", [cord(1), left_out, cord(3, kl=None)], cut="")
     for name in "before", "after":
