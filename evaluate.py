@@ -39,7 +39,6 @@ import torch
 import data
 import judge
 import models
-from judge import extract_choice
 from plumbing import hearing, ranks, tables
 from plumbing.files import make_folder, newest_checkpoint, replace_text, write_json
 from rollout import generate
@@ -103,9 +102,9 @@ def score_mmau(samples):
     correct = {task: {} for task in tasks}
     official = {task: {} for task in tasks}
     for s in samples:
+        raw = mmau_correct(s["answer"], s["model_output"], s["choices"])
         correct[s["task"]][s["id"]] = s["correct"]
-        right = mmau_correct(s["answer"], s["model_output"], s["choices"])
-        official[s["task"]][s["id"]] = right
+        official[s["task"]][s["id"]] = raw
 
     per_cent, intervals = accuracies(correct)
     no_answer = sum(s["chosen"] is None for s in samples)
@@ -124,7 +123,7 @@ def ser_class(output, classes):
     for word, name in EMOTIONS.items():
         if name in classes and word not in classes:
             output = re.sub(rf"\b{word}\b", name, output, flags=re.I)
-    return extract_choice(output, classes)
+    return judge.extract_choice(output, classes)
 
 
 def score_ser(samples, *, draws=10_000, seed=0):
@@ -162,7 +161,7 @@ def score_ser(samples, *, draws=10_000, seed=0):
 # 2. How sure are we?
 
 def percentiles(draws):
-    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+    return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
 def wilson(right, total, z=1.959964):
@@ -227,12 +226,8 @@ def score(examples, outputs):
     score_ser's, each only if it has examples}."""
     samples = []
     for e, output in zip(examples, outputs):
-        if e.task == SER_TASK:
-            chosen = ser_class(output, e.choices)
-            right = chosen == e.answer
-        else:
-            chosen = extract_choice(output, e.choices)
-            right = mmau_correct(e.answer, chosen or "", e.choices)
+        choose = ser_class if e.task == SER_TASK else judge.extract_choice
+        chosen = choose(output, e.choices)
         sample = {
             "id": e.id,
             "audio_id": str(e.audio),
@@ -243,7 +238,7 @@ def score(examples, outputs):
             "split": e.split,
             "model_output": output,
             "chosen": chosen,
-            "correct": right,
+            "correct": mmau_correct(e.answer, chosen or "", e.choices),
         }
         if e.kind:
             sample["sub-category"] = e.kind
@@ -352,7 +347,7 @@ def gap_reduction(before, after):
     return 100 * (after["audio_accuracy"] - before["audio_accuracy"]) / gap
 
 
-def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.0, **decoding):
+def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
     """Ask every spoken question twice, as audio and as text; greedy by default. elsewhere: also
     score what only audio can ask (Table 2). DataError without a spoken question.
 
@@ -362,12 +357,12 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.
     if not asked:
         raise data.DataError("no example has a transcript, so the audio-text gap cannot be "
                              "measured; add transcripts to the manifest")
-    decoding["temperature"] = temperature
+    decoding = {"temperature": 0.0, **decoding}
     samples = []
     kinds = sorted({e.kind or e.task for e in asked})
     correct = {view: {kind: {} for kind in kinds} for view in VIEWS}
-    for view, words in ("text", "transcript"), ("audio", None):
-        outputs = generate(model, processor, asked, view=view, words=words, **decoding)
+    for view in VIEWS:
+        outputs = generate(model, processor, asked, view=view, words="transcript", **decoding)
         for e, output in zip(asked, outputs):
             choices, answer = judge.choices_and_answer(e)
             sample = {
@@ -405,9 +400,7 @@ def report_gap(results, before=None):
             f"{name:14}{row['text_accuracy']:8.1f}{row['audio_accuracy']:8.1f}"
             f"{row['gap']:8.1f}   [{low:+.1f}, {high:+.1f}]"
         )
-        share = None
-        if before:
-            share = gap_reduction(before["kinds"].get(name, before), row)
+        share = gap_reduction(before["kinds"].get(name, before), row) if before else None
         lines.append(line if share is None else f"{line}{share:18.1f} %")
     if not before:
         return "\n".join(lines)
@@ -483,8 +476,7 @@ def run(args, rank, device):
 
     # 3. The files and the tables, of each manifest and, of several gaps, together
     first, *further = found
-    splits = {name: found[name] for name in further}
-    results = {**found[first], "set": first, "splits": splits}
+    results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
     report = report_gap if args.task == "gap" else tables.report
     if args.task == "gap" and further:
         found["all files"] = results["together"] = together(found)

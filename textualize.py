@@ -165,7 +165,7 @@ def main(argv=None):
     source = Path(args.data)
     out = Path(args.out or source.with_name(f"{source.stem}-described.jsonl"))
     failed = out.with_suffix(".failed.jsonl")
-    if out.resolve().parent != source.resolve().parent or out.resolve() == source.resolve():
+    if out.parent.resolve() != source.parent.resolve() or out.name == source.name:
         raise data.DataError(f"{out}: must be another file in the folder of {source}, because "
                              "audio paths are relative to it; change --out")
     examples = data.read_manifest(source, limit=args.limit)
