@@ -126,7 +126,7 @@ def ser_class(output, classes):
     return judge.extract_choice(output, classes)
 
 
-def score_ser(samples, *, draws=10_000, seed=0):
+def score_ser(samples, *, draws=10_000):
     """Score samples: dicts with id, choices, answer, what was "chosen" (one of the choices or None,
     which is wrong) and whether it is "correct".
 
@@ -146,7 +146,7 @@ def score_ser(samples, *, draws=10_000, seed=0):
     ua = sum(recall.values()) / len(recall)
 
     # Of n utterances drawn with replacement, k of n right: Binomial(n, k / n) are right.
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = [rng.binomial(n, recall[c] / 100, draws) / n for c, n in sizes.items()]
     return {
         "ua": ua,

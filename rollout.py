@@ -157,7 +157,7 @@ def generate(
     return [said[e.id] for e in examples]
 
 
-def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64):
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size):
     """The text view's greedy answers -> {id: {"text", "ids", "ended"}}. What a file at `path` holds
     of the same model and prompts is not asked again.
 
@@ -268,10 +268,10 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
     return rollouts
 
 
-def samples(shown, prompts, references, verdicts, tokenizer, most=5):
+def samples(shown, prompts, references, verdicts, tokenizer):
     """Scored Rollouts -> records to read (samples.jsonl).
 
-    Each has the transcript, the question, the rollout with its `most` divergent tokens marked
+    Each has the transcript, the question, the rollout with its five most divergent tokens marked
     ("is [[seven 2.31]]"), the text view's answer, and what the judge says to both."""
     asked = []
     for r in shown:
@@ -280,7 +280,7 @@ def samples(shown, prompts, references, verdicts, tokenizer, most=5):
     records = []
     for r, (e, _, reference), right in zip(shown, asked, verdicts(asked)):
         places = range(len(r.divergence))
-        top = sorted(places, key=r.divergence.__getitem__, reverse=True)[:most]
+        top = sorted(places, key=r.divergence.__getitem__, reverse=True)[:5]
         text = ""
         for i, token in enumerate(map(tokenizer.decode, r.ids)):
             text += f"[[{token} {r.divergence[i]:.2f}]]" if i in top else token

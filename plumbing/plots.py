@@ -26,10 +26,10 @@ def curve(log, name):
 
 
 def smooth(values):
-    """The mean of the twentieth of all around each of them, of fewer at both ends."""
-    window = np.ones(max(1, len(values) // 20))
-    around = np.convolve(np.ones(len(values)), window, mode="same")
-    return np.convolve(values, window, mode="same") / around
+    """The mean of the twentieth of all around each of them; beyond both ends stands their own."""
+    n = max(1, len(values) // 20)
+    longer = np.pad(values, (n // 2, (n - 1) // 2), mode="edge")
+    return np.convolve(longer, np.ones(n) / n, mode="valid")
 
 
 def draw(axis, log, name, colour, label=None):
