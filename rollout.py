@@ -126,9 +126,9 @@ def generate(
         if view == "audio":
             return 25 * data.audio_seconds(e.audio, where=e.where) + len(e.question) / 4
         read = getattr(e, words) if words else ""
-        return len(e.question + (read or "")) / 4
+        return len(e.question + read) / 4
 
-    # Rows of a batch should be about as long. Longest first: out of memory shows at once
+    # Rows of a batch should be about as long. Longest first, so that out of memory shows at once
     mine = examples[ranks.rank()::ranks.world_size()]
     mine = sorted(mine, key=length, reverse=True)
 
@@ -138,7 +138,11 @@ def generate(
         for start in tqdm(range(0, len(mine), batch_size), "answers", disable=quiet, leave=False):
             rows = mine[start:start + batch_size]
             inputs = data.prompt_batch(
-                rows, processor, view=view, tokenizer=tokenizer, words=words
+                rows,
+                processor,
+                view=view,
+                tokenizer=tokenizer,
+                words=words,
             )
             answers = _answers(
                 model,

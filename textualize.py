@@ -181,7 +181,7 @@ def main(argv=None):
     if ranks.rank() == 0:
         described = earlier(out, name)
         faulty = earlier(failed, name)
-    done = {record["id"] for record in ranks.of_rank_zero(described + faulty)}
+    done = ranks.of_rank_zero({record["id"] for record in described + faulty})
     todo = [e for e in examples if e.id not in done]
     for e in todo:
         if grounding != "none" and not e.reasoning:
