@@ -39,7 +39,6 @@ import torch
 import data
 import judge
 import models
-from judge import extract_choice
 from plumbing import hearing, ranks, tables
 from plumbing.files import make_folder, newest_checkpoint, replace_text, write_json
 from rollout import generate
@@ -55,7 +54,6 @@ EMOTIONS = {                            # IEMOCAP: excited is happy
 }
 NO_ANSWER = "no answer"
 VIEWS = ("text", "audio")
-TAKEN = {"average", "intervals", "official", "counts", "correct"}       # no task's names
 
 
 # -------------------------------------------------------------------------------------------------
@@ -78,40 +76,43 @@ def mmau_correct(answer, prediction, choices):
 
 def accuracies(correct):
     """task -> id -> right? -> accuracy and interval of each task and of all ("average")."""
-    verdicts = {task: list(by_id.values()) for task, by_id in correct.items()}
-    verdicts["average"] = sum(verdicts.values(), [])
-    per_cent, intervals = {}, {}
-    for name, v in verdicts.items():
-        per_cent[name] = 100 * sum(v) / len(v) if v else None
-        intervals[name] = wilson(sum(v), len(v))
+    per_cent = {}
+    intervals = {}
+    for name, verdicts in {**correct, "average": flat(correct)}.items():
+        right = sum(verdicts.values())
+        n = len(verdicts)
+        per_cent[name] = 100 * right / n if n else None
+        intervals[name] = wilson(right, n)
     return per_cent, intervals
 
 
-def score_mmau(records):
-    """Score records in MMAU's format: dicts with id, task, choices, answer and model_output.
+def flat(by_group):
+    """group -> id -> right? -> {id: right?}"""
+    return {i: right for group in by_group.values() for i, right in group.items()}
 
-    Returns {task: accuracy of the chosen option, None where nothing was scored; "average";
+
+def score_mmau(samples):
+    """Score samples in MMAU's format: dicts with id, task, choices, answer and model_output, and
+    with what was "chosen" and whether it is "correct".
+
+    Returns {task: accuracy of the chosen option, None where nothing was asked; "average";
     "intervals"; "official": the same by MMAU's rule on the raw output; "counts"; "correct":
-    task -> id -> bool}."""
-    tasks = [*TASKS, *sorted({record["task"] for record in records} - set(TASKS))]
+    task -> id -> bool}. No task may have the name of one of these."""
+    tasks = [*TASKS, *sorted({s["task"] for s in samples} - set(TASKS))]
     correct = {task: {} for task in tasks}
     official = {task: {} for task in tasks}
-    no_answer = 0
-    for record in records:
-        answer, choices, output = record["answer"], record["choices"], record["model_output"]
-        chosen = extract_choice(output, choices)
-        no_answer += chosen is None
-        right = chosen is not None and mmau_correct(answer, chosen, choices)
-        correct[record["task"]][record["id"]] = right
-        official[record["task"]][record["id"]] = mmau_correct(answer, output, choices)
+    for s in samples:
+        raw = mmau_correct(s["answer"], s["model_output"], s["choices"])
+        correct[s["task"]][s["id"]] = s["correct"]
+        official[s["task"]][s["id"]] = raw
 
     per_cent, intervals = accuracies(correct)
-    counts = {"records": len(records), "no_answer": no_answer}
+    no_answer = sum(s["chosen"] is None for s in samples)
     return {
         **per_cent,
         "intervals": intervals,
         "official": accuracies(official)[0],
-        "counts": counts,
+        "counts": {"records": len(samples), "no_answer": no_answer},
         "correct": correct,
     }
 
@@ -122,41 +123,45 @@ def ser_class(output, classes):
     for word, name in EMOTIONS.items():
         if name in classes and word not in classes:
             output = re.sub(rf"\b{word}\b", name, output, flags=re.I)
-    return extract_choice(output, classes)
+    return judge.extract_choice(output, classes)
 
 
-def score_ser(labels, said, classes, *, samples=10_000, seed=0):
-    """labels, said: class names, one per utterance; None is no answer, which is wrong.
+def score_ser(samples, *, draws=10_000):
+    """Score samples: dicts with id, choices, answer, what was "chosen" (one of the choices or None,
+    which is wrong) and whether it is "correct".
 
     Returns {"ua": per cent; "recall": per class; "interval": bootstrap 95 %, resampled within each
-    class; "confusion": label -> prediction or "no answer" -> count}. Raises ValueError for an
-    unknown label."""
-    unknown = sorted(set(labels) - set(classes))
-    if unknown:
-        raise ValueError(f"the label {unknown[0]!r} is not among the classes {', '.join(classes)}")
+    class; "confusion": label -> prediction or "no answer" -> count; "correct": label -> id ->
+    bool}."""
+    classes = sorted(set().union(*(s["choices"] for s in samples)))
     confusion = {label: dict.fromkeys((*classes, NO_ANSWER), 0) for label in classes}
-    for label, name in zip(labels, said, strict=True):
-        confusion[label][name if name in classes else NO_ANSWER] += 1
+    correct = {label: {} for label in classes}
+    for s in samples:
+        confusion[s["answer"]][s["chosen"] or NO_ANSWER] += 1
+        correct[s["answer"]][s["id"]] = s["correct"]
 
     # UA = 1/C sum_c right_c / n_c, over the classes that have an utterance
-    sizes = {label: sum(row.values()) for label, row in confusion.items()}
-    recall = {c: 100 * confusion[c][c] / sizes[c] for c in classes if sizes[c]}
-    if not recall:
-        return {"ua": None, "recall": {}, "interval": [None, None], "confusion": confusion}
+    sizes = {c: len(correct[c]) for c in classes if correct[c]}
+    recall = {c: 100 * confusion[c][c] / n for c, n in sizes.items()}
+    ua = sum(recall.values()) / len(recall)
 
     # Of n utterances drawn with replacement, k of n right: Binomial(n, k / n) are right.
-    rng = np.random.default_rng(seed)
-    drawn = [rng.binomial(sizes[c], recall[c] / 100, samples) / sizes[c] for c in recall]
-    interval = percentiles(100 * np.mean(drawn, axis=0))
-    ua = sum(recall.values()) / len(recall)
-    return {"ua": ua, "recall": recall, "interval": interval, "confusion": confusion}
+    rng = np.random.default_rng(0)
+    drawn = [rng.binomial(n, recall[c] / 100, draws) / n for c, n in sizes.items()]
+    return {
+        "ua": ua,
+        "recall": recall,
+        "interval": percentiles(100 * np.mean(drawn, axis=0)),
+        "confusion": confusion,
+        "correct": correct,
+    }
 
 
 # -------------------------------------------------------------------------------------------------
 # 2. How sure are we?
 
 def percentiles(draws):
-    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+    return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
 def wilson(right, total, z=1.959964):
@@ -170,52 +175,59 @@ def wilson(right, total, z=1.959964):
     centre = (p + z * z / (2 * total)) / shrink
     variance = p * (1 - p) / total + z * z / (4 * total * total)
     half = z / shrink * variance ** 0.5
-    low = max(0.0, centre - half)
-    high = min(1.0, centre + half)
-    return [100 * low, 100 * high]
+    return [100 * max(0.0, centre - half), 100 * min(1.0, centre + half)]
 
 
 def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=0):
-    """How much better is A than B on the same examples? correct_a, correct_b: bools in one order.
+    """How much better is A than B on the same examples? correct_a, correct_b: bools in one order,
+    at least one.
 
     Returns (difference, [low, high]): accuracy of A minus that of B in points, and its 95 %
     bootstrap interval. With `labels` (the class of each example) it is the difference in unweighted
     accuracy, resampled within each class. Pairing removes what makes a question easy for both: the
-    interval is narrower than two separate ones suggest. ValueError: lengths differ, or are 0."""
-    a = np.asarray(correct_a, dtype=int)
-    b = np.asarray(correct_b, dtype=int)
-    if a.shape != b.shape or a.size == 0:
-        raise ValueError("a paired comparison needs two equally long lists, not "
-                         f"{a.size} and {b.size} examples")
-    labels = np.zeros(a.size) if labels is None else np.asarray(labels)
+    interval is narrower than two separate ones suggest. ValueError: lengths differ."""
+    # d_i = a_i - b_i: +1 only A is right, -1 only B, 0 no difference
+    d = np.array([int(a) - int(b) for a, b in zip(correct_a, correct_b, strict=True)])
+    labels = np.zeros(len(d)) if labels is None else np.asarray(labels)
     rng = np.random.default_rng(seed)
-    differences_of_classes = []
+    differences = []
     draws = []
     for label in np.unique(labels):
-        # d_i = a_i - b_i: +1 only A is right, -1 only B, 0 no difference
-        d = (a - b)[labels == label]
-        n = d.size
-        wins = (d == 1).sum()
-        losses = (d == -1).sum()
+        d_class = d[labels == label]
+        n = len(d_class)
 
         # n draws of d_i with replacement are Multinomial(n, shares of +1, -1 and 0)
-        shares = [wins / n, losses / n, (n - wins - losses) / n]
+        shares = [np.mean(d_class == value) for value in (1, -1, 0)]
         drawn = rng.multinomial(n, shares, samples)      # [samples, 3]
-        differences_of_classes.append(d.mean())
+        differences.append(d_class.mean())
         draws.append((drawn[:, 0] - drawn[:, 1]) / n)
-    difference = 100 * float(np.mean(differences_of_classes))
-    return difference, percentiles(100 * np.mean(draws, axis=0))
+    return 100 * float(np.mean(differences)), percentiles(100 * np.mean(draws, axis=0))
+
+
+def paired(mine, others, classes=None):
+    """{id: right?} of two models -> (difference, [low, high], pairs) on the ids that both have;
+    None: there are none. classes: {id: class}, for unweighted accuracy."""
+    shared = [i for i in mine if i in others]
+    if not shared:
+        return None
+    difference, interval = paired_bootstrap(
+        [mine[i] for i in shared],
+        [others[i] for i in shared],
+        labels=[classes[i] for i in shared] if classes else None,
+    )
+    return difference, interval, len(shared)
 
 
 # -------------------------------------------------------------------------------------------------
 # 3. AQA and SER of a model
 
 def score(examples, outputs):
-    """Examples and what was said -> ({"aqa": score_mmau's dict, "ser": score_ser's and "correct":
-    class -> id -> bool}, each only if it has examples; a list of samples, one dict each)."""
+    """Examples and what was said -> {"samples": a dict for each; "aqa": score_mmau's dict, "ser":
+    score_ser's, each only if it has examples}."""
     samples = []
-    for e, output in zip(examples, outputs, strict=True):
-        choose = ser_class if e.task == SER_TASK else extract_choice
+    for e, output in zip(examples, outputs):
+        choose = ser_class if e.task == SER_TASK else judge.extract_choice
+        chosen = choose(output, e.choices)
         sample = {
             "id": e.id,
             "audio_id": str(e.audio),
@@ -225,65 +237,50 @@ def score(examples, outputs):
             "task": e.task,
             "split": e.split,
             "model_output": output,
-            "chosen": choose(output, e.choices),
+            "chosen": chosen,
+            "correct": mmau_correct(e.answer, chosen or "", e.choices),
         }
         if e.kind:
             sample["sub-category"] = e.kind
         samples.append(sample)
 
-    results = {}
+    results = {"samples": samples}
     aqa = [s for s in samples if s["task"] != SER_TASK]
     ser = [s for s in samples if s["task"] == SER_TASK]
     if aqa:
         results["aqa"] = score_mmau(aqa)
-    for s in aqa:
-        s["correct"] = results["aqa"]["correct"][s["task"]][s["id"]]
     if ser:
-        classes = sorted(set().union(*(s["choices"] for s in ser)))
-        answers = [s["answer"] for s in ser]
-        results["ser"] = score_ser(answers, [s["chosen"] for s in ser], classes)
-        results["ser"]["correct"] = {c: {} for c in classes}
-    for s in ser:
-        s["correct"] = s["chosen"] == s["answer"]
-        results["ser"]["correct"][s["answer"]][s["id"]] = s["correct"]
-    return results, samples
+        results["ser"] = score_ser(ser)
+    return results
 
 
 def evaluate_model(model, processor, examples, **decoding):
     """Generate (decoding: generate's keywords) and score; every task but SER's is AQA. DataError
-    as check_scorable.
-
-    Returns {"aqa": score_mmau's dict, "ser": score_ser's dict, "samples": list of dicts; "keys"
-    (id -> question_key) and "decoding": what two evaluations must share to be compared}."""
+    for an open question. Returns score's dict, and "keys" and "decoding" as comparable."""
     check_scorable(examples)
     outputs = generate(model, processor, examples, **decoding)
-    results, samples = score(examples, outputs)
-    keys = {e.id: question_key(e) for e in examples}
-    decided = decoding_of(**decoding)
-    return {**results, "samples": samples, "keys": keys, "decoding": decided}
+    return {**score(examples, outputs), **comparable(examples, **decoding)}
 
 
 def check_scorable(examples):
-    """DataError for an open question, and for a task whose name the results need."""
+    """DataError for an open question."""
     for e in examples:
-        if e.task in TAKEN:
-            raise data.DataError(f"{e.where}: the task {e.task!r} has the name of one of the "
-                                 "results; rename it")
         if not e.choices:
             raise data.DataError(f"{e.where}: an open question is not scored here; give it "
                                  "choices, or a transcript and --task gap")
 
 
-def question_key(example):
-    """The same for the same words about the same clip, wherever the folder of the clips lies."""
-    clip = Path(*example.audio.parts[-2:])
-    return data.fingerprint([dataclasses.replace(example, audio=clip)])
-
-
-def decoding_of(*, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):
-    """generate's keywords that decide what is said (at temperature 0 nothing is drawn)."""
+def comparable(examples, *, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):
+    """What two evaluations must share to be compared: "keys", an id's the same for the same words
+    about the same clip, wherever the folder of the clips lies; "decoding", generate's keywords that
+    decide what is said (at temperature 0 nothing is drawn)."""
+    keys = {}
+    for e in examples:
+        clip = Path(*e.audio.parts[-2:])
+        keys[e.id] = data.fingerprint([dataclasses.replace(e, audio=clip)])
     drawn = {"top_k": top_k, "top_p": top_p, "seed": seed} if temperature else {}
-    return {"max_new_tokens": max_new_tokens, "temperature": temperature, **drawn}
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, **drawn}
+    return {"keys": keys, "decoding": decoding}
 
 
 def compare(results, other):
@@ -292,23 +289,17 @@ def compare(results, other):
     Returns {(part, name): (points, [low, high], pairs)}, part and name as in ("aqa", "sound"),
     ("aqa", "average") and ("ser", "ua")."""
     differences = {}
-    for part, whole in ("aqa", "average"), ("ser", "ua"):
-        verdicts = results.get(part, {}).get("correct", {})
-        others = other.get(part, {}).get("correct", {})
-        pairs = []                                          # (group, right here, right there)
-        for group, by_id in verdicts.items():
-            shared = [i for i in by_id if i in others.get(group, {})]
-            pairs += [(group, by_id[i], others[group][i]) for i in shared]
-
-        names = [*verdicts, whole] if part == "aqa" else [whole]
-        for name in names:
-            rows = [pair for pair in pairs if name == whole or name == pair[0]]
-            if rows:
-                groups, a, b = zip(*rows)
-                labels = groups if part == "ser" else None
-                points, interval = paired_bootstrap(a, b, labels=labels)
-                differences[part, name] = points, interval, len(rows)
-    return differences
+    if "aqa" in results and "aqa" in other:
+        correct = results["aqa"]["correct"]
+        others = flat(other["aqa"]["correct"])
+        for name, verdicts in {**correct, "average": flat(correct)}.items():
+            differences["aqa", name] = paired(verdicts, others)
+    if "ser" in results and "ser" in other:
+        correct = results["ser"]["correct"]
+        classes = {i: name for name, by_id in correct.items() for i in by_id}
+        others = flat(other["ser"]["correct"])
+        differences["ser", "ua"] = paired(flat(correct), others, classes)
+    return {name: found for name, found in differences.items() if found}
 
 
 def report_change(before, after):
@@ -324,28 +315,17 @@ def spoken(examples):
     return [e for e in examples if e.transcript and e.task != SER_TASK]
 
 
-def flat(by_group):
-    """group -> id -> right? -> {id: right?}"""
-    return {i: right for group in by_group.values() for i, right in group.items()}
-
-
 def gap_of(text, audio):
     """{id: right?} of both views -> accuracies in per cent, their gap in points, 95 % intervals."""
-    n = len(text)
-    text_right = sum(text.values())
-    audio_right = sum(audio.values())
-    _, gap = paired_bootstrap(list(text.values()), [audio[i] for i in text])
-    intervals = {
-        "text": wilson(text_right, n),
-        "audio": wilson(audio_right, n),
-        "gap": gap,
-    }
+    read = sum(text.values())
+    heard = sum(audio.values())
+    _, interval, n = paired(text, audio)
     return {
-        "text_accuracy": 100 * text_right / n,
-        "audio_accuracy": 100 * audio_right / n,
-        "gap": 100 * (text_right - audio_right) / n,
+        "text_accuracy": 100 * read / n,
+        "audio_accuracy": 100 * heard / n,
+        "gap": 100 * (read - heard) / n,
         "questions": n,
-        "intervals": intervals,
+        "intervals": {"text": wilson(read, n), "audio": wilson(heard, n), "gap": interval},
     }
 
 
@@ -354,8 +334,7 @@ def table_of(correct):
     text = correct["text"]
     audio = correct["audio"]
     kinds = {kind: gap_of(text[kind], audio[kind]) for kind in text}
-    both = gap_of(flat(text), flat(audio))
-    return {**both, "kinds": kinds, "correct": correct}
+    return {**gap_of(flat(text), flat(audio)), "kinds": kinds, "correct": correct}
 
 
 def gap_reduction(before, after):
@@ -368,82 +347,76 @@ def gap_reduction(before, after):
     return 100 * (after["audio_accuracy"] - before["audio_accuracy"]) / gap
 
 
-def evaluate_views(model, processor, examples, *, elsewhere=True, temperature=0.0, **decoding):
+def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
     """Ask every spoken question twice, as audio and as text; greedy by default. elsewhere: also
     score what only audio can ask (Table 2). DataError without a spoken question.
 
-    Returns table_of's dict; "keys" (id -> question_key) and "decoding": what two runs must share to
-    be compared; "elsewhere": evaluate_model's dict on the other examples; "samples"."""
+    Returns table_of's dict; "samples"; "keys" and "decoding", as comparable; "elsewhere":
+    evaluate_model's dict on the other examples."""
     asked = spoken(examples)
     if not asked:
         raise data.DataError("no example has a transcript, so the audio-text gap cannot be "
                              "measured; add transcripts to the manifest")
+    decoding = {"temperature": 0.0, **decoding}
     samples = []
     kinds = sorted({e.kind or e.task for e in asked})
     correct = {view: {kind: {} for kind in kinds} for view in VIEWS}
-    for view, words in ("text", "transcript"), ("audio", None):
-        how = {"view": view, "words": words, "temperature": temperature, **decoding}
-        for e, output in zip(asked, generate(model, processor, asked, **how)):
-            kind = e.kind or e.task
+    for view in VIEWS:
+        outputs = generate(model, processor, asked, view=view, words="transcript", **decoding)
+        for e, output in zip(asked, outputs):
             choices, answer = judge.choices_and_answer(e)
-            right = judge.agree(output, answer, choices)
-            correct[view][kind][e.id] = right
-            samples.append(
-                {
-                    "id": e.id,
-                    "view": view,
-                    "transcript": e.transcript,
-                    "question": e.question,
-                    "choices": choices,
-                    "answer": answer,
-                    "kind": kind,
-                    "model_output": output,
-                    "correct": right,
-                }
-            )
+            sample = {
+                "id": e.id,
+                "view": view,
+                "transcript": e.transcript,
+                "question": e.question,
+                "choices": choices,
+                "answer": answer,
+                "kind": e.kind or e.task,
+                "model_output": output,
+                "correct": judge.agree(output, answer, choices),
+            }
+            samples.append(sample)
+            correct[view][sample["kind"]][e.id] = sample["correct"]
 
-    results = table_of(correct)
-    results["samples"] = samples
-    results["keys"] = {e.id: question_key(e) for e in asked}
-    decided = decoding_of(temperature=temperature, **decoding)
-    results["decoding"] = {**decided, "words": "transcript"}
-    ids = {e.id for e in asked}
-    rest = [e for e in examples if e.id not in ids]
+    results = {**table_of(correct), "samples": samples, **comparable(asked, **decoding)}
+    results["decoding"]["words"] = "transcript"
+    rest = [e for e in examples if not spoken([e])]
     if elsewhere and rest:
-        found = evaluate_model(model, processor, rest, temperature=temperature, **decoding)
-        results["samples"] += [{"view": "audio", **s} for s in found.pop("samples")]
+        found = evaluate_model(model, processor, rest, **decoding)
+        samples += [{"view": "audio", **s} for s in found.pop("samples")]
         results["elsewhere"] = found
     return results
 
 
 def report_gap(results, before=None):
-    """The gap as a table; with `before` (another such dict) its reduction, paired differences."""
+    """The gap as a table, a line per kind of question and one for all; with `before` (another such
+    dict, of the same questions) its reduction, and paired differences."""
+    header = f"{'':14}{'text':>8}{'audio':>8}{'gap':>8}   95 % interval of the gap"
+    lines = [header + "   reduction" if before else header]
+    for name, row in [*results["kinds"].items(), ("together", results)]:
+        low, high = row["intervals"]["gap"]
+        line = (
+            f"{name:14}{row['text_accuracy']:8.1f}{row['audio_accuracy']:8.1f}"
+            f"{row['gap']:8.1f}   [{low:+.1f}, {high:+.1f}]"
+        )
+        share = gap_reduction(before["kinds"].get(name, before), row) if before else None
+        lines.append(line if share is None else f"{line}{share:18.1f} %")
     if not before:
-        return "\n".join(tables.gap_lines(results, None))
-    kinds = results["kinds"].items()
-    reductions = {
-        name: gap_reduction(before["kinds"][name], row)
-        for name, row in kinds
-        if name in before["kinds"]
-    }
-    reductions["together"] = gap_reduction(before, results)
-    lines = tables.gap_lines(results, reductions)
+        return "\n".join(lines)
 
     for view in VIEWS:
         now = flat(results["correct"][view])
         then = flat(before["correct"][view])
-        shared = [i for i in now if i in then]
-        if shared:
-            pairs = [now[i] for i in shared], [then[i] for i in shared]
-            points, (low, high) = paired_bootstrap(*pairs)
-            key = f"{view}_accuracy"
-            lines.append(
-                f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} "
-                f"points, paired [{low:+.1f}, {high:+.1f}], {len(shared)} questions"
-            )
-    if "elsewhere" in results and "elsewhere" in before:
-        change = report_change(before["elsewhere"], results["elsewhere"])
-        lines += ["elsewhere (heard only):", change]
+        points, (low, high), n = paired(now, then)
+        key = f"{view}_accuracy"
+        lines.append(
+            f"{view:6}{before[key]:7.1f} -> {results[key]:.1f}   {points:+.1f} "
+            f"points, paired [{low:+.1f}, {high:+.1f}], {n} questions"
+        )
+    if "elsewhere" in before:
+        lines.append("elsewhere (heard only):")
+        lines.append(report_change(before["elsewhere"], results["elsewhere"]))
     return "\n".join(lines)
 
 
@@ -461,30 +434,22 @@ def together(by_set):
 # -------------------------------------------------------------------------------------------------
 # 5. The tasks of the command line
 
-def stems(files):
-    """The names that several manifests are reported by. DataError where two have the same."""
-    names = [Path(file).stem for file in files]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise data.DataError(f"two of the manifests are called {twice[0]}, and results are "
-                             "reported by that name; rename one")
-    return names
-
-
 def wanted(examples, task):
     """What --task asks of a manifest: gap needs transcripts, ser emotions, aqa all others."""
     if task == "gap":
         return spoken(examples)
-    if task == "both":
-        return examples
-    return [e for e in examples if (e.task == SER_TASK) == (task == "ser")]
+    return [e for e in examples if task == "both" or (task == "ser") == (e.task == SER_TASK)]
 
 
 def run(args, rank, device):
     """Ask a model the questions of each manifest, its share on each rank, and score the answers."""
     # 1. What is asked
     sets = {}
-    for name, file in zip(stems(args.data), args.data):
+    for file in args.data:
+        name = Path(file).stem
+        if name in sets:
+            raise data.DataError(f"two of the manifests are called {name}, and results are "
+                                 "reported by that name; rename one")
         examples = data.read_manifest(file, split=args.split)
         sets[name] = wanted(examples, args.task)[:args.limit]
         if not sets[name]:
@@ -511,14 +476,11 @@ def run(args, rank, device):
 
     # 3. The files and the tables, of each manifest and, of several gaps, together
     first, *further = found
-    splits = {name: found[name] for name in further}
-    results = {**found[first], "set": first, "splits": splits}
-    report = tables.report
-    if args.task == "gap":
-        report = report_gap
-        if further:
-            found["all files"] = results["together"] = together(found)
-            del results["together"]["correct"]              # it stands in the sets
+    results = {**found[first], "set": first, "splits": {name: found[name] for name in further}}
+    report = report_gap if args.task == "gap" else tables.report
+    if args.task == "gap" and further:
+        found["all files"] = results["together"] = together(found)
+        del results["together"]["correct"]                  # it stands in the sets
     for name, result in found.items():
         print(f"-- {name}\n{report(result)}")
     out = Path(args.out)

@@ -12,7 +12,6 @@ gradient that is taken on it.
 
 import contextlib
 import inspect
-import time
 import zlib
 from dataclasses import dataclass, field
 
@@ -63,15 +62,36 @@ def banned_ids(model, tokenizer):
     return data.control_ids(tokenizer, size, keep=stop_ids(tokenizer), placeholder=audio)
 
 
-def _until_stop(row, stop):
-    """New ids of one row -> (the ids of the text, the ids with the end, did it end by itself?)."""
-    end = next((k for k, token in enumerate(row) if token in stop), len(row))
-    return row[:end], row[:end + 1], end < len(row)
-
-
-# What every call of generate() is told. With synced_gpus the ranks of a sharded model would wait
-# for each other at every token, and for ever for one with fewer questions
-PLAIN = {"do_sample": False, "use_cache": True, "synced_gpus": False}
+def _answers(model, tokenizer, inputs, keys, *, max_new_tokens, **sampling):
+    """generate()'s inputs, left padded -> (text, did it end by itself?, its ids with that end) of
+    each row. keys, sampling: as in sampler.chooser."""
+    stop = stop_ids(tokenizer)
+    prompt_length = inputs["input_ids"].shape[1]
+    choose = chooser(
+        keys,
+        prompt_length,
+        banned_ids(model, tokenizer),
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
+    output = model.generate(                            # [batch, prompt + new]
+        **inputs,
+        do_sample=False,
+        use_cache=True,
+        # else the ranks of a sharded model would wait for each other at every token, and for ever
+        # for one with fewer questions
+        synced_gpus=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
+        logits_processor=[choose],
+    )
+    answers = []
+    for row in output[:, prompt_length:].tolist():
+        end = next((k for k, token in enumerate(row) if token in stop), len(row))
+        text = tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)
+        answers.append((text, end < len(row), row[:end + 1]))
+    return answers
 
 
 # -------------------------------------------------------------------------------------------------
@@ -83,7 +103,6 @@ def generate(
     examples,
     *,
     view="audio",
-    tokenizer=None,
     words=None,
     batch_size=16,
     max_new_tokens=512,
@@ -96,24 +115,22 @@ def generate(
 ):
     """What the model says to each example: a list of str in the order of `examples`, tags included.
 
-    view="audio": the model hears; "text": it reads example.<words> instead, through `tokenizer`
-    (default: the processor's own; for a text-only LLM pass its tokenizer as processor).
-    with_end: triples (str, did it end by itself?, its token ids with that end) instead. Under
-    torch.distributed each rank takes its share, and every rank returns all outputs."""
-    tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
-    stop, banned = stop_ids(tokenizer), banned_ids(model, tokenizer)
+    view="audio": the model hears; "text": it reads example.<words> instead. A text-only LLM passes
+    its tokenizer as processor. Ids differ. with_end: triples (str, did it end by itself?, its token
+    ids with that end) instead. Under torch.distributed each rank takes its share, and every rank
+    returns all outputs."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
-    # The rows of a batch should be about as long. In tokens, roughly: 25 a second of audio, and one
-    # for 4 characters of text. Longest first, so that out of memory shows at once
-    mine = list(range(ranks.rank(), len(examples), ranks.world_size()))
-    lengths = {}
-    for i in mine:
-        read = getattr(examples[i], words) if words else None
-        lengths[i] = len(examples[i].question + (read or "")) / 4
-    if view == "audio":
-        for i, seconds in zip(mine, data.check_audio([examples[i] for i in mine])):
-            lengths[i] += 25 * seconds
-    mine.sort(key=lengths.get, reverse=True)
+    def length(e):
+        # in tokens, roughly: 25 a second of audio, and one for 4 characters of text
+        if view == "audio":
+            return 25 * data.audio_seconds(e.audio, where=e.where) + len(e.question) / 4
+        read = getattr(e, words) if words else ""
+        return len(e.question + read) / 4
+
+    # Rows of a batch should be about as long. Longest first, so that out of memory shows at once
+    mine = examples[ranks.rank()::ranks.world_size()]
+    mine = sorted(mine, key=length, reverse=True)
 
     said = {}
     quiet = not progress or ranks.rank() > 0
@@ -121,43 +138,41 @@ def generate(
         for start in tqdm(range(0, len(mine), batch_size), "answers", disable=quiet, leave=False):
             rows = mine[start:start + batch_size]
             inputs = data.prompt_batch(
-                [examples[i] for i in rows], processor, view=view, tokenizer=tokenizer, words=words
+                rows,
+                processor,
+                view=view,
+                tokenizer=tokenizer,
+                words=words,
             )
-            inputs = {
-                name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
-                for name, x in inputs.items()
-            }
-            prompt_length = inputs["input_ids"].shape[1]
-            choose = chooser(
-                [f"{seed} {examples[i].id}" for i in rows],
-                prompt_length,
-                banned,
+            answers = _answers(
+                model,
+                tokenizer,
+                transformers.BatchFeature(inputs).to(model.device, model.dtype),    # ids stay int64
+                [f"{seed} {e.id}" for e in rows],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
             )
-            output = model.generate(                    # [batch, prompt + new], left padded
-                **inputs, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stop,
-                pad_token_id=stop[0], logits_processor=[choose])
-            for i, row in zip(rows, output[:, prompt_length:].tolist()):
-                ids, with_stop, ended = _until_stop(row, stop)
-                text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-                said[i] = (text, ended, with_stop) if with_end else text
+            for e, answer in zip(rows, answers):
+                said[e.id] = answer if with_end else answer[0]
 
     said = dict(ranks.gather_lists(list(said.items())))
-    return [said[i] for i in range(len(examples))]
+    return [said[e.id] for e in examples]
 
 
-def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size=64):
+def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size):
     """The text view's greedy answers -> {id: {"text", "ids", "ended"}}. What a file at `path` holds
     of the same model and prompts is not asked again.
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines, so that a kill loses one
-    chunk at most. After the first chunk it says how long all of them will take."""
+    chunk at most."""
     # An answer's key: these weights, this prompt. Another student, or this one trained further,
     # asks anew
-    weights = _checksum_of_weights(model)
+    weights = 0
+    for p in model.parameters():
+        some = p.detach().flatten()[:1000].float().cpu()
+        weights = zlib.crc32(some.numpy(), weights)
     keys = {}
     for e in examples:
         prompt = data.text_prompt(processor.tokenizer, e.transcript, data.question_text(e))
@@ -170,9 +185,8 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     # Ask the rest
     todo = [e for e in examples if e.id not in answers]
     chunk = 4 * batch_size * ranks.world_size()
-    quiet = not todo or ranks.rank() > 0
-    begun = time.time()
-    for start in tqdm(range(0, len(todo), chunk), "the text view's answers", disable=quiet):
+    steps = range(0, len(todo), chunk)
+    for start in tqdm(steps, "the text view's answers", disable=ranks.rank() > 0):
         rows = todo[start:start + chunk]
         said = generate(
             model,
@@ -187,27 +201,11 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
             progress=False,
         )
         for e, (text, ended, ids) in zip(rows, said):
-            line = answers[e.id] = {
-                "id": e.id,
-                "key": keys[e.id],
-                "text": text,
-                "ids": ids,
-                "ended": ended,
-            }
+            line = {"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
+            answers[e.id] = line
             if ranks.rank() == 0:
                 append_jsonl(path, line)
-        if not quiet and start == 0 and len(todo) > chunk:
-            minutes = (time.time() - begun) / chunk * len(todo) / 60
-            tqdm.write(f"the text view answers {len(todo):,} prompts, about {minutes:.0f} minutes")
-    return {e.id: answers[e.id] for e in examples}
-
-
-def _checksum_of_weights(model):
-    checksum = 0
-    for p in (*models.decoder(model).parameters(), models.head_weight(model)):
-        some = p.detach().flatten()[:1000].float().cpu()
-        checksum = zlib.crc32(some.numpy().tobytes(), checksum)
-    return checksum
+    return answers
 
 
 # -------------------------------------------------------------------------------------------------
@@ -241,25 +239,11 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
     without the control tokens."""
     if not kinds:
         return []
-    rollouts = [
-        Rollout(row, kind.temperature, kind.kl, kind.group, [])
-        for row in range(len(prompts.examples))
-        for kind in kinds
-    ]
-    tokenizer, n = processor.tokenizer, len(kinds)
-    stop = stop_ids(tokenizer)
+    tokenizer = processor.tokenizer
+    n = len(kinds)
     places = data.pad_left(prompts.audio, tokenizer)    # ids, mask, positions: [prompts, seq] each
-    prompt_length = places["input_ids"].shape[1]
-    inputs = {**places, **prompts.features}
-    inputs = {name: x.to(student.device) for name, x in inputs.items()}
+    inputs = transformers.BatchFeature({**places, **prompts.features}).to(student.device)
     keys = [f"{key} {example.id} {i}" for example in prompts.examples for i in range(n)]
-    choose = chooser(
-        keys,
-        prompt_length,
-        banned_ids(student, tokenizer),
-        max_new_tokens=max_new_tokens,
-        temperature=[r.temperature for r in rollouts],
-    )
 
     with plain_decoding(student):
         # A prompt's n rollouts share its sound and text: fill the KV cache once, up to the last
@@ -273,27 +257,34 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
         cache.batch_repeat_interleave(n)                # A A A B B B, as the rollouts
 
         repeated = {name: inputs[name].repeat_interleave(n, 0) for name in places}
-        output = student.generate(                      # [rollouts, prompt + new]
-            **repeated, **with_cache, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stop,
-            pad_token_id=stop[0], logits_processor=[choose])
-
-    for rollout, row in zip(rollouts, output[:, prompt_length:].tolist()):
-        ids, rollout.ids, rollout.ended = _until_stop(row, stop)
-        rollout.text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        answers = _answers(
+            student,
+            tokenizer,
+            {**repeated, **with_cache},
+            keys,
+            max_new_tokens=max_new_tokens,
+            temperature=[kind.temperature for kind in kinds] * len(prompts.examples),
+        )
+    rollouts = []
+    for i, (text, ended, ids) in enumerate(answers):
+        kind = kinds[i % n]
+        rollouts.append(Rollout(i // n, **vars(kind), ids=ids, text=text, ended=ended))
     return rollouts
 
 
-def samples(shown, prompts, references, verdicts, tokenizer, most=5):
+def samples(shown, prompts, references, verdicts, tokenizer):
     """Scored Rollouts -> records to read (samples.jsonl).
 
-    Each has the transcript, the question, the rollout with its `most` divergent tokens marked
+    Each has the transcript, the question, the rollout with its five most divergent tokens marked
     ("is [[seven 2.31]]"), the text view's answer, and what the judge says to both."""
-    examples = [prompts.examples[r.row] for r in shown]
-    asked = [(e, r.text, references[e.id]["text"]) for e, r in zip(examples, shown)]
-    judged = verdicts(asked)
+    asked = []
+    for r in shown:
+        e = prompts.examples[r.row]
+        asked.append((e, r.text, references[e.id]["text"]))
     records = []
-    for e, r, right in zip(examples, shown, judged):
-        top = sorted(range(len(r.divergence)), key=lambda i: -r.divergence[i])[:most]
+    for r, (e, _, reference), right in zip(shown, asked, verdicts(asked)):
+        places = range(len(r.divergence))
+        top = sorted(places, key=r.divergence.__getitem__, reverse=True)[:5]
         text = ""
         for i, token in enumerate(map(tokenizer.decode, r.ids)):
             text += f"[[{token} {r.divergence[i]:.2f}]]" if i in top else token
@@ -307,7 +298,7 @@ def samples(shown, prompts, references, verdicts, tokenizer, most=5):
                 "transcript": e.transcript,
                 "question": data.question_text(e),
                 "rollout": text,
-                "text_view": references[e.id]["text"],
+                "text_view": reference,
                 "verdict": verdict,
             }
         )

@@ -66,16 +66,15 @@ NOTES = (
 )
 
 # The one question that mini/student was taught to describe by
-MINI_PROMPTS = dict.fromkeys(PROMPTS, "Describe the audio.")
+MINI_PROMPT = "Describe the audio."
 
 
-def prompt(example, prompts, grounding):
+def prompt(example, grounding, is_mini=False):
     """The captioning request for an example, as text.
 
     Tasks without a prompt of their own (emotion, ...) are taken for speech."""
-    parts = [prompts.get(example.task, prompts["speech"])]
-    if prompts is not MINI_PROMPTS:
-        parts.append(RULES)
+    text = PROMPTS.get(example.task, PROMPTS["speech"])
+    parts = [MINI_PROMPT] if is_mini else [text, RULES]
     if grounding != "none":
         stages = data.STAGES if grounding == "reasoning" else ("caption",)
         notes = " ".join(example.reasoning[stage] for stage in stages)
@@ -95,30 +94,28 @@ def fault(description, finished):
     return None if finished else "cut at the token limit"
 
 
-def describe(examples, model, processor, prompts, grounding, *, batch_size, max_new_tokens):
-    """-> {id: (description, what is wrong with it or None)}, and why some were tried again."""
-    asked = [
-        dataclasses.replace(e, question=prompt(e, prompts, grounding), choices=[]) for e in examples
-    ]
-
-    def listen(rows, **decoding):
+def describe(asked, model, processor, *, batch_size, max_new_tokens):
+    """Examples whose question is the request -> {id: (description, its fault or None)}."""
+    said = {}
+    for decoding in (
+        {"temperature": 0, "max_new_tokens": max_new_tokens},
+        # once more what had a fault
+        {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "max_new_tokens": 2 * max_new_tokens},
+    ):
         outputs = rollout.generate(
-            model, processor, rows, batch_size=batch_size, progress=False, with_end=True, **decoding
+            model,
+            processor,
+            asked,
+            batch_size=batch_size,
+            progress=False,
+            with_end=True,
+            **decoding,
         )
-        found = {}
-        for e, (text, ended, _) in zip(rows, outputs):
+        for e, (text, ended, _) in zip(asked, outputs):
             description = judge.final_answer(text).strip()
-            found[e.id] = (description, fault(description, ended))
-        return found
-
-    said = listen(asked, temperature=0, max_new_tokens=max_new_tokens)
-    again = [e for e in asked if said[e.id][1]]
-    why = Counter(said[e.id][1] for e in again)
-    if again:
-        said |= listen(
-            again, temperature=0.6, top_k=0, top_p=0.9, max_new_tokens=2 * max_new_tokens
-        )
-    return said, why
+            said[e.id] = (description, fault(description, ended))
+        asked = [e for e in asked if said[e.id][1]]
+    return said
 
 
 # -------------------------------------------------------------------------------------------------
@@ -141,10 +138,7 @@ def parse_flags(argv=None):
     add("--batch-size", type=int, default=32, help="clips described at once on one rank (one GPU)")
     add("--limit", type=int, help="only the first N examples")
     add("--seed", type=int, default=0, help="of the mini world")
-    args = parser.parse_args(argv)
-    if min(args.batch_size, args.max_new_tokens) < 1:
-        parser.error("--batch-size and --max-new-tokens must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def earlier(path, name):
@@ -171,25 +165,23 @@ def main(argv=None):
     source = Path(args.data)
     out = Path(args.out or source.with_name(f"{source.stem}-described.jsonl"))
     failed = out.with_suffix(".failed.jsonl")
-    if out.resolve().parent != source.resolve().parent or out.resolve() == source.resolve():
+    if out.parent.resolve() != source.parent.resolve() or out.name == source.name:
         raise data.DataError(f"{out}: must be another file in the folder of {source}, because "
                              "audio paths are relative to it; change --out")
     examples = data.read_manifest(source, limit=args.limit)
-    records = {}                                        # id -> its line, as an object
-    for _, line in manifest.lines(source):
-        record = json.loads(line.decode("utf-8-sig"))
-        records[record["id"]] = record
+    lines = {e.id: line for e, (_, line) in zip(examples, manifest.lines(source))}
 
     # 2.2 Who describes, how it is asked, and what is not described yet
     is_mini = Path(args.model).resolve() == models.MINI / "student"
-    prompts = MINI_PROMPTS if is_mini else PROMPTS
     grounding = args.grounding or ("none" if is_mini else "reasoning")
     args.model = ranks.of_rank_zero(newest_checkpoint(args.model))          # of a run's folder
     name = f"{args.model}, grounding: {grounding}"
-    done = []
+    described = []
+    faulty = []
     if ranks.rank() == 0:
-        done = [record["id"] for record in earlier(out, name) + earlier(failed, name)]
-    done = set(ranks.of_rank_zero(done))
+        described = earlier(out, name)
+        faulty = earlier(failed, name)
+    done = ranks.of_rank_zero({record["id"] for record in described + faulty})
     todo = [e for e in examples if e.id not in done]
     for e in todo:
         if grounding != "none" and not e.reasoning:
@@ -203,40 +195,35 @@ def main(argv=None):
         say(f"{about_clips(seconds, processor)}\ndescribed on {device} x {world} by {name}")
 
     # 2.3 A batch for each rank at a time, which rollout.generate shares out; a kill loses no more
-    tried_again = Counter()
     size = args.batch_size * world
-    bar = tqdm(total=len(todo), desc="descriptions", unit="clip", disable=ranks.rank() > 0)
-    for start in range(0, len(todo), size):
-        rows = todo[start:start + size]
-        said, why = describe(
-            rows,
+    batches = range(0, len(todo), size)
+    for start in tqdm(batches, "descriptions", disable=ranks.rank() > 0):
+        asked = [
+            dataclasses.replace(e, question=prompt(e, grounding, is_mini), choices=[])
+            for e in todo[start:start + size]
+        ]
+        said = describe(
+            asked,
             model,
             processor,
-            prompts,
-            grounding,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
         )
-        tried_again += why
-        for e in rows:
-            text, wrong = said[e.id]
-            path, record = out, {**records[e.id], "description": text}
+        if ranks.rank() > 0:
+            continue
+        for i, (text, wrong) in said.items():
             if wrong:
-                path, record = failed, {"id": e.id, "fault": wrong, "said": text}
-            if ranks.rank() == 0:
-                append_jsonl(path, {**record, "described_by": name})
-        bar.update(len(rows))
-    bar.close()
+                faulty.append({"id": i, "fault": wrong, "said": text, "described_by": name})
+                append_jsonl(failed, faulty[-1])
+            else:
+                line = json.loads(lines[i])
+                described.append({**line, "description": text, "described_by": name})
+                append_jsonl(out, described[-1])
 
     # 2.4 What happened
-    for wrong, n in sorted(tried_again.items()):
-        say(f"tried again, {wrong}: {n}")
-    if ranks.rank() == 0:
-        faults = Counter(record["fault"] for record in earlier(failed, name))
-        for wrong, n in sorted(faults.items()):
-            say(f"left out, {wrong}: {n} (see {failed}; delete it to try them again)")
-        described = [record for record in earlier(out, name) if record["id"] in records]
-        say(f"{out}: {len(described):,} described clips; train with --data {out}")
+    for wrong, n in sorted(Counter(record["fault"] for record in faulty).items()):
+        say(f"left out, {wrong}: {n} (see {failed}; delete it to try them again)")
+    say(f"{out}: {len(described):,} described clips; train with --data {out}")
     ranks.stop_distributed()
 
 

@@ -25,14 +25,12 @@ import numpy as np
 
 import data
 import evaluate
+from plumbing import tables
 from plumbing.files import writing
-from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, pyplot
+from plumbing.plots import COLOURS, TINY, curve, draw, pyplot
 
-# The terms of both scripts, and Paul Tol's colours, which the colour-blind can tell apart.
-LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")
-COLOURS = (
-    "#333333", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"
-)
+LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")      # of both scripts
+BLUE, RED, ORANGE = "#2f5d9b", "#b04a5a", "#d98c3f"
 RECENT = 50                 # steps that the time left is judged by
 ROWS = 20                   # evaluations in the table
 
@@ -64,18 +62,10 @@ def read_lines(path):
 
 def scores(found):
     """An evaluation of either script -> {name: (value in per cent, its 95 % interval)}."""
-    if "text_accuracy" in found:
-        intervals = found["intervals"]
-        named = {view: (found[f"{view}_accuracy"], intervals[view]) for view in ("text", "audio")}
-        named["gap"] = (found["gap"], intervals["gap"])
-        return {**named, **scores(found.get("elsewhere", {}))}
-
-    aqa = found.get("aqa", {})
-    ser = found.get("ser", {})
-    names = [name for name in (*aqa.get("correct", ()), "average") if aqa.get(name) is not None]
-    named = {name: (aqa[name], aqa["intervals"][name]) for name in names}
-    if ser.get("ua") is not None:
-        named["SER"] = (ser["ua"], ser["interval"])
+    named = tables.scores(found)
+    if "gap" in found:
+        named["gap"] = (found["gap"], found["intervals"]["gap"])
+        named |= tables.scores(found.get("elsewhere", {}))
     return named
 
 
@@ -288,7 +278,8 @@ def two_scales(axis, log, left, right):
         if not curve(log, name)[1]:
             continue
         side = side or axis.twinx()
-        draw(side, log, name, colour, scale=scale)
+        side.set_yscale(scale)
+        draw(side, log, name, colour)
         side.set_ylabel(label, color=colour)
         if scale != "log":
             side.set_ylim(bottom=0)
@@ -304,8 +295,9 @@ def plot_losses(axis, log):
     signed = [name for name in terms if min(terms[name]) < -TINY]               # not by rounding
     positive = [name for name in terms if name not in signed]
     lines = []
+    axis.set_yscale("log" if positive else "linear")
     for name in positive:
-        lines += draw(axis, log, name, colours[name], scale="log")
+        lines += draw(axis, log, name, colours[name])
     if positive:
         # L_ac starts at nothing, which is not to squeeze the rest
         low = min(np.percentile(terms[name], 5) for name in positive)
@@ -391,7 +383,7 @@ def plot_report(run):
         two_scales(panels["signal"], log, ("kl", "KL per token (nats)", "linear"),
                    ("reward", "reward, mean of the groups", "linear"))
     two_scales(panels["gradient"], log, ("grad_norm", "gradient norm", "log"),
-               ("lr", "learning rate", "exact"))
+               ("lr", "learning rate", "linear"))
     speed = "rollout_tokens_per_second" if rollouts else "tokens_per_second"
     waits = []
     for line in waits_of(log):

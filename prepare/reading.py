@@ -45,7 +45,7 @@ def check(described, truth, teacher, tokenizer, *, batch_size):
         outputs = rollout.generate(teacher, tokenizer, chosen, view="text", words=words,
                                    temperature=0, batch_size=batch_size)
         right = {}
-        for sample in evaluate.score(chosen, outputs)[1]:
+        for sample in evaluate.score(chosen, outputs)["samples"]:
             right.setdefault(sample["task"], []).append(sample["correct"])
         right["average"] = sum(right.values(), [])
         found[name] = {task: round(100 * sum(hits) / len(hits), 1) for task, hits in right.items()}

@@ -25,8 +25,7 @@ def views(text, audio, kind="sum"):
         view: {kind: {f"q{i}": bool(int(bit)) for i, bit in enumerate(bits)}}
         for view, bits in (("text", text), ("audio", audio))
     }
-    gap = evaluate.gap_of(*map(evaluate.flat, correct.values()))
-    return {**gap, "correct": correct, "kinds": {kind: gap}}
+    return evaluate.table_of(correct)
 
 
 def test_gap_by_hand():

@@ -153,12 +153,12 @@ def test_a_log_is_read_whatever_a_kill_left_of_it(tmp_path):
         and not run["finished"]
     )
     assert plots.curve(run["log"], "loss") == (
-        (1, 2, 3),
-        (3.0, 2.0, 1.0),
+        [1, 2, 3],
+        [3.0, 2.0, 1.0],
     )  # of a step's two lines the later
-    assert plots.curve(run["log"], "sft") == ((3,), (0.5,)) and plots.curve(run["log"], "top") == (
-        (),
-        (),
+    assert plots.curve(run["log"], "sft") == ([3], [0.5]) and plots.curve(run["log"], "top") == (
+        [],
+        [],
     )
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n\xff\xfe{"st')
     assert report.read_run(tmp_path)["done"] == 1
@@ -437,9 +437,8 @@ def test_smoothing_neither_lags_nor_loses_the_ends():
 def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
     left_out = {"step": 2, "skipped": "the gradient was not finite", "ids": ["q"]}
     write_run(tmp_path / "a", [source_layer(1, sft=None), left_out, source_layer(3)], cut="")
-    (tmp_path / "a" / "results.json").write_text(
-        json.dumps({"before": heard(50, 80), "after": heard(60, 75)})
-    )
+    for name, found in ("before", heard(50, 80)), ("after", heard(60, 75)):
+        (tmp_path / "a" / f"{name}.json").write_text(json.dumps(found))
     plots.plot_run(tmp_path / "a")
     write_run(tmp_path / "b", [cord(1), left_out, cord(3, kl=None)], cut="")
     for name in "before", "after":
