@@ -103,36 +103,32 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            rates = {}                                  # of each step count that occurs
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                # A state that float32 weights left may go on here
-                if p.dtype == torch.bfloat16 and "low" not in state:
-                    state["low"] = torch.zeros_like(p)
-                state["step"] += 1
-                t = state["step"].item()
-                if t not in rates:
-                    rates[t] = torch.tensor(
-                        [
-                            group["lr"] / (1 - beta1 ** t),
-                            1 / (1 - beta2 ** t),
-                            1 - group["lr"] * group["weight_decay"],
-                            beta1,
-                            beta2,
-                            group["eps"],
-                        ],
-                        device=p.device,
-                    )
-                self._step_of(p, state, rates[t])
+                if p.grad is not None:
+                    self._step_of(p, self.state[p], group)
 
-    def _step_of(self, p, state, rates):
+    def _step_of(self, p, state, group):
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        # A state that float32 weights left may go on here
+        if p.dtype == torch.bfloat16 and "low" not in state:
+            state["low"] = torch.zeros_like(p)
+        state["step"] += 1
+        t = state["step"].item()
+        beta1, beta2 = group["betas"]
+        rates = torch.tensor(
+            [
+                group["lr"] / (1 - beta1 ** t),
+                1 / (1 - beta2 ** t),
+                1 - group["lr"] * group["weight_decay"],
+                beta1,
+                beta2,
+                group["eps"],
+            ],
+            device=p.device,
+        )
         update, piece = _update, PIECE
         if p.is_cuda:
             update, piece = _compiled_update(), GPU_PIECE
