@@ -1,8 +1,8 @@
 """Models on disk: saved as the hub has them, filled in again, and the card beside them."""
 
-import contextlib
 import copy
 import json
+import re
 from pathlib import Path
 
 import transformers
@@ -24,12 +24,11 @@ def save(model, processor, folder, state=None):
         _save_adapter(model, folder, state)
     else:
         _save_weights(model, folder, state)
-    files = getattr(model, "reader_files", None)
-    if not files:
-        processor.save_pretrained(folder)
-        return
+    files = getattr(model, "reader_files", {})
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    if not files:
+        processor.save_pretrained(folder)
 
 
 def _save_adapter(model, folder, state):
@@ -100,26 +99,20 @@ def _fill_adapter(model, file):
 
 def write_card(folder, *, base, script, flags, results=None):
     """README.md beside the weights: the base, the flags, and what the model scored (a table, as
-    text). Nothing where there is no folder."""
-    import huggingface_hub
-
+    text)."""
     folder = Path(folder)
-    if not folder.is_dir():
-        return
-    about = {"pipeline_tag": "audio-text-to-text", "tags": ["audio", "distillation"]}
-    about["library_name"] = "peft" if (folder / models.ADAPTER).exists() else "transformers"
-    with contextlib.suppress(huggingface_hub.errors.HFValidationError):     # the hub wants its ids
-        huggingface_hub.utils.validate_repo_id(base)
-        if not Path(base).exists():
-            about["base_model"] = base
-    lines = ["---", huggingface_hub.ModelCardData(**about).to_yaml(), "---"]
-    lines += [f"# {folder.resolve().parent.name}, {folder.name}", ""]
-    lines += [f"{base}, trained further by `{script}` with these flags:", "", "```"]
-    lines += [f"{name}: {value}" for name, value in flags.items() if value is not None]
-    lines += ["```"]
+    card = ["---", "pipeline_tag: audio-text-to-text", "tags: [audio, distillation]"]
+    library = "peft" if (folder / models.ADAPTER).exists() else "transformers"
+    card += [f"library_name: {library}"]
+    # The hub takes its own ids alone, no folders
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        card += [f"base_model: {base}"]
+    card += ["---", f"# {base}, trained further by {script}", "", "With these flags:", "", "```"]
+    card += [f"{name}: {value}" for name, value in flags.items() if value is not None]
+    card += ["```"]
     if results:
-        lines += ["", "## Results, before and after", "", "```", results, "```"]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        card += ["", "## Results, before and after", "", "```", results, "```"]
+    (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
 
 
 def save_new(model, reader, folder):
