@@ -440,7 +440,7 @@ def train(args, run):
     # 5.4 What will happen, in a few lines
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     kinds = rollout_kinds(args)
-    checkpoint = run.start(steps, logs=("log", "samples"))
+    checkpoint = run.start(steps)
     trainable_count = sum(p.numel() for p in cord.parameters() if p.requires_grad)
     local_prompts = args.batch_size // run.world
     run.say(
@@ -531,7 +531,7 @@ def train(args, run):
                     f"audio {middle['audio_accuracy']:.1f}")
 
         # 1. y_i ~ q(. | audio): the model answers what it HEARS, in its own words
-        rollouts = run.gathered(model, lambda: rollout.roll_out(
+        rollouts = ranks.whole(model, lambda: rollout.roll_out(
             student, processor, prompts, kinds, key=f"{args.seed} {step}",
             max_new_tokens=args.max_new_tokens))
         run.lap("rollout")
@@ -554,7 +554,7 @@ def train(args, run):
 
         # 4. p(. | transcript): the teacher READS the words, then the same y; no gradient
         with autocast():
-            teacher_hidden = run.gathered(reader, lambda: [cord.read(batch) for batch in batches])
+            teacher_hidden = ranks.whole(reader, lambda: [cord.read(batch) for batch in batches])
         run.lap("scoring")
 
         # 5. L = sum_t w_t D_t / n_kl - sum_i A_i log q(y_i) / n_group

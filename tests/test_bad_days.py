@@ -525,6 +525,10 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
     (said,) = [line for line in run.text().splitlines() if "cannot be written" in line]
     assert f"checkpoint {out / 'step-0000002'} cannot be written (" in said
     assert ("No space left on device" if disk else "File too large") in said
+    # About what the checkpoint before took
+    needed = 1e9 * float(re.search(r"it needs about ([\d.]+) GB, and [\d.]+ GB are free", said)[1])
+    files = [path for path in (out / "step-0000001").rglob("*") if path.is_file()]
+    assert needed == pytest.approx(sum(path.stat().st_size for path in files), rel=0.25)
     assert said.endswith("and go on with --resume auto from the last one that is complete")
     assert steps(out) == [1] and not list(out.glob("partial-*"))
     (out.parent / "other").unlink(missing_ok=True)
@@ -578,9 +582,9 @@ def test_going_back_needs_another_folder(tmp_path):
     folder = folder_of(tmp_path, 3)
     earlier = folder / "step-0000002"
     with pytest.raises(SystemExit, match="holds step-0000003, later than step-0000002: give"):
-        checkpoints.find(folder, earlier, dry_run=False)
-    assert checkpoints.find(tmp_path / "elsewhere", earlier, dry_run=False) == earlier
-    assert checkpoints.find(folder, folder / "step-0000003", False) == folder / "step-0000003"
+        checkpoints.find(folder, earlier)
+    assert checkpoints.find(tmp_path / "elsewhere", earlier) == earlier
+    assert checkpoints.find(folder, folder / "step-0000003") == folder / "step-0000003"
 
 
 def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
@@ -692,11 +696,11 @@ def test_only_what_was_completed_counts_as_a_checkpoint(undisturbed, tmp_path):
     shutil.copytree(undisturbed("source", 4), folder)
     assert [path.name for path in complete(folder)] == ["step-0000003", "step-0000004"]
     (folder / "step-0000004").rename(folder / "partial-0000004")
-    assert checkpoints.find(folder, "auto", dry_run=False) == folder / "step-0000003"
+    assert checkpoints.find(folder, "auto") == folder / "step-0000003"
     (folder / "step-0000003" / "checkpoint.json").unlink()
-    assert checkpoints.find(folder, "auto", dry_run=False) is None
+    assert checkpoints.find(folder, "auto") is None
     with pytest.raises(SystemExit, match="step-0000003 is not a checkpoint .*no checkpoint.json"):
-        checkpoints.find(folder, folder / "step-0000003", dry_run=False)
+        checkpoints.find(folder, folder / "step-0000003")
 
 
 def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
@@ -728,7 +732,7 @@ def test_a_truncated_file_is_called_that_when_it_is_loaded(undisturbed, tmp_path
     os.truncate(folder / "model.safetensors", 1 << 20)
     model = models.load_audio_model(mini.world.MINI / "student")[0]
     with pytest.raises(
-        SystemExit, match=f"{folder} holds a file that is truncated or damaged .*move it away"
+        SystemExit, match=f"{folder} .* is not whole .*if a file is truncated or damaged, move it"
     ):
         checkpoints.load_model(folder, model)
     files = sorted((folder / "optimizer").glob("*.safetensors"))
@@ -737,7 +741,7 @@ def test_a_truncated_file_is_called_that_when_it_is_loaded(undisturbed, tmp_path
     step.student, step.projections = model, layer_map.Projections(layer_map.pairs(7, 9), 128, 160)
     step.requires_grad_(True)
     step.student.get_encoder(modality="audio").embed_positions.requires_grad_(False)
-    with pytest.raises(SystemExit, match="holds a file that is truncated or damaged"):
+    with pytest.raises(SystemExit, match="is not whole .*truncated or damaged"):
         checkpoints.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
     for file in files:
         file.unlink()
@@ -816,7 +820,7 @@ def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
     folder = folder_of(tmp_path, 3)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match=f"^{folder}/{words}"):
-        checkpoints.find(folder, "auto", dry_run=False)
+        checkpoints.find(folder, "auto")
         read_json(folder / "before.json")
         keep_lines(folder / "log.jsonl", lambda line: line["step"] <= 3)
 
