@@ -152,17 +152,19 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
 
     special: [(parameters, lr, weight decay)] have rates of their own. Each group remembers its peak
     as "peak_lr", which the schedule multiplies."""
-    special = [([p for p in parameters if p.requires_grad], *rates)     # a generator is read once
-               for parameters, *rates in special]
-    apart = {id(p) for parameters, *_ in special for p in parameters}
-    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     groups = []
-    for parameters, own_lr, decay in [(rest, lr, weight_decay), *special]:
-        matrices = [p for p in parameters if p.dim() >= 2]
-        vectors = [p for p in parameters if p.dim() < 2]
+    taken = set()                       # whoever names a parameter first has it
+    for parameters, own_lr, decay in [*special, (module.parameters(), lr, weight_decay)]:
+        learning = [p for p in parameters if p.requires_grad and id(p) not in taken]
+        taken.update(map(id, learning))
+        matrices = [p for p in learning if p.dim() >= 2]
+        vectors = [p for p in learning if p.dim() < 2]
         rates = {"lr": own_lr, "peak_lr": own_lr}
-        groups.append({"params": matrices, "weight_decay": decay, **rates})
-        groups.append({"params": vectors, "weight_decay": 0.0, **rates})
+        groups = [
+            {"params": matrices, "weight_decay": decay, **rates},
+            {"params": vectors, "weight_decay": 0.0, **rates},
+            *groups,
+        ]
     return [group for group in groups if group["params"]]
 
 
