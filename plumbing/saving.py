@@ -33,19 +33,22 @@ def save(model, processor, folder, state=None):
 
 def _save_adapter(model, folder, state):
     import safetensors.torch
-    matrices = models.import_peft().get_peft_model_state_dict(model, state_dict=state)
-    named = {f"base_model.model.{name}": x.contiguous() for name, x in matrices.items()}
-    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
+    safetensors.torch.save_file(_adapter(state), folder / "adapter_model.safetensors")
     model.peft_config["default"].save_pretrained(folder)
+
+
+def _adapter(state):
+    # A state_dict -> the adapter's matrices, under the names that peft's PeftModel gives them
+    names = [name for name in state if ".lora_" in name]
+    return {f"base_model.model.{name.replace('.default', '')}": state[name] for name in names}
 
 
 def _save_weights(model, folder, state):
     # On the CPU: the hub's layout of experts is a copy
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    tied = head_is_embedding(model)
-    if tied:
+    embedding = models.decoder(model).get_input_embeddings().weight
+    if model.get_output_embeddings().weight is embedding:       # one matrix, saved once
         state = {name: x for name, x in state.items() if not name.endswith("lm_head.weight")}
-
     state = hub.hub_names(model, state)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(
@@ -54,13 +57,6 @@ def _save_weights(model, folder, state):
     transformers.utils.logging.enable_progress_bar()
     config = folder / "config.json"
     config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")
-
-
-def head_is_embedding(model):
-    """Are head and input embeddings one matrix? It is saved once then."""
-    embedding = models.decoder(model).get_input_embeddings().weight
-    same = model.get_output_embeddings().weight is embedding
-    return same and model.config.get_text_config().tie_word_embeddings
 
 
 def fill(model, folder):
@@ -88,13 +84,12 @@ def fill(model, folder):
 
 def _fill_adapter(model, file):
     import safetensors.torch
-    saved = {}
-    for name, matrix in safetensors.torch.load_file(file).items():
-        saved[name.removeprefix("base_model.model.")] = matrix
-    ours = models.import_peft().get_peft_model_state_dict(model)
+    saved = safetensors.torch.load_file(file)
+    ours = _adapter(model.state_dict())
     if saved.keys() != ours.keys():
         raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
-    models.import_peft().set_peft_model_state_dict(model, saved)
+    for name, matrix in ours.items():
+        matrix.copy_(saved[name])
 
 
 def write_card(folder, *, base, script, flags, results=None):
