@@ -543,7 +543,7 @@ def train(args, run):
             rollouts += recite(prompts, references)
 
         # 3. Losses are means over the rollouts of the WHOLE step, all ranks and micro-batches
-        counts = run.sum(
+        counts = ranks.sum_over_ranks(
             kl=sum(r.kl for r in rollouts),
             group=sum(r.group for r in rollouts))
         batches = micro_batches(rollouts, prompts, processor, args.micro_batch, run.device)

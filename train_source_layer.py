@@ -488,7 +488,7 @@ def train(args, run):
 
         # 1. Losses are means over the tokens of the WHOLE step, all ranks and micro-batches
         batches = [batch.to(run.device) for batch in batches]
-        tokens = run.sum(
+        tokens = ranks.sum_over_ranks(
             response=sum(len(batch.labels) for batch in batches),
             audio=sum(len(batch.audio.audio_positions) for batch in batches))
 

@@ -11,7 +11,6 @@ Everything random is a function of (seed, step), so that no generator's state ha
 checkpoint is written under a temporary name, flushed to the disk and renamed when it is complete.
 """
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import models
 from plumbing import ranks, saving
 from plumbing.files import complete, flush, make_folder, read_json, writing
 
-OPTIMIZER_FILE = 5 * 10**9      # bytes, about, in one file of the optimizer's
+OPTIMIZER_FILE = 30             # tensors in one file of the optimizer's, about 5 GB at 7B
 
 
 # ---------------------------------------------------------------------------------------------
@@ -68,8 +67,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
 
         # The optimizer, each rank its part
         if moments:
-            ends = itertools.accumulate(x.nbytes for x in moments.values())
-            files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, ends)}
+            files = {name: 1 + i // OPTIMIZER_FILE for i, name in enumerate(moments)}
             writer = dcp.HuggingFaceStorageWriter(
                 str(partial / "optimizer"), files, save_distributed=True
             )
@@ -123,55 +121,42 @@ def _gathered(module):
 
 
 def _remove(checkpoint):
-    # Renamed first: half of a folder must not look whole
-    if checkpoint.exists():
-        gone = checkpoint.with_name(checkpoint.name.replace("step", "partial-old"))
-        os.replace(checkpoint, gone)
-        shutil.rmtree(gone)
+    # Its checkpoint.json first: half of a folder must not look whole
+    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. The run's folder, and where the run goes on
 
-def find(folder, resume):
-    """The checkpoint that a run starts from, the same on every rank; None: from nothing.
+def start_folder(folder, resume):
+    """Make a run's folder ready -> the checkpoint that the run starts from, on every rank the same;
+    None: from nothing.
 
-    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. Raises
-    SystemExit where it is no checkpoint, or the folder holds later ones. (Files are not looked at
-    until they are loaded: one that a copy left truncated is refused then, by its name.)"""
-    if resume is None:
-        return None
+    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. What a kill
+    or a dry run left in the folder is removed, and what was made behind the checkpoint.
+
+    Raises SystemExit where resume is no checkpoint; where the folder holds checkpoints and the run
+    does not go on from the newest of them, which would pass for this run's own; and where a rank
+    does not see the folder: each node would keep a part of every checkpoint. (Files are not looked
+    at until they are loaded. Nothing keeps two runs that start together out of one folder.)"""
+    folder = make_folder(folder)
+    config = read_json(folder / "config.json") or {}
+    whole = ranks.of_rank_zero([] if config.get("dry_run") else complete(folder))
+    checkpoint = Path(resume) if resume else None
     if resume == "auto":
-        found = [] if _was_dry(folder) else complete(folder)
-        return ranks.of_rank_zero(found[-1] if found else None)
-
-    checkpoint = Path(resume)
-    if not (checkpoint / "checkpoint.json").is_file():
+        checkpoint = whole[-1] if whole else None
+    elif resume and not (checkpoint / "checkpoint.json").is_file():
         raise SystemExit(f"{checkpoint} is not a checkpoint (it has no checkpoint.json); give a "
                          f"folder such as {folder}/step-0000100, or auto")
-    later = [path.name for path in complete(folder) if path.name > checkpoint.name]
-    if later and _is_inside(checkpoint, folder):
-        raise SystemExit(f"{folder} holds {later[-1]}, later than {checkpoint.name}: give another "
-                         "--out, or move the later ones away")
-    return checkpoint
-
-
-def start_folder(folder, checkpoint):
-    """Make a run's folder ready; what a kill or a dry run left there is removed.
-
-    A run that does not go on from a checkpoint in it wants the folder to itself. Raises SystemExit,
-    on every rank, where it holds another run's checkpoints, which would pass for this run's own, or
-    where a rank does not see it: each node would keep a part of every checkpoint. (Nothing keeps
-    two runs that start together out of one folder.)"""
-    folder = make_folder(folder)
-    anew = checkpoint is None or not _is_inside(checkpoint, folder)
-    if anew and complete(folder) and not _was_dry(folder):
+    if whole and (checkpoint is None or not checkpoint.samefile(whole[-1])):
         raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
-                         "--resume auto, or give another --out")
+                         f"--resume auto, from {whole[-1].name}, or give another --out")
+
     mark = None
     if ranks.rank() == 0:
         with writing(folder):
-            _clear(folder, "" if anew else checkpoint.name)
+            _clear(folder, whole)
             mark = tempfile.mkdtemp(dir=folder, prefix="partial-")
     mark = folder / Path(ranks.of_rank_zero(mark)).name
     seen_by_all = all(ranks.gather_lists([mark.exists()]))
@@ -180,16 +165,17 @@ def start_folder(folder, checkpoint):
     if not seen_by_all:
         raise SystemExit(f"--out {folder} is not the same folder for all ranks; give one that "
                          "every node can write to")
+    return checkpoint
 
 
-def _clear(folder, checkpoint):
-    # What was made behind the checkpoint goes; without one, everything that a run makes
+def _clear(folder, whole):
+    newest = whole[-1].name if whole else ""
     old = [*folder.glob("partial-*"), folder / "after.json"]
+    old += set(folder.glob("step-*")) - set(whole)
     for path in folder.glob("eval-*.json"):
-        if path.stem.replace("eval", "step") > checkpoint:
+        if path.stem.replace("eval", "step") > newest:
             old.append(path)
-    if not checkpoint:
-        old += folder.glob("step-*")
+    if not whole:
         for name in ("before.json", "results.json", "log.jsonl", "samples.jsonl"):
             old.append(folder / name)
     for path in old:
@@ -197,15 +183,6 @@ def _clear(folder, checkpoint):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _is_inside(checkpoint, folder):
-    return checkpoint.resolve().parent == Path(folder).resolve()
-
-
-def _was_dry(folder):
-    config = read_json(Path(folder) / "config.json") or {}
-    return config.get("dry_run", False)
 
 
 # ---------------------------------------------------------------------------------------------

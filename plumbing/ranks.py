@@ -71,15 +71,6 @@ def rank_zero_first():
 
 # The functions below are collective: every rank has to call them.
 
-def sum_over_ranks(values, device):
-    """{name: number} -> the same, each summed over all ranks."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor([float(v) for v in values.values()], device=device, dtype=torch.float64)
-    dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
-
-
 def gather_lists(values):
     """A list on every rank -> all of them behind each other, on every rank."""
     if not dist.is_initialized():
@@ -87,6 +78,12 @@ def gather_lists(values):
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
     return list(itertools.chain(*lists))
+
+
+def sum_over_ranks(**values):
+    """-> {name: the sum over all ranks}"""
+    of_all = gather_lists([values])
+    return {name: sum(of_one[name] for of_one in of_all) for name in values}
 
 
 def of_rank_zero(value):

@@ -103,8 +103,6 @@ def check_run_flags(args, parser):
             "batch sizes, --max-new-tokens, --max-steps, --save-every and --keep are at least 1, "
             "--epochs above 0"
         )
-    if min(args.workers, args.lora, args.eval_every) < 0:
-        parser.error("--workers, --lora and --eval-every are at least 0")
     if args.dry_run and args.resume:
         parser.error("--dry-run starts from nothing: leave --resume out, and give another --out "
                      "than that of a real run")
@@ -199,8 +197,7 @@ class Run:
 
     def start(self, steps):
         """Make --out this run's folder -> the checkpoint that it goes on from, or None."""
-        self.checkpoint = checkpoints.find(self.out, self.args.resume)
-        checkpoints.start_folder(self.out, self.checkpoint)
+        self.checkpoint = checkpoints.start_folder(self.out, self.args.resume)
         self.steps = steps
         if self.checkpoint is not None:
             self.done = read_json(self.checkpoint / "checkpoint.json")["step"]
@@ -337,10 +334,6 @@ class Run:
             self.model.require_backward_grad_sync = number == len(batches)      # DDP's switch
             yield batch
 
-    def sum(self, **values):
-        """-> {name: the sum over all ranks}, at once."""
-        return ranks.sum_over_ranks(values, self.device)
-
     def note(self, **values):
         """Add numbers or scalar tensors to the step's sums, over micro-batches and ranks.
 
@@ -366,7 +359,7 @@ class Run:
 
         Here the step's notes are summed over micro-batches and ranks."""
         sums = {name: sum(map(float, values)) for name, values in self.notes.items()}
-        self.totals = self.sum(**sums, signals=len(self.signals))
+        self.totals = ranks.sum_over_ranks(**sums, signals=len(self.signals))
         self.scalars = {}                               # for the log
         for name in sums:
             count = self.totals.get(f"over {name}", 1)

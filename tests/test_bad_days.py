@@ -581,10 +581,10 @@ def test_going_back_needs_another_folder(tmp_path):
     """--resume DIR of an earlier checkpoint: auto would take the later ones for this run's."""
     folder = folder_of(tmp_path, 3)
     earlier = folder / "step-0000002"
-    with pytest.raises(SystemExit, match="holds step-0000003, later than step-0000002: give"):
-        checkpoints.find(folder, earlier)
-    assert checkpoints.find(tmp_path / "elsewhere", earlier) == earlier
-    assert checkpoints.find(folder, folder / "step-0000003") == folder / "step-0000003"
+    with pytest.raises(SystemExit, match="holds the checkpoints .* from step-0000003, or"):
+        checkpoints.start_folder(folder, earlier)
+    assert checkpoints.start_folder(tmp_path / "elsewhere", earlier) == earlier
+    assert checkpoints.start_folder(folder, folder / "step-0000003") == folder / "step-0000003"
 
 
 def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
@@ -696,11 +696,11 @@ def test_only_what_was_completed_counts_as_a_checkpoint(undisturbed, tmp_path):
     shutil.copytree(undisturbed("source", 4), folder)
     assert [path.name for path in complete(folder)] == ["step-0000003", "step-0000004"]
     (folder / "step-0000004").rename(folder / "partial-0000004")
-    assert checkpoints.find(folder, "auto") == folder / "step-0000003"
+    assert checkpoints.start_folder(folder, "auto") == folder / "step-0000003"
     (folder / "step-0000003" / "checkpoint.json").unlink()
-    assert checkpoints.find(folder, "auto") is None
+    assert checkpoints.start_folder(folder, "auto") is None
     with pytest.raises(SystemExit, match="step-0000003 is not a checkpoint .*no checkpoint.json"):
-        checkpoints.find(folder, folder / "step-0000003")
+        checkpoints.start_folder(folder, folder / "step-0000003")
 
 
 def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
@@ -820,7 +820,7 @@ def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
     folder = folder_of(tmp_path, 3)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match=f"^{folder}/{words}"):
-        checkpoints.find(folder, "auto")
+        checkpoints.start_folder(folder, "auto")
         read_json(folder / "before.json")
         keep_lines(folder / "log.jsonl", lambda line: line["step"] <= 3)
 

@@ -26,7 +26,7 @@ import mini.world
 import models
 import rollout
 import train_cord
-from plumbing import checkpoints, ranks
+from plumbing import ranks
 from plumbing import run as plumbing_run
 from rollout import Kind, Rollout
 from train_cord import CordStep, main, micro_batches, parse_flags, reward
@@ -857,9 +857,8 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path, capsys):
     with pytest.raises(SystemExit):         # or the next run would clear a real run's checkpoints
         main(small_run(world, tmp_path / "run", "--resume", "auto", "--dry-run"))
     assert "--dry-run starts from nothing" in capsys.readouterr().err
-    assert (
-        not checkpoints._was_dry(tmp_path / "run") and (tmp_path / "run" / "step-0000001").exists()
-    )
+    assert not json.loads(config.read_text())["dry_run"]
+    assert (tmp_path / "run" / "step-0000001").exists()
     with pytest.raises(
         SystemExit, match="holds the checkpoints of another run"
     ):  # resumed from elsewhere
