@@ -31,6 +31,7 @@ updated as torch's AdamW would, in the same step. Torch alone: the file can be c
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -86,17 +87,15 @@ _compiled_update = functools.cache(lambda: torch.compile(_update, dynamic=True))
 class SplitAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's rule and state_dict for parameters in bfloat16 or float32.
 
-    Groups with "lr" and "weight_decay", as there. ValueError for other types, and for a beta2 that
-    bfloat16 moments cannot follow."""
+    Groups with "lr" and "weight_decay", as there. ValueError for a beta2 that bfloat16 moments
+    cannot follow. (Other types are not refused, and not helped.)"""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         for group in self.param_groups:
-            kinds = {p.dtype for p in group["params"]}
-            if not kinds <= {torch.bfloat16, torch.float32}:
-                raise ValueError(f"parameters of {kinds}: SplitAdamW knows bfloat16 and float32")
-            if torch.bfloat16 in kinds and 1 - group["betas"][1] < 2 ** -7:
+            in_16_bits = any(p.dtype == torch.bfloat16 for p in group["params"])
+            if in_16_bits and 1 - group["betas"][1] < 2 ** -7:
                 raise ValueError(f"beta2 {group['betas'][1]} forgets too slowly for second moments "
                                  "of 8 bits: at most 0.992 with bfloat16 weights")
 
@@ -134,16 +133,14 @@ class SplitAdamW(torch.optim.Optimizer):
             update, piece = _compiled_update(), GPU_PIECE
 
         def pieces(x):
+            if x is None:
+                return itertools.repeat(None)
             if hasattr(x, "to_local"):
                 x = x.to_local()                        # sharded: this rank's part
             return x.view(-1).split(piece)
 
-        weight = pieces(p)
-        gradient = pieces(p.grad.contiguous())
-        m = pieces(state["exp_avg"])
-        v = pieces(state["exp_avg_sq"])
-        low = pieces(state["low"]) if "low" in state else [None] * len(weight)
-        for parts in zip(weight, low, gradient, m, v):
+        tensors = (p, state.get("low"), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        for parts in zip(*map(pieces, tensors)):
             update(*parts, rates)
 
 
