@@ -5,10 +5,12 @@ import json
 import re
 from pathlib import Path
 
-import transformers
+from safetensors.torch import load_file, save_file
 
 import models
 from plumbing import hub
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"           # peft's name for the file
 
 
 def save(model, processor, folder, state=None):
@@ -21,7 +23,8 @@ def save(model, processor, folder, state=None):
     state = model.state_dict() if state is None else state
     folder = Path(folder)
     if models.has_lora(model):
-        _save_adapter(model, folder, state)
+        save_file(_adapter(state), folder / ADAPTER_WEIGHTS)
+        model.peft_config["default"].save_pretrained(folder)
     else:
         _save_weights(model, folder, state)
     files = getattr(model, "reader_files", {})
@@ -29,12 +32,6 @@ def save(model, processor, folder, state=None):
         (folder / name).write_bytes(content)
     if not files:
         processor.save_pretrained(folder)
-
-
-def _save_adapter(model, folder, state):
-    import safetensors.torch
-    safetensors.torch.save_file(_adapter(state), folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)
 
 
 def _adapter(state):
@@ -50,11 +47,9 @@ def _save_weights(model, folder, state):
     if model.get_output_embeddings().weight is embedding:       # one matrix, saved once
         state = {name: x for name, x in state.items() if not name.endswith("lm_head.weight")}
     state = hub.hub_names(model, state)
-    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(
         folder, state_dict=state, save_original_format=False, max_shard_size="5GB"
     )
-    transformers.utils.logging.enable_progress_bar()
     config = folder / "config.json"
     config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")
 
@@ -64,7 +59,12 @@ def fill(model, folder):
     RuntimeError or ValueError where they do not fit."""
     hub.check_weights(folder)
     if models.has_lora(model):
-        _fill_adapter(model, Path(folder) / "adapter_model.safetensors")
+        saved = load_file(Path(folder) / ADAPTER_WEIGHTS)
+        ours = _adapter(model.state_dict())
+        if saved.keys() != ours.keys():
+            raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
+        for name, matrix in ours.items():
+            matrix.copy_(saved[name])
         return
     # Through the class, because the hub's names are not the module's own; with this model's
     # config: without a config.json the class would build its default of 7B
@@ -80,16 +80,6 @@ def fill(model, folder):
         if names:
             raise ValueError(f"{len(names)} tensors are {kind}, such as {names[0]}")
     model.load_state_dict(saved.state_dict())
-
-
-def _fill_adapter(model, file):
-    import safetensors.torch
-    saved = safetensors.torch.load_file(file)
-    ours = _adapter(model.state_dict())
-    if saved.keys() != ours.keys():
-        raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
-    for name, matrix in ours.items():
-        matrix.copy_(saved[name])
 
 
 def write_card(folder, *, base, script, flags, results=None):
