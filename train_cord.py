@@ -576,7 +576,7 @@ def train(args, run):
         # 7. What happened?
         run.log(step, ids=[example.id for example in prompts.examples],
                 lr=optimizer.param_groups[0]["lr"],
-                rollout_tokens_per_second=run.totals["length"] / run.seconds["rollout"])
+                rollout_tokens_per_second=run.totals["length"] / run.seconds["seconds_rollout"])
         if run.rank == 0 and (run.done == 1 or run.done % args.show_every == 0):
             show(run, [r for r in rollouts if r.kl or args.token_loss == "none"], prompts,
                  references, verdicts, tokenizer)

@@ -19,8 +19,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-import models
 from plumbing import ranks, saving
 from plumbing.files import complete, flush, make_folder, read_json, writing
 
@@ -36,8 +37,6 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     beside: {file name: module}. module: holds every parameter that the optimizer knows.
     card(path): writes the model's card. Raises SystemExit where the disk is full; the checkpoints
     before are as they were."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     from torch.distributed import checkpoint as dcp  # slow to import
 
     folder = Path(folder)
@@ -50,19 +49,15 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
             moments[f"{name}.{key}"] = value
     needed = sum(x.nbytes for x in [*moments.values(), *_saved_tensors(module).values()])
     try:
-        if on_rank_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "optimizer").mkdir(parents=True)
-
         # The model, gathered tensor by tensor in rank 0's main memory
         weights = _gathered(model)
+        states = {name: _gathered(part) for name, part in beside.items()}
         if on_rank_zero:
+            (partial / "optimizer").mkdir(parents=True)
             saving.save(model, processor, partial, weights)
-        del weights
-        for name, part in beside.items():
-            state = _gathered(part)
-            if on_rank_zero:
+            for name, state in states.items():
                 save_file(state, partial / name)
+        del weights, states
         ranks.wait_for_all()
 
         # The optimizer, each rank its part
@@ -106,9 +101,8 @@ def _reason(error):
 def _saved_tensors(module):
     """What a checkpoint holds of a module's state: with LoRA the adapters alone."""
     state = module.state_dict()
-    if models.has_lora(module):
-        return {name: tensor for name, tensor in state.items() if ".lora_" in name}
-    return state
+    adapter = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    return adapter or state
 
 
 def _gathered(module):
@@ -219,9 +213,8 @@ def load_optimizer(path, module, optimizer):
         state = {}
         for key, about in saved.items():
             name, _, moment = key.rpartition(".")
-            state[key] = torch.zeros(())
-            if moment != "step":
-                state[key] = torch.zeros_like(trainable[name], dtype=about.properties.dtype)
+            like = trainable[name] if about.size else torch.zeros(())
+            state[key] = torch.zeros_like(like, dtype=about.properties.dtype)
             optimizer.state[trainable[name]][moment] = state[key]
         if state:
             with warnings.catch_warnings(action="ignore"):
@@ -230,13 +223,9 @@ def load_optimizer(path, module, optimizer):
 
 @contextlib.contextmanager
 def _fitting(path):
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint import CheckpointException
-
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError,
-            CheckpointException) as error:
+    except Exception as error:
         raise SystemExit(
             f"{path} was saved by another model, or is not whole ({_reason(error)}); resume with "
             "the flags of its config.json or, if a file is truncated or damaged, move it away and "

@@ -7,7 +7,7 @@ The run: what both training scripts need around their loops, and no paper is abo
                 run.note(loss=loss)                 # summed over parts and ranks
             if run.finite(norm):                    # the same answer on every rank
                 optimizer.step()
-            run.log(step, ids)                      # log.jsonl, the bar, a line in the terminal
+            run.log(step, ids)                      # log.jsonl, a line in the terminal
             run.save_or_stop()                      # checkpoints; a signal ends the run with one
 
 It holds no forward, no loss and no schedule. On N ranks every rank calls every method.
@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -31,7 +30,6 @@ import torch
 import torch.utils.data
 import transformers
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import models
@@ -39,6 +37,7 @@ from plumbing import check, checkpoints, ranks, tracking
 from plumbing.files import append_jsonl, keep_lines, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
+OUT_OF_MEMORY = ("out of memory", "allocate", "DataLoader worker")      # in an error's words
 
 
 # ---------------------------------------------------------------------------------------------
@@ -89,20 +88,11 @@ def add_run_flags(add, *, out):
 
 
 def check_run_flags(args, parser):
-    counts = (
-        args.batch_size,
-        args.micro_batch,
-        args.eval_batch,
-        args.max_new_tokens,
-        args.max_steps or 1,
-        args.save_every,
-        args.keep,
-    )
-    if min(counts) < 1 or args.epochs <= 0:
-        parser.error(
-            "batch sizes, --max-new-tokens, --max-steps, --save-every and --keep are at least 1, "
-            "--epochs above 0"
-        )
+    for name in ("batch_size", "micro_batch", "eval_batch", "max_new_tokens", "save_every", "keep"):
+        if vars(args)[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    if args.epochs <= 0:
+        parser.error("--epochs is above 0")
     if args.dry_run and args.resume:
         parser.error("--dry-run starts from nothing: leave --resume out, and give another --out "
                      "than that of a real run")
@@ -132,8 +122,8 @@ class Run:
 
     To be read: rank, world (the number of ranks), device, out (the run's folder, a Path), done and
     steps (how many steps are done, and how many there will be); after `finite` also totals and
-    seconds, the step's sums over all ranks and its laps. To be set before the loop: model and
-    checkpoint_parts. Every rank calls every method."""
+    seconds, the step's sums over all ranks and its laps. To be set before the loop: model, and
+    checkpoint_parts, what checkpoints.save wants. Every rank calls every method."""
 
     def __init__(self, args):
         self.args = args
@@ -144,10 +134,8 @@ class Run:
                              "start it with torchrun --nproc_per_node N")
         self.out = Path(args.out)
         self.done = 0
-        self.checkpoint = None              # the newest one of this run
-        self.checkpoint_parts = {}          # what checkpoints.save wants: model, optimizer, ...
         self.at_end = contextlib.ExitStack()            # what is undone when the loop ends
-        self.signals = []                   # when SIGTERM and Ctrl-C came
+        self.signals = []                   # SIGTERM and Ctrl-C, as they came
         self.bad_steps = 0                  # in a row
         self.clock = self.started           # when the step began
         torch.manual_seed(args.seed)
@@ -160,26 +148,18 @@ class Run:
         if kind is None:
             self.model = None               # DDP's reducer must go before its process group
             ranks.stop_distributed()
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
-                or "can't allocate memory" in str(error):
+        elif any(sign in str(error) for sign in OUT_OF_MEMORY):
             print(
                 "Out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
-                "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard.",
+                "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard. If a "
+                "data worker died, lower --workers. Go on with --resume auto.",
                 file=sys.stderr,
             )
 
-    def _note_signal(self, number, _):
-        # The step ends, all ranks save, then they leave. A second signal, not the copy that
-        # torchrun passes on at once, is meant: it ends the process.
-        if self.signals and time.monotonic() - self.signals[-1] > 3:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signals.append(time.monotonic())
-
     def say(self, text):
-        """print, on rank 0 alone, above the progress bar."""
+        """print, on rank 0 alone."""
         if self.rank == 0:
-            tqdm.write(text)
+            print(text, flush=True)
 
     # -- before the loop ----------------------------------------------------------------------
 
@@ -191,9 +171,7 @@ class Run:
         limit = 16 if self.args.dry_run and self.args.eval_data else None
         examples = data.read_manifest(train_file, require=require)
         scored = data.read_manifests(eval_files, limit=limit)
-        seconds = check.check_clips(examples, self.args.max_seconds)
-        seconds += check.check_clips(scored, self.args.max_seconds)
-        return examples, scored, seconds
+        return examples, scored, check.check_clips(examples + scored, self.args.max_seconds)
 
     def start(self, steps):
         """Make --out this run's folder -> the checkpoint that it goes on from, or None."""
@@ -249,18 +227,13 @@ class Run:
         """(step, prepare(this rank's share of the step's examples)) for every step that is left.
 
         --workers processes prepare the next steps meanwhile. An example that cannot be used any
-        more, a clip that is gone say, ends the run with a checkpoint."""
+        more, a clip that is gone say, ends the run with a checkpoint. So does a signal, SIGTERM or
+        Ctrl-C, to any rank, when the step is done. (A second one changes nothing.)"""
         self.first = self.done
         self.last = min(self.steps, 2) if self.args.dry_run else self.steps
         self.begun = time.time()
-        self.bar = self.at_end.enter_context(tqdm(
-            initial=self.first,
-            total=self.last,
-            unit="step",
-            disable=None if self.rank == 0 else True,
-        ))
         for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, self._note_signal)
+            before = signal.signal(number, lambda *received: self.signals.append(received))
             self.at_end.callback(signal.signal, number, before)
         prepared = self._prepared(examples, prepare)
         forget_peak_memory(self.device)
@@ -311,13 +284,7 @@ class Run:
             self.at_end.callback(worker.kill)   # it is deaf, and may be busy with a clip for long
         # A dead worker shows where its batch is waited for, not while a checkpoint is written
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise SystemExit(f"a data worker died ({error}); see whether memory or /dev/shm is "
-                             "full, lower --workers, and go on with --resume auto") from None
+        return loader
 
     def equalised(self, batches, idle):
         """FSDP runs as many micro-batches on every rank: `batches`, and idle() behind them."""
@@ -348,7 +315,7 @@ class Run:
     def lap(self, name):
         """The seconds since the last lap, or the step's start, are the log's seconds_NAME."""
         now = time.time()
-        self.seconds[name] = now - self.clock - sum(self.seconds.values())
+        self.seconds[f"seconds_{name}"] = now - self.clock - sum(self.seconds.values())
 
     def step_seconds(self):
         """Since the step began, the wait for its data included."""
@@ -375,11 +342,14 @@ class Run:
         self.done = step + 1
         scalars = {**self.scalars, **scalars}
         text = "  ".join(f"{name} {value:,.4g}" for name, value in scalars.items())
-        line = {"step": self.done, **scalars}
-        line["seconds"] = self.step_seconds()
-        line.update({f"seconds_{name}": value for name, value in self.seconds.items()})
-        line.update(memory_gb=peak_memory_gb(self.device), host_gb=_status_gb("VmRSS"))
-
+        line = {
+            "step": self.done,
+            **scalars,
+            "seconds": self.step_seconds(),
+            **self.seconds,
+            "memory_gb": peak_memory_gb(self.device),
+            "host_gb": _status_gb("VmRSS"),
+        }
         if self.bad_steps:
             reason = f"its loss is {line['loss']}, its gradient's norm {line['grad_norm']}"
             line = {"step": self.done, "skipped": reason, "ids": ranks.gather_lists(ids)}
@@ -394,8 +364,6 @@ class Run:
                     )
                 numbers = {name: x for name, x in line.items() if isinstance(x, float)}
                 self.track(numbers, self.done)
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
         if self.done % 10 == 0 or self.done <= 2 or self.done == self.last:
             spent = time.time() - self.begun
             left = spent / (self.done - self.first) * (self.last - self.done)
@@ -488,7 +456,7 @@ def _facts():
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": "unknown" if failed else commit,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
