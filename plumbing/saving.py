@@ -23,7 +23,8 @@ def save(model, processor, folder, state=None):
     state = model.state_dict() if state is None else state
     folder = Path(folder)
     if models.has_lora(model):
-        save_file(_adapter(state), folder / ADAPTER_WEIGHTS)
+        named = {key: state[name] for key, name in _adapter_names(state).items()}
+        save_file(named, folder / ADAPTER_WEIGHTS)
         model.peft_config["default"].save_pretrained(folder)
     else:
         _save_weights(model, folder, state)
@@ -34,10 +35,10 @@ def save(model, processor, folder, state=None):
         processor.save_pretrained(folder)
 
 
-def _adapter(state):
-    # A state_dict -> the adapter's matrices, under the names that peft's PeftModel gives them
+def _adapter_names(state):
+    # The names that peft's PeftModel gives to an adapter's matrices -> their names in a state_dict
     names = [name for name in state if ".lora_" in name]
-    return {f"base_model.model.{name.replace('.default', '')}": state[name] for name in names}
+    return {f"base_model.model.{name.replace('.default', '')}": name for name in names}
 
 
 def _save_weights(model, folder, state):
@@ -60,11 +61,10 @@ def fill(model, folder):
     hub.check_weights(folder)
     if models.has_lora(model):
         saved = load_file(Path(folder) / ADAPTER_WEIGHTS)
-        ours = _adapter(model.state_dict())
+        ours = _adapter_names(model.state_dict())
         if saved.keys() != ours.keys():
             raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
-        for name, matrix in ours.items():
-            matrix.copy_(saved[name])
+        model.load_state_dict({ours[key]: x for key, x in saved.items()}, strict=False)
         return
     # Through the class, because the hub's names are not the module's own; with this model's
     # config: without a config.json the class would build its default of 7B
