@@ -362,8 +362,7 @@ class Run:
                     self.track = tracking.start(
                         self.args.track, self.out, self.first, vars(self.args)
                     )
-                numbers = {name: x for name, x in line.items() if isinstance(x, float)}
-                self.track(numbers, self.done)
+                self.track({name: x for name, x in line.items() if isinstance(x, float)}, self.done)
         if self.done % 10 == 0 or self.done <= 2 or self.done == self.last:
             spent = time.time() - self.begun
             left = spent / (self.done - self.first) * (self.last - self.done)
@@ -396,7 +395,7 @@ class Run:
     def stop(self, why, status=1):
         """Save and end the run before its end: SystemExit."""
         self.save()
-        self.say(f"\n{why}; saved {self.checkpoint}: go on with --resume auto")
+        self.say(f"{why}; saved {self.checkpoint}: go on with --resume auto")
         ranks.wait_for_all()                # torchrun kills the others when the first has left
         raise SystemExit(status)
 
