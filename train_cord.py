@@ -442,7 +442,7 @@ def train(args, run):
     # 5.4 What will happen, in a few lines
     steps = args.max_steps or math.ceil(args.epochs * len(examples) / args.batch_size)
     kinds = rollout_kinds(args)
-    checkpoint = run.start(steps, logs=("log", "samples"))
+    checkpoint = run.start(steps)
     trainable_count = sum(p.numel() for p in cord.parameters() if p.requires_grad)
     local_prompts = args.batch_size // run.world
     run.say(
@@ -533,7 +533,7 @@ def train(args, run):
                     f"audio {middle['audio_accuracy']:.1f}")
 
         # 1. y_i ~ q(. | audio): the model answers what it HEARS, in its own words
-        rollouts = run.gathered(model, lambda: rollout.roll_out(
+        rollouts = ranks.whole(model, lambda: rollout.roll_out(
             student, processor, prompts, kinds, key=f"{args.seed} {step}",
             max_new_tokens=args.max_new_tokens))
         run.lap("rollout")
@@ -545,7 +545,7 @@ def train(args, run):
             rollouts += recite(prompts, references)
 
         # 3. Losses are means over the rollouts of the WHOLE step, all ranks and micro-batches
-        counts = run.sum(
+        counts = ranks.sum_over_ranks(
             kl=sum(r.kl for r in rollouts),
             group=sum(r.group for r in rollouts))
         batches = micro_batches(rollouts, prompts, processor, args.micro_batch, run.device)
@@ -556,7 +556,7 @@ def train(args, run):
 
         # 4. p(. | transcript): the teacher READS the words, then the same y; no gradient
         with autocast():
-            teacher_hidden = run.gathered(reader, lambda: [cord.read(batch) for batch in batches])
+            teacher_hidden = ranks.whole(reader, lambda: [cord.read(batch) for batch in batches])
         run.lap("scoring")
 
         # 5. L = sum_t w_t D_t / n_kl - sum_i A_i log q(y_i) / n_group
@@ -578,7 +578,7 @@ def train(args, run):
         # 7. What happened?
         run.log(step, ids=[example.id for example in prompts.examples],
                 lr=optimizer.param_groups[0]["lr"],
-                rollout_tokens_per_second=run.totals["length"] / run.seconds["rollout"])
+                rollout_tokens_per_second=run.totals["length"] / run.seconds["seconds_rollout"])
         if run.rank == 0 and (run.done == 1 or run.done % args.show_every == 0):
             show(run, [r for r in rollouts if r.kl or args.token_loss == "none"], prompts,
                  references, verdicts, tokenizer)

@@ -372,7 +372,7 @@ def train(args, run):
         vocabulary_size = len(models.head_weight(student))
         student_to_teacher = data.token_map(student_ids, teacher_ids, vocabulary_size)
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()]
-        run.say("vocabulary:", ", ".join(counts))
+        run.say(f"vocabulary: {', '.join(counts)}")
 
     # 3.5 What learns, and from which layer to which
     frozen = models.lower_half(student) if args.lower_lr == 0 else ()
@@ -418,7 +418,8 @@ def train(args, run):
         f"{args.micro_batch} x {accumulation} x {run.world} (micro-batch x accumulation x "
         f"ranks) = {args.batch_size} examples a step, {steps} steps"
     )
-    run.say("layers, student <- teacher:", ", ".join(f"{s} <- {t}" for s, t in pairs) or "none")
+    arrows = ", ".join(f"{s} <- {t}" for s, t in pairs)
+    run.say(f"layers, student <- teacher: {arrows or 'none'}")
 
     # 3.7 Before: what the student can do as it comes
     def score(when):
@@ -486,7 +487,7 @@ def train(args, run):
 
         # 1. Losses are means over the tokens of the WHOLE step, all ranks and micro-batches
         batches = [batch.to(run.device) for batch in batches]
-        tokens = run.sum(
+        tokens = ranks.sum_over_ranks(
             response=sum(len(batch.labels) for batch in batches),
             audio=sum(len(batch.audio.audio_positions) for batch in batches))
 

@@ -11,21 +11,21 @@ Everything random is a function of (seed, step), so that no generator's state ha
 checkpoint is written under a temporary name, flushed to the disk and renamed when it is complete.
 """
 import contextlib
-import itertools
 import json
 import os
 import shutil
-import uuid
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-import models
 from plumbing import ranks, saving
 from plumbing.files import complete, flush, make_folder, read_json, writing
 
-OPTIMIZER_FILE = 5 * 10**9      # bytes, about, in one file of the optimizer's
+OPTIMIZER_FILE = 30             # tensors in one file of the optimizer's, about 5 GB at 7B
 
 
 # ---------------------------------------------------------------------------------------------
@@ -37,23 +37,23 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
     beside: {file name: module}. module: holds every parameter that the optimizer knows.
     card(path): writes the model's card. Raises SystemExit where the disk is full; the checkpoints
     before are as they were."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     from torch.distributed import checkpoint as dcp  # slow to import
 
     folder = Path(folder)
     final = folder / f"step-{step:07d}"
     partial = folder / f"partial-{step:07d}"
     on_rank_zero = ranks.rank() == 0
+    moments = {}                                            # {"parameter.exp_avg": tensor}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}.{key}"] = value
+    needed = sum(x.nbytes for x in [*moments.values(), *_saved_tensors(module).values()])
     try:
-        if on_rank_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "optimizer").mkdir(parents=True)
-
         # The model, gathered tensor by tensor in rank 0's main memory
-        weights = _gathered(model, on_rank_zero)
-        states = {name: _gathered(part, on_rank_zero) for name, part in beside.items()}
+        weights = _gathered(model)
+        states = {name: _gathered(part) for name, part in beside.items()}
         if on_rank_zero:
+            (partial / "optimizer").mkdir(parents=True)
             saving.save(model, processor, partial, weights)
             for name, state in states.items():
                 save_file(state, partial / name)
@@ -61,13 +61,8 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
         ranks.wait_for_all()
 
         # The optimizer, each rank its part
-        moments = {}                                        # {"parameter.exp_avg": tensor}
-        for name, parameter in module.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                moments[f"{name}.{key}"] = value
         if moments:
-            ends = itertools.accumulate(map(_bytes, moments.values()))
-            files = {name: 1 + end // OPTIMIZER_FILE for name, end in zip(moments, ends)}
+            files = {name: 1 + i // OPTIMIZER_FILE for i, name in enumerate(moments)}
             writer = dcp.HuggingFaceStorageWriter(
                 str(partial / "optimizer"), files, save_distributed=True
             )
@@ -76,6 +71,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
 
         # All is there: flush it, give it its name
         if on_rank_zero:
+            card(partial)
             about = {"step": step, "ranks": ranks.world_size(), "updated": bool(moments)}
             (partial / "checkpoint.json").write_text(json.dumps(about))
             for path in [*partial.rglob("*"), partial]:
@@ -83,150 +79,104 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
             _remove(final)
             os.replace(partial, final)
             flush(folder)
+            for old in complete(folder)[:-keep]:
+                _remove(old)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         if on_rank_zero:
             shutil.rmtree(partial, ignore_errors=True)
         raise SystemExit(
-            f"checkpoint {final} cannot be written ({_short(error)}); "
-            f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}: make room, and "
-            "go on with --resume auto from the last one that is complete") from None
-
-    if on_rank_zero:
-        with writing(final / "README.md"):
-            card(final)
-        for old in complete(folder)[:-keep]:
-            _remove(old)
+            f"checkpoint {final} cannot be written ({_reason(error)}); it needs about "
+            f"{needed / 1e9:.2f} GB, and {shutil.disk_usage(folder).free / 1e9:.2f} GB are free in "
+            f"{folder}: make room, and go on with --resume auto from the last one that is complete"
+        ) from None
     return final
 
 
-def _cause(error):
-    """A CheckpointException's cause, of the first rank that failed; any other error itself."""
-    failures = getattr(error, "failures", None)
-    return next(cause for cause, _ in failures.values()) if failures else error
-
-
-def _short(error):
-    return " ".join(str(_cause(error)).split())[:300]
-
-
-def _bytes(tensor):
-    return tensor.numel() * tensor.element_size()
+def _reason(error):
+    # Of a CheckpointException the cause, of the first rank that failed
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    return " ".join(str([*causes, error][0]).split())[:300]
 
 
 def _saved_tensors(module):
     """What a checkpoint holds of a module's state: with LoRA the adapters alone."""
     state = module.state_dict()
-    if models.has_lora(module):
-        return {name: tensor for name, tensor in state.items() if ".lora_" in name}
-    return state
+    adapter = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    return adapter or state
 
 
-def _gathered(module, on_rank_zero):
+def _gathered(module):
     state = {}
     for name, tensor in _saved_tensors(module).items():
         tensor = ranks.full(tensor)             # one by one: no other rank holds more than one
-        if on_rank_zero:
+        if ranks.rank() == 0:
             state[name] = tensor.detach().cpu().contiguous()
     return state
 
 
 def _remove(checkpoint):
-    # Renamed first: half of a folder must not look whole
-    if checkpoint.exists():
-        gone = checkpoint.with_name(checkpoint.name.replace("step", "partial-old"))
-        os.replace(checkpoint, gone)
-        shutil.rmtree(gone)
+    # Its checkpoint.json first: half of a folder must not look whole
+    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. The run's folder, and where the run goes on
 
-def find(folder, resume, dry_run):
-    """The checkpoint that a run starts from, the same on every rank; None: from nothing.
+def start_folder(folder, resume):
+    """Make a run's folder ready -> the checkpoint that the run starts from, on every rank the same;
+    None: from nothing.
 
-    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. Raises
-    SystemExit where it is no checkpoint, or the folder holds later ones. (Files are not looked at
-    until they are loaded: one that a copy left truncated is refused then, by its name.)"""
-    folder = Path(folder)
-    if resume is None:
-        return None
-    if dry_run:
-        raise SystemExit("--dry-run starts from nothing: leave --resume out, and give another "
-                         "--out than that of a real run")
+    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. What a kill
+    or a dry run left in the folder is removed, and what was made behind the checkpoint.
 
+    Raises SystemExit where resume is no checkpoint; where the folder holds checkpoints and the run
+    does not go on from the newest of them, which would pass for this run's own; and where a rank
+    does not see the folder: each node would keep a part of every checkpoint. (Files are not looked
+    at until they are loaded. Nothing keeps two runs that start together out of one folder.)"""
+    folder = make_folder(folder)
+    config = read_json(folder / "config.json") or {}
+    whole = ranks.of_rank_zero([] if config.get("dry_run") else complete(folder))
+    checkpoint = Path(resume) if resume else None
     if resume == "auto":
-        found = [] if _was_dry(folder) else complete(folder)
-        return ranks.of_rank_zero(found[-1] if found else None)
-
-    checkpoint = Path(resume)
-    if not (checkpoint / "checkpoint.json").is_file():
+        checkpoint = whole[-1] if whole else None
+    elif resume and not (checkpoint / "checkpoint.json").is_file():
         raise SystemExit(f"{checkpoint} is not a checkpoint (it has no checkpoint.json); give a "
                          f"folder such as {folder}/step-0000100, or auto")
-    later = [path.name for path in complete(folder) if path.name > checkpoint.name]
-    if later and _is_inside(checkpoint, folder):
-        raise SystemExit(f"{folder} holds {later[-1]}, later than {checkpoint.name}: give another "
-                         "--out, or move the later ones away")
+    if whole and (checkpoint is None or not checkpoint.samefile(whole[-1])):
+        raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
+                         f"--resume auto, from {whole[-1].name}, or give another --out")
+
+    mark = None
+    if ranks.rank() == 0:
+        with writing(folder):
+            _clear(folder, whole)
+            mark = tempfile.mkdtemp(dir=folder, prefix="partial-")
+    mark = folder / Path(ranks.of_rank_zero(mark)).name
+    seen_by_all = all(ranks.gather_lists([mark.exists()]))
+    if ranks.rank() == 0:
+        mark.rmdir()
+    if not seen_by_all:
+        raise SystemExit(f"--out {folder} is not the same folder for all ranks; give one that "
+                         "every node can write to")
     return checkpoint
 
 
-def start_folder(folder, checkpoint):
-    """Make a run's folder ready; what a kill or a dry run left there is removed.
-
-    A run that does not go on from a checkpoint in it wants the folder to itself. Raises SystemExit,
-    on every rank, where it holds another run's checkpoints, which would pass for this run's own, or
-    where a rank does not see it: each node would keep a part of every checkpoint. (Nothing keeps
-    two runs that start together out of one folder.)"""
-    mark = Path(folder) / ranks.of_rank_zero(f"partial-{uuid.uuid4().hex}")
-    fault = None
-    if ranks.rank() == 0:
-        try:
-            make_folder(folder)
-            with writing(folder):
-                _clear(Path(folder), checkpoint)
-                mark.mkdir()
-        except SystemExit as error:
-            fault = str(error)
-    fault = ranks.of_rank_zero(fault)
-    seen_by_all = all(ranks.gather_lists([mark.exists()]))
-    if ranks.rank() == 0:
-        shutil.rmtree(mark, ignore_errors=True)
-    if fault is None and not seen_by_all:
-        fault = (
-            f"--out {folder} is not the same folder for all ranks; give one that every node "
-            "can write to"
-        )
-    if fault:
-        raise SystemExit(fault)
-
-
-def _clear(folder, checkpoint):
-    old_evaluations = sorted(folder.glob("eval-*.json"))
-    if checkpoint is None or not _is_inside(checkpoint, folder):
-        old_checkpoints = list(folder.glob("step-*"))
-        if old_checkpoints and not _was_dry(folder):
-            raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
-                             "--resume auto, or give another --out")
-        for old in old_checkpoints:
-            shutil.rmtree(old)
-        for name in ("before.json", "results.json"):
-            (folder / name).unlink(missing_ok=True)
-    else:                                               # evaluations made behind the checkpoint
-        step = checkpoint.name.removeprefix("step-")
-        old_evaluations = [old for old in old_evaluations
-                           if old.stem.removeprefix("eval-") > step]
-    for old in (folder / "after.json", *old_evaluations):
-        old.unlink(missing_ok=True)
-    for old in folder.glob("partial-*"):
-        shutil.rmtree(old)
-
-
-def _is_inside(checkpoint, folder):
-    return checkpoint.resolve().parent == folder.resolve()
-
-
-def _was_dry(folder):
-    config = read_json(Path(folder) / "config.json") or {}
-    return config.get("dry_run", False)
+def _clear(folder, whole):
+    newest = whole[-1].name if whole else ""
+    old = [*folder.glob("partial-*"), folder / "after.json"]
+    old += set(folder.glob("step-*")) - set(whole)
+    for path in folder.glob("eval-*.json"):
+        if path.stem.replace("eval", "step") > newest:
+            old.append(path)
+    if not whole:
+        for name in ("before.json", "results.json", "log.jsonl", "samples.jsonl"):
+            old.append(folder / name)
+    for path in old:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,44 +201,33 @@ def load_optimizer(path, module, optimizer):
     from torch.distributed import checkpoint as dcp
 
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    state = {}
     with _fitting(path):
         reader = dcp.HuggingFaceStorageReader(str(Path(path) / "optimizer"))
         saved = reader.read_metadata().state_dict_metadata
+        trained_there = {key.rpartition(".")[0] for key in saved}
+        odd = sorted(trained_there ^ trainable.keys())
+        if odd and read_json(Path(path) / "checkpoint.json").get("updated", True):
+            raise ValueError(f"{odd[0]} did not learn there, or does not learn here")
 
-        # Empty tensors, each with its rank's share of the parameter, which dcp then fills
-        trained_there = set()
+        # Empty tensors, each with its rank's share of the parameter, which dcp fills in place
+        state = {}
         for key, about in saved.items():
             name, _, moment = key.rpartition(".")
-            trained_there.add(name)
-            if name not in trainable or about.size not in (trainable[name].shape, torch.Size()):
-                raise ValueError(f"{name} does not learn here, or in another shape")
-            state[key] = torch.zeros(())
-            if moment != "step":
-                state[key] = torch.zeros_like(trainable[name], dtype=about.properties.dtype)
-        missing = sorted(trainable.keys() - trained_there)
-        if missing and read_json(Path(path) / "checkpoint.json").get("updated", True):
-            raise ValueError(f"{missing[0]} did not learn there")
+            like = trainable[name] if about.size else torch.zeros(())
+            state[key] = torch.zeros_like(like, dtype=about.properties.dtype)
+            optimizer.state[trainable[name]][moment] = state[key]
         if state:
             with warnings.catch_warnings(action="ignore"):
                 dcp.load(state, storage_reader=reader)
 
-    for key, value in state.items():
-        name, _, moment = key.rpartition(".")
-        optimizer.state[trainable[name]][moment] = value
-
 
 @contextlib.contextmanager
 def _fitting(path):
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint import CheckpointException
-
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError,
-            CheckpointException) as error:
-        what = "was saved by another model, or is not whole"
-        if isinstance(_cause(error), SafetensorError):
-            what = "holds a file that is truncated or damaged"
-        raise SystemExit(f"{path} {what} ({_short(error)}); resume with the flags of its "
-                         "config.json, or move it away and go on from the one before") from None
+    except Exception as error:
+        raise SystemExit(
+            f"{path} was saved by another model, or is not whole ({_reason(error)}); resume with "
+            "the flags of its config.json or, if a file is truncated or damaged, move it away and "
+            "go on from the one before"
+        ) from None

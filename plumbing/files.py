@@ -51,17 +51,9 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON file of a run -> a dict; None without the file. Raises SystemExit for a broken one."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-        return value
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} is not the JSON that a run wrote there ({error}); move it away "
-                         "and start again") from None
+    """A JSON file of a run; None without the file."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def append_jsonl(path, record):

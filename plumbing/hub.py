@@ -21,8 +21,7 @@ def check_weights(path, config=None):
 
     An index may name any file, which transformers then opens: a pickle, ../another.safetensors."""
     # Whatever is called so may be read, whether an index names it or not
-    names = ["model.safetensors", "adapter_model.safetensors"]
-    names += [file.name for file in Path(path).glob("*.safetensors")]
+    names = [file.name for file in Path(path).glob("*.safetensors")]
     if getattr(config, "transformers_weights", None):
         names.append(config.transformers_weights)
     with contextlib.suppress(OSError):                      # most models have no index

@@ -31,6 +31,7 @@ updated as torch's AdamW would, in the same step. Torch alone: the file can be c
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -86,68 +87,60 @@ _compiled_update = functools.cache(lambda: torch.compile(_update, dynamic=True))
 class SplitAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's rule and state_dict for parameters in bfloat16 or float32.
 
-    Groups with "lr" and "weight_decay", as there. ValueError for other types, and for a beta2 that
-    bfloat16 moments cannot follow."""
+    Groups with "lr" and "weight_decay", as there. ValueError for a beta2 that bfloat16 moments
+    cannot follow. (Other types are not refused, and not helped.)"""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         for group in self.param_groups:
-            kinds = {p.dtype for p in group["params"]}
-            if not kinds <= {torch.bfloat16, torch.float32}:
-                raise ValueError(f"parameters of {kinds}: SplitAdamW knows bfloat16 and float32")
-            if torch.bfloat16 in kinds and 1 - group["betas"][1] < 2 ** -7:
+            in_16_bits = any(p.dtype == torch.bfloat16 for p in group["params"])
+            if in_16_bits and 1 - group["betas"][1] < 2 ** -7:
                 raise ValueError(f"beta2 {group['betas'][1]} forgets too slowly for second moments "
                                  "of 8 bits: at most 0.992 with bfloat16 weights")
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            rates = {}                                  # of each step count that occurs
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                # A state that float32 weights left may go on here
-                if p.dtype == torch.bfloat16 and "low" not in state:
-                    state["low"] = torch.zeros_like(p)
-                state["step"] += 1
-                t = state["step"].item()
-                if t not in rates:
-                    rates[t] = torch.tensor(
-                        [
-                            group["lr"] / (1 - beta1 ** t),
-                            1 / (1 - beta2 ** t),
-                            1 - group["lr"] * group["weight_decay"],
-                            beta1,
-                            beta2,
-                            group["eps"],
-                        ],
-                        device=p.device,
-                    )
-                self._step_of(p, state, rates[t])
+                if p.grad is not None:
+                    self._step_of(p, self.state[p], group)
 
-    def _step_of(self, p, state, rates):
+    def _step_of(self, p, state, group):
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        # A state that float32 weights left may go on here
+        if p.dtype == torch.bfloat16 and "low" not in state:
+            state["low"] = torch.zeros_like(p)
+        state["step"] += 1
+        t = state["step"].item()
+        beta1, beta2 = group["betas"]
+        rates = torch.tensor(
+            [
+                group["lr"] / (1 - beta1 ** t),
+                1 / (1 - beta2 ** t),
+                1 - group["lr"] * group["weight_decay"],
+                beta1,
+                beta2,
+                group["eps"],
+            ],
+            device=p.device,
+        )
         update, piece = _update, PIECE
         if p.is_cuda:
             update, piece = _compiled_update(), GPU_PIECE
 
         def pieces(x):
+            if x is None:
+                return itertools.repeat(None)
             if hasattr(x, "to_local"):
                 x = x.to_local()                        # sharded: this rank's part
             return x.view(-1).split(piece)
 
-        weight = pieces(p)
-        gradient = pieces(p.grad.contiguous())
-        m = pieces(state["exp_avg"])
-        v = pieces(state["exp_avg_sq"])
-        low = pieces(state["low"]) if "low" in state else [None] * len(weight)
-        for parts in zip(weight, low, gradient, m, v):
+        tensors = (p, state.get("low"), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        for parts in zip(*map(pieces, tensors)):
             update(*parts, rates)
 
 
@@ -156,17 +149,19 @@ def parameter_groups(module, *, lr, weight_decay, special=()):
 
     special: [(parameters, lr, weight decay)] have rates of their own. Each group remembers its peak
     as "peak_lr", which the schedule multiplies."""
-    special = [([p for p in parameters if p.requires_grad], *rates)     # a generator is read once
-               for parameters, *rates in special]
-    apart = {id(p) for parameters, *_ in special for p in parameters}
-    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     groups = []
-    for parameters, own_lr, decay in [(rest, lr, weight_decay), *special]:
-        matrices = [p for p in parameters if p.dim() >= 2]
-        vectors = [p for p in parameters if p.dim() < 2]
+    taken = set()                       # whoever names a parameter first has it
+    for parameters, own_lr, decay in [*special, (module.parameters(), lr, weight_decay)]:
+        learning = [p for p in parameters if p.requires_grad and id(p) not in taken]
+        taken.update(map(id, learning))
+        matrices = [p for p in learning if p.dim() >= 2]
+        vectors = [p for p in learning if p.dim() < 2]
         rates = {"lr": own_lr, "peak_lr": own_lr}
-        groups.append({"params": matrices, "weight_decay": decay, **rates})
-        groups.append({"params": vectors, "weight_decay": 0.0, **rates})
+        groups = [
+            {"params": matrices, "weight_decay": decay, **rates},
+            {"params": vectors, "weight_decay": 0.0, **rates},
+            *groups,
+        ]
     return [group for group in groups if group["params"]]
 
 

@@ -9,11 +9,11 @@ import dataclasses
 import datetime
 import functools
 import gc
+import itertools
 import os
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 # ---------------------------------------------------------------------------------------------
 # 1. Ranks
@@ -71,56 +71,28 @@ def rank_zero_first():
 
 # The functions below are collective: every rank has to call them.
 
-def over_ranks(value, operation, device):
-    """One number, the same on every rank: the dist.ReduceOp (SUM, MAX, ...) of theirs."""
-    if not dist.is_initialized():
-        return value
-    total = torch.tensor(float(value), device=device, dtype=torch.float64)
-    dist.all_reduce(total, operation)
-    return total.item()
-
-
-def sum_over_ranks(values, device):
-    """{name: number} -> the same, each summed over all ranks."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor([float(v) for v in values.values()], device=device, dtype=torch.float64)
-    dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
-
-
-def of_rank_zero(value):
-    """Rank 0's value on every rank. What rank 0 reads in a file, others may see only later."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def gather_lists(values):
     """A list on every rank -> all of them behind each other, on every rank."""
     if not dist.is_initialized():
         return values
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
-    return [value for one in lists for value in one]
+    return list(itertools.chain(*lists))
+
+
+def sum_over_ranks(**values):
+    """-> {name: the sum over all ranks}"""
+    of_all = gather_lists([values])
+    return {name: sum(of_one[name] for of_one in of_all) for name in values}
+
+
+def of_rank_zero(value):
+    """Rank 0's value on every rank. What rank 0 reads in a file, others may see only later."""
+    return gather_lists([value])[0]
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. DDP, or FSDP2 for what does not fit
-
-def wrap(step_module, *, blocks, shard_it, compute):
-    """The step module as it runs here: alone, under DDP, or sharded.
-
-    blocks: the layers that FSDP gathers one by one. compute: see `shard`."""
-    if shard_it:
-        return shard(step_module, blocks, compute)
-    if world_size() > 1:
-        return DistributedDataParallel(
-            step_module, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-    return step_module
-
+# 2. FSDP2, for what does not fit
 
 def shard(module, blocks=(), compute=None):
     """
@@ -215,16 +187,3 @@ def forget_forward(module, *_):
         if group is not None:
             group.comm_ctx.post_forward_order.clear()
             group._post_forward_indices.clear()
-
-
-def accumulate(wrapped, batches):
-    """Each of `batches`; DDP adds gradients over the ranks behind the last of them alone.
-
-    FSDP adds them behind each: it has no room for whole gradients."""
-    for i, batch in enumerate(batches):
-        is_last = i + 1 == len(batches)
-        if isinstance(wrapped, DistributedDataParallel) and not is_last:
-            with wrapped.no_sync():
-                yield batch
-        else:
-            yield batch

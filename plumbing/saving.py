@@ -1,14 +1,16 @@
 """Models on disk: saved as the hub has them, filled in again, and the card beside them."""
 
-import contextlib
 import copy
 import json
+import re
 from pathlib import Path
 
-import transformers
+from safetensors.torch import load_file, save_file
 
 import models
 from plumbing import hub
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"           # peft's name for the file
 
 
 def save(model, processor, folder, state=None):
@@ -21,47 +23,36 @@ def save(model, processor, folder, state=None):
     state = model.state_dict() if state is None else state
     folder = Path(folder)
     if models.has_lora(model):
-        _save_adapter(model, folder, state)
+        named = {key: state[name] for key, name in _adapter_names(state).items()}
+        save_file(named, folder / ADAPTER_WEIGHTS)
+        model.peft_config["default"].save_pretrained(folder)
     else:
         _save_weights(model, folder, state)
-    files = getattr(model, "reader_files", None)
-    if not files:
-        processor.save_pretrained(folder)
-        return
+    files = getattr(model, "reader_files", {})
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    if not files:
+        processor.save_pretrained(folder)
 
 
-def _save_adapter(model, folder, state):
-    import safetensors.torch
-    matrices = models.import_peft().get_peft_model_state_dict(model, state_dict=state)
-    named = {f"base_model.model.{name}": x.contiguous() for name, x in matrices.items()}
-    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)
+def _adapter_names(state):
+    # The names that peft's PeftModel gives to an adapter's matrices -> their names in a state_dict
+    names = [name for name in state if ".lora_" in name]
+    return {f"base_model.model.{name.replace('.default', '')}": name for name in names}
 
 
 def _save_weights(model, folder, state):
     # On the CPU: the hub's layout of experts is a copy
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    tied = head_is_embedding(model)
-    if tied:
+    embedding = models.decoder(model).get_input_embeddings().weight
+    if model.get_output_embeddings().weight is embedding:       # one matrix, saved once
         state = {name: x for name, x in state.items() if not name.endswith("lm_head.weight")}
-
     state = hub.hub_names(model, state)
-    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(
         folder, state_dict=state, save_original_format=False, max_shard_size="5GB"
     )
-    transformers.utils.logging.enable_progress_bar()
     config = folder / "config.json"
     config.write_text(json.dumps(hub.hub_config(json.loads(config.read_text())), indent=2) + "\n")
-
-
-def head_is_embedding(model):
-    """Are head and input embeddings one matrix? It is saved once then."""
-    embedding = models.decoder(model).get_input_embeddings().weight
-    same = model.get_output_embeddings().weight is embedding
-    return same and model.config.get_text_config().tie_word_embeddings
 
 
 def fill(model, folder):
@@ -69,7 +60,11 @@ def fill(model, folder):
     RuntimeError or ValueError where they do not fit."""
     hub.check_weights(folder)
     if models.has_lora(model):
-        _fill_adapter(model, Path(folder) / "adapter_model.safetensors")
+        saved = load_file(Path(folder) / ADAPTER_WEIGHTS)
+        ours = _adapter_names(model.state_dict())
+        if saved.keys() != ours.keys():
+            raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
+        model.load_state_dict({ours[key]: x for key, x in saved.items()}, strict=False)
         return
     # Through the class, because the hub's names are not the module's own; with this model's
     # config: without a config.json the class would build its default of 7B
@@ -87,39 +82,22 @@ def fill(model, folder):
     model.load_state_dict(saved.state_dict())
 
 
-def _fill_adapter(model, file):
-    import safetensors.torch
-    saved = {}
-    for name, matrix in safetensors.torch.load_file(file).items():
-        saved[name.removeprefix("base_model.model.")] = matrix
-    ours = models.import_peft().get_peft_model_state_dict(model)
-    if saved.keys() != ours.keys():
-        raise ValueError(f"an adapter of {len(saved)} matrices does not fit one of {len(ours)}")
-    models.import_peft().set_peft_model_state_dict(model, saved)
-
-
 def write_card(folder, *, base, script, flags, results=None):
     """README.md beside the weights: the base, the flags, and what the model scored (a table, as
-    text). Nothing where there is no folder."""
-    import huggingface_hub
-
+    text)."""
     folder = Path(folder)
-    if not folder.is_dir():
-        return
-    about = {"pipeline_tag": "audio-text-to-text", "tags": ["audio", "distillation"]}
-    about["library_name"] = "peft" if (folder / models.ADAPTER).exists() else "transformers"
-    with contextlib.suppress(huggingface_hub.errors.HFValidationError):     # the hub wants its ids
-        huggingface_hub.utils.validate_repo_id(base)
-        if not Path(base).exists():
-            about["base_model"] = base
-    lines = ["---", huggingface_hub.ModelCardData(**about).to_yaml(), "---"]
-    lines += [f"# {folder.resolve().parent.name}, {folder.name}", ""]
-    lines += [f"{base}, trained further by `{script}` with these flags:", "", "```"]
-    lines += [f"{name}: {value}" for name, value in flags.items() if value is not None]
-    lines += ["```"]
+    card = ["---", "pipeline_tag: audio-text-to-text", "tags: [audio, distillation]"]
+    library = "peft" if (folder / models.ADAPTER).exists() else "transformers"
+    card += [f"library_name: {library}"]
+    # The hub takes its own ids alone, no folders
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        card += [f"base_model: {base}"]
+    card += ["---", f"# {base}, trained further by {script}", "", "With these flags:", "", "```"]
+    card += [f"{name}: {value}" for name, value in flags.items() if value is not None]
+    card += ["```"]
     if results:
-        lines += ["", "## Results, before and after", "", "```", results, "```"]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        card += ["", "## Results, before and after", "", "```", results, "```"]
+    (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
 
 
 def save_new(model, reader, folder):

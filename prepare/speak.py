@@ -453,7 +453,7 @@ def speak_manifest(args):
             # Only now: a reader that could not be started has said nothing
             write_json(said, settings)
     # Nobody speaks before all know what is left, or they would share it out in different ways
-    ranks.sum_over_ranks({"ready": 1}, device)
+    ranks.wait_for_all()
     todo = left[rank::world]
     journal = folder / f"journal-{rank}.jsonl"
     if journal.exists():
@@ -467,7 +467,7 @@ def speak_manifest(args):
         append_jsonl(journal, note)
         made += note.get("seconds", 0)
     # Waits for every rank: all journals are complete
-    made = ranks.sum_over_ranks({"seconds": made}, device)["seconds"]
+    made = ranks.sum_over_ranks(seconds=made)["seconds"]
     if rank == 0:
         notes = read_journals(folder)
         spoken, skipped = write_manifest(lines, notes, folder, out)

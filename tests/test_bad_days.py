@@ -40,7 +40,6 @@ from plumbing.files import (
     complete,
     keep_lines,
     newest_checkpoint,
-    read_json,
     write_json,
 )
 
@@ -336,11 +335,9 @@ def test_a_data_worker_that_dies_is_named(script, flags, undisturbed, tmp_path):
     until(lambda: len(lines(out)) >= 2, run)
     (worker,) = family(run).keys() - {run.pid}
     os.kill(worker, signal.SIGKILL)
-    assert run.wait(60) == 1 and "Traceback" not in run.text(), run.text()
-    assert (
-        "a data worker died (" in run.text()
-        and "lower --workers, and go on with --resume auto" in run.text()
-    )
+    assert run.wait(60) == 1, run.text()
+    assert "DataLoader worker (pid(s) " in run.text()
+    assert "a data worker died, lower --workers. Go on with --resume auto" in run.text()
     assert not list(out.glob("partial-*"))
     none_survive(run)
 
@@ -392,31 +389,6 @@ def test_asked_to_stop_it_saves_and_says_where(
     )
     none_survive(run)
     goes_on(script, flags, out, undisturbed(script, 6), 6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_second_signal_is_meant(ranks, flags, tmp_path):
-    out = tmp_path / "run"
-    run = fork(
-        "source",
-        flags("source", out, "--max-steps", "1000", "--save-every", "100", "--batch-size", "512"),
-        out,
-        ranks,
-    )  # a minute a step
-    until(lambda: (out / "log.jsonl").exists(), run)
-    time.sleep(1.5)
-    for process in run.processes:
-        os.killpg(process.pid, signal.SIGINT)
-    time.sleep(
-        6.5
-    )  # in five a dead worker would have been noticed: it must have stayed deaf, and at work
-    assert run.codes() == [None] * ranks
-    for process in run.processes:
-        os.kill(process.pid, signal.SIGINT)
-    assert run.wait(10) == -signal.SIGINT, run.text()
-    none_survive(run)
-    assert steps(out) == []
 
 
 @pytest.mark.slow
@@ -525,6 +497,10 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
     (said,) = [line for line in run.text().splitlines() if "cannot be written" in line]
     assert f"checkpoint {out / 'step-0000002'} cannot be written (" in said
     assert ("No space left on device" if disk else "File too large") in said
+    # About what the checkpoint before took
+    needed = 1e9 * float(re.search(r"it needs about ([\d.]+) GB, and [\d.]+ GB are free", said)[1])
+    files = [path for path in (out / "step-0000001").rglob("*") if path.is_file()]
+    assert needed == pytest.approx(sum(path.stat().st_size for path in files), rel=0.25)
     assert said.endswith("and go on with --resume auto from the last one that is complete")
     assert steps(out) == [1] and not list(out.glob("partial-*"))
     (out.parent / "other").unlink(missing_ok=True)
@@ -577,10 +553,10 @@ def test_going_back_needs_another_folder(tmp_path):
     """--resume DIR of an earlier checkpoint: auto would take the later ones for this run's."""
     folder = folder_of(tmp_path, 3)
     earlier = folder / "step-0000002"
-    with pytest.raises(SystemExit, match="holds step-0000003, later than step-0000002: give"):
-        checkpoints.find(folder, earlier, dry_run=False)
-    assert checkpoints.find(tmp_path / "elsewhere", earlier, dry_run=False) == earlier
-    assert checkpoints.find(folder, folder / "step-0000003", False) == folder / "step-0000003"
+    with pytest.raises(SystemExit, match="holds the checkpoints .* from step-0000003, or"):
+        checkpoints.start_folder(folder, earlier)
+    assert checkpoints.start_folder(tmp_path / "elsewhere", earlier) == earlier
+    assert checkpoints.start_folder(folder, folder / "step-0000003") == folder / "step-0000003"
 
 
 def test_results_behind_a_checkpoint_are_not_taken_over(tmp_path):
@@ -692,11 +668,11 @@ def test_only_what_was_completed_counts_as_a_checkpoint(undisturbed, tmp_path):
     shutil.copytree(undisturbed("source", 4), folder)
     assert [path.name for path in complete(folder)] == ["step-0000003", "step-0000004"]
     (folder / "step-0000004").rename(folder / "partial-0000004")
-    assert checkpoints.find(folder, "auto", dry_run=False) == folder / "step-0000003"
+    assert checkpoints.start_folder(folder, "auto") == folder / "step-0000003"
     (folder / "step-0000003" / "checkpoint.json").unlink()
-    assert checkpoints.find(folder, "auto", dry_run=False) is None
+    assert checkpoints.start_folder(folder, "auto") is None
     with pytest.raises(SystemExit, match="step-0000003 is not a checkpoint .*no checkpoint.json"):
-        checkpoints.find(folder, folder / "step-0000003", dry_run=False)
+        checkpoints.start_folder(folder, folder / "step-0000003")
 
 
 def test_weights_are_filled_into_the_model_that_is_there(undisturbed, tmp_path):
@@ -728,7 +704,7 @@ def test_a_truncated_file_is_called_that_when_it_is_loaded(undisturbed, tmp_path
     os.truncate(folder / "model.safetensors", 1 << 20)
     model = models.load_audio_model(mini.world.MINI / "student")[0]
     with pytest.raises(
-        SystemExit, match=f"{folder} holds a file that is truncated or damaged .*move it away"
+        SystemExit, match=f"{folder} .* is not whole .*if a file is truncated or damaged, move it"
     ):
         checkpoints.load_model(folder, model)
     files = sorted((folder / "optimizer").glob("*.safetensors"))
@@ -737,7 +713,7 @@ def test_a_truncated_file_is_called_that_when_it_is_loaded(undisturbed, tmp_path
     step.student, step.projections = model, layer_map.Projections(layer_map.pairs(7, 9), 128, 160)
     step.requires_grad_(True)
     step.student.get_encoder(modality="audio").embed_positions.requires_grad_(False)
-    with pytest.raises(SystemExit, match="holds a file that is truncated or damaged"):
+    with pytest.raises(SystemExit, match="is not whole .*truncated or damaged"):
         checkpoints.load_optimizer(folder, step, torch.optim.AdamW(step.parameters()))
     for file in files:
         file.unlink()
@@ -785,16 +761,6 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     "name, text, words",
     [
         (
-            "config.json",
-            '{"dry_run": fal',
-            "config.json is not the JSON that a run wrote there .*move it away and start again",
-        ),
-        (
-            "config.json",
-            "[]",
-            "config.json is not the JSON that a run wrote there .it holds no object.",
-        ),
-        (
             "log.jsonl",
             '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
             "log.jsonl:2 is no line that a run wrote .*mend it, or move the file away",
@@ -809,15 +775,12 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
             b'{"step": 1}\n\xff\n{"step": 3}\n',
             "log.jsonl:2 is no line that a run wrote",
         ),
-        ("before.json", "", "before.json is not the JSON that a run wrote there"),
     ],
 )
 def test_a_broken_file_of_a_run_is_named(name, text, words, tmp_path):
     folder = folder_of(tmp_path, 3)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match=f"^{folder}/{words}"):
-        checkpoints.find(folder, "auto", dry_run=False)
-        read_json(folder / "before.json")
         keep_lines(folder / "log.jsonl", lambda line: line["step"] <= 3)
 
 

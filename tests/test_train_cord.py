@@ -25,7 +25,7 @@ import mini.world
 import models
 import rollout
 import train_cord
-from plumbing import checkpoints, ranks
+from plumbing import ranks
 from plumbing import run as plumbing_run
 from rollout import Kind, Rollout
 from train_cord import CordStep, main, micro_batches, parse_flags, reward
@@ -832,7 +832,7 @@ def test_another_rate_counts_after_a_resume(world, one_process, tmp_path):
     )
 
 
-def test_a_folder_holds_one_run(world, one_process, tmp_path):
+def test_a_folder_holds_one_run(world, one_process, tmp_path, capsys):
     """A second run does not mix with a real one, what a dry run left goes, and an evaluation of
     other questions is not taken for this run's."""
     shutil.copytree(one_process, tmp_path / "run")
@@ -845,13 +845,11 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path):
     (tmp_path / "run" / "eval-0000001.json").write_text("{}")
     main(small_run(world, tmp_path / "run", "--max-steps", "1", "--resume", "auto"))
     assert sorted(path.name for path in (tmp_path / "run").glob("*-0*")) == ["step-0000001"]
-    with pytest.raises(
-        SystemExit, match="--dry-run starts from nothing"
-    ):  # or the next run would clear a real run's checkpoints
+    with pytest.raises(SystemExit):         # or the next run would clear a real run's checkpoints
         main(small_run(world, tmp_path / "run", "--resume", "auto", "--dry-run"))
-    assert (
-        not checkpoints._was_dry(tmp_path / "run") and (tmp_path / "run" / "step-0000001").exists()
-    )
+    assert "--dry-run starts from nothing" in capsys.readouterr().err
+    assert not json.loads(config.read_text())["dry_run"]
+    assert (tmp_path / "run" / "step-0000001").exists()
     with pytest.raises(
         SystemExit, match="holds the checkpoints of another run"
     ):  # resumed from elsewhere

@@ -24,7 +24,6 @@ import losses
 import mini.world
 import models
 import train_source_layer
-from plumbing import checkpoints
 from plumbing.optimizer import learning_rate_factor, parameter_groups
 from plumbing.run import examples_of_step
 from train_source_layer import SourceLayerStep, main, parse_flags
@@ -342,9 +341,7 @@ def test_schedule():
 @pytest.fixture(scope="module")
 def one_process(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "OPTIMIZER_FILE", 10**6)  # so that there are several
-        main(small_run(world, out, "--save-every", "2", "--track", "tensorboard"))
+    main(small_run(world, out, "--save-every", "2", "--track", "tensorboard"))
     return out
 
 
