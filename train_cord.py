@@ -62,7 +62,7 @@ import judge
 import losses
 import models
 import rollout
-from plumbing import checkpoints, hearing, plots, ranks, saving
+from plumbing import checkpoints, hearing, plots, ranks
 from plumbing.check import about_clips
 from plumbing.files import append_jsonl, newest_checkpoint
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
@@ -414,12 +414,8 @@ def train(args, run):
     examples, scored, seconds = run.read_data(train_file, eval_files, require=["transcript"])
 
     # 5.2 The student, and who judges. Only what an optimizer updates needs float32
-    frozen_dtype = torch.float32
-    if run.device.type == "cuda" or args.weights == "bfloat16":
-        frozen_dtype = torch.bfloat16
-    dtype = frozen_dtype if args.lora else getattr(torch, args.weights)
     args.student = ranks.of_rank_zero(newest_checkpoint(args.student))
-    student, processor = models.load_audio_model(args.student, dtype=dtype)
+    student, processor = models.load_audio_model(args.student, dtype=run.student_dtype)
     tokenizer = processor.tokenizer
     verdicts = judge.load(args.judge, run.device)
     student.to(run.device).set_attn_implementation("sdpa")      # takes the mask of shared prompts
@@ -429,9 +425,6 @@ def train(args, run):
     # 5.3 The step, and the teacher inside it
     banned = torch.tensor(rollout.banned_ids(student, tokenizer), device=run.device)
     cord = CordStep(student, banned, args)
-    autocast = functools.partial(
-        torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16
-    )
     encode = functools.partial(
         data.encode_prompts,
         processor=processor,
@@ -511,18 +504,15 @@ def train(args, run):
     reader = cord if own_weights else cord.teacher["decoder"]   # whose weights reading needs
     if checkpoint:
         checkpoints.load_model(checkpoint, student)
-    model = run.wrap(cord, student, compute=frozen_dtype)
+    model = run.wrap(cord, student)
     trainable = [p for p in cord.parameters() if p.requires_grad]
     groups = parameter_groups(cord, lr=args.lr, weight_decay=0.01)
     Optimizer = SplitAdamW if args.weights == "bfloat16" and not args.lora else torch.optim.AdamW
     optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, cord, optimizer)
-    card = functools.partial(
-        saving.write_card, base=args.student, script="train_cord.py", flags=vars(args)
-    )
     run.checkpoint_parts = dict(
-        model=student, processor=processor, beside={}, module=cord, optimizer=optimizer, card=card
+        model=student, processor=processor, beside={}, module=cord, optimizer=optimizer
     )
 
     # 5.8 The loop
@@ -555,13 +545,13 @@ def train(args, run):
             batches, idle=lambda: micro_batches(no_gradient, prompts, processor, 1, run.device)[0])
 
         # 4. p(. | transcript): the teacher READS the words, then the same y; no gradient
-        with autocast():
+        with run.autocast():
             teacher_hidden = ranks.whole(reader, lambda: [cord.read(batch) for batch in batches])
         run.lap("scoring")
 
         # 5. L = sum_t w_t D_t / n_kl - sum_i A_i log q(y_i) / n_group
         for batch, hidden in run.accumulate(list(zip(batches, teacher_hidden))):
-            with autocast():
+            with run.autocast():
                 loss, seen = model(batch, hidden, counts["kl"], counts["group"])
             (loss * run.world).backward()                       # DDP and FSDP average over ranks
             note_batch(run, batch, loss, seen)

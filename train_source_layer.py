@@ -47,7 +47,6 @@ Where the paper is silent, and what we do:
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation
    changes the run.
 """
-import functools
 import math
 import re
 
@@ -60,7 +59,7 @@ import fused
 import layer_map
 import losses
 import models
-from plumbing import checkpoints, hearing, plots, ranks, saving
+from plumbing import checkpoints, hearing, plots, ranks
 from plumbing.check import about_clips
 from plumbing.files import newest_checkpoint
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
@@ -337,12 +336,8 @@ def train(args, run):
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
     # 3.2 The student. Only what an optimizer updates needs float32; frozen weights do without
-    frozen_dtype = torch.float32
-    if run.device.type == "cuda" or args.weights == "bfloat16":
-        frozen_dtype = torch.bfloat16
-    dtype = frozen_dtype if args.lora else getattr(torch, args.weights)
     args.student = ranks.of_rank_zero(newest_checkpoint(args.student))
-    student, processor = models.load_audio_model(args.student, dtype=dtype)
+    student, processor = models.load_audio_model(args.student, dtype=run.student_dtype)
     used = hearing.check(student.to(run.device), processor)
 
     # 3.3 Its snapshot, which remembers what audio tokens looked like before training
@@ -351,10 +346,10 @@ def train(args, run):
         snapshot = student                              # without its adapter it is what it was
     elif args.acoustic_kd:
         if args.acoustic_teacher == "snapshot":
-            snapshot = models.frozen_copy(student, frozen_dtype)
+            snapshot = models.frozen_copy(student, run.frozen_dtype)
         else:
             args.acoustic_teacher = ranks.of_rank_zero(newest_checkpoint(args.acoustic_teacher))
-            snapshot = models.load_same_shape(args.acoustic_teacher, student, frozen_dtype)
+            snapshot = models.load_same_shape(args.acoustic_teacher, student, run.frozen_dtype)
             snapshot.to(run.device).requires_grad_(False)
         snapshot.set_output_embeddings(nn.Identity())   # it is never asked for a word
         if args.shard:
@@ -363,7 +358,7 @@ def train(args, run):
     # 3.4 The teacher, a text LLM, and the tokens that it shares with the student
     teacher = tokenizer = shared_ids = student_to_teacher = None
     if args.text_kd != "none":
-        teacher, tokenizer = models.load_text_model(args.teacher, dtype=frozen_dtype)
+        teacher, tokenizer = models.load_text_model(args.teacher, dtype=run.frozen_dtype)
         hearing.check_teacher(teacher.to(run.device).requires_grad_(False))
         if args.shard:
             ranks.shard_reader(models.decoder(teacher), teacher.get_output_embeddings())
@@ -386,9 +381,6 @@ def train(args, run):
         )
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared_ids, args)
     step_module = step_module.to(run.device)
-    autocast = functools.partial(
-        torch.autocast, run.device.type, torch.bfloat16, enabled=frozen_dtype == torch.bfloat16
-    )
 
     def micro_batches(examples):
         return [
@@ -452,9 +444,9 @@ def train(args, run):
     else:
         number = min(CALIBRATION_EXAMPLES, len(examples))
         calibration = micro_batches(examples_of_step(examples, 0, number, args.seed + 1))
-        with autocast():
+        with run.autocast():
             step_module.calibrate(batch.to(run.device) for batch in calibration)
-    model = run.wrap(step_module, student, compute=frozen_dtype)
+    model = run.wrap(step_module, student)
 
     trainable = [p for p in step_module.parameters() if p.requires_grad]
     special = [                                             # parameters, lr, weight decay
@@ -468,16 +460,12 @@ def train(args, run):
     optimizer = Optimizer(groups, betas=(0.9, 0.98))
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, step_module, optimizer)
-    card = functools.partial(
-        saving.write_card, base=args.student, script="train_source_layer.py", flags=vars(args)
-    )
     run.checkpoint_parts = dict(
         model=student,
         processor=processor,
         beside=beside,
         module=step_module,
         optimizer=optimizer,
-        card=card,
     )
 
     # 3.9 The loop
@@ -493,7 +481,7 @@ def train(args, run):
 
         # 2. L = L_top + alpha_layer L_layer + alpha_ac L_ac + alpha_sft L_SFT
         for batch in run.accumulate(batches):
-            with autocast():
+            with run.autocast():
                 parts = model(batch, tokens)
             (parts["loss"] * run.world).backward()          # DDP and FSDP average over the ranks
             run.note(**{name: part.detach() for name, part in parts.items()})

@@ -31,11 +31,11 @@ OPTIMIZER_FILE = 30             # tensors in one file of the optimizer's, about 
 # ---------------------------------------------------------------------------------------------
 # 1. Writing. Every rank has to call these functions
 
-def save(folder, *, step, model, processor, beside, module, optimizer, card, keep):
+def save(folder, *, step, model, processor, beside, module, optimizer, flags, keep):
     """Write folder/step-N -> its path; the `keep` newest stay, this one included.
 
     beside: {file name: module}. module: holds every parameter that the optimizer knows.
-    card(path): writes the model's card. Raises SystemExit where the disk is full; the checkpoints
+    flags: for the model's card. Raises SystemExit where the disk is full; the checkpoints
     before are as they were."""
     from torch.distributed import checkpoint as dcp  # slow to import
 
@@ -71,7 +71,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, card, kee
 
         # All is there: flush it, give it its name
         if on_rank_zero:
-            card(partial)
+            saving.write_card(partial, flags)
             about = {"step": step, "ranks": ranks.world_size(), "updated": bool(moments)}
             (partial / "checkpoint.json").write_text(json.dumps(about))
             for path in [*partial.rglob("*"), partial]:

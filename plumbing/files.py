@@ -51,9 +51,13 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON file of a run; None without the file."""
-    path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """A JSON file -> its object; None without the file. Raises SystemExit for a broken one."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise SystemExit(f"{path} is broken ({error}); move it away, or get it again") from None
 
 
 def append_jsonl(path, record):

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from plumbing import check, checkpoints, ranks, tracking
+from plumbing import check, checkpoints, ranks, saving, tracking
 from plumbing.files import append_jsonl, keep_lines, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
@@ -120,10 +120,11 @@ def examples_of_step(examples, step, batch_size, seed):
 class Run:
     """One training run, on this rank.
 
-    To be read: rank, world (the number of ranks), device, out (the run's folder, a Path), done and
-    steps (how many steps are done, and how many there will be); after `finite` also totals and
-    seconds, the step's sums over all ranks and its laps. To be set before the loop: model, and
-    checkpoint_parts, what checkpoints.save wants. Every rank calls every method."""
+    To be read: rank, world (the number of ranks), device, frozen_dtype and student_dtype, out (the
+    run's folder, a Path), done and steps (how many steps are done, and how many there will be);
+    after `finite` also totals and seconds, the step's sums over all ranks and its laps. To be set
+    before the loop: model, and checkpoint_parts, what checkpoints.save wants. Every rank calls
+    every method."""
 
     def __init__(self, args):
         self.args = args
@@ -138,6 +139,12 @@ class Run:
         self.signals = []                   # SIGTERM and Ctrl-C, as they came
         self.bad_steps = 0                  # in a row
         self.clock = self.started           # when the step began
+
+        # Only what an optimizer updates needs float32
+        self.frozen_dtype = torch.float32
+        if self.device.type == "cuda" or args.weights == "bfloat16":
+            self.frozen_dtype = torch.bfloat16
+        self.student_dtype = self.frozen_dtype if args.lora else getattr(torch, args.weights)
         torch.manual_seed(args.seed)
 
     def __enter__(self):
@@ -155,6 +162,11 @@ class Run:
                 "data worker died, lower --workers. Go on with --resume auto.",
                 file=sys.stderr,
             )
+
+    def autocast(self):
+        """bfloat16 on a GPU, and where the weights are."""
+        half = self.frozen_dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def say(self, text):
         """print, on rank 0 alone."""
@@ -187,13 +199,13 @@ class Run:
                 keep_lines(self.out / f"{name}.jsonl", lambda line: line["step"] <= self.done)
         return self.checkpoint
 
-    def wrap(self, step_module, student, compute):
-        """-> the step module as one process, DDP or FSDP runs it. compute: see ranks.shard."""
+    def wrap(self, step_module, student):
+        """-> the step module as one process, DDP or FSDP runs it."""
         self.model = step_module
         if self.args.checkpoint_activations:
             _checkpoint_activations(student)
         if self.args.shard:
-            ranks.shard(step_module, models.blocks(student), compute)
+            ranks.shard(step_module, models.blocks(student), self.frozen_dtype)
         elif self.world > 1:
             self.model = DistributedDataParallel(
                 step_module, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -231,7 +243,7 @@ class Run:
         Ctrl-C, to any rank, when the step is done. (A second one changes nothing.)"""
         self.first = self.done
         self.last = min(self.steps, 2) if self.args.dry_run else self.steps
-        self.begun = time.time()
+        self.begun = self.told = time.time()
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, lambda *received: self.signals.append(received))
             self.at_end.callback(signal.signal, number, before)
@@ -363,9 +375,13 @@ class Run:
                         self.args.track, self.out, self.first, vars(self.args)
                     )
                 self.track({name: x for name, x in line.items() if isinstance(x, float)}, self.done)
-        if self.done % 10 == 0 or self.done <= 2 or self.done == self.last:
-            spent = time.time() - self.begun
-            left = spent / (self.done - self.first) * (self.last - self.done)
+        now = time.time()
+        if self.done == self.first + 1:
+            self.say(f"the first step was done {now - self.started:.1f} s after the start")
+        # Every tenth step, and no longer silence than half a minute
+        if self.done % 10 == 0 or self.done in (1, 2, self.last) or now - self.told > 30:
+            self.told = now
+            left = (now - self.begun) / (self.done - self.first) * (self.last - self.done)
             self.say(f"step {self.done}/{self.last}  {text}  {left / 60:.0f} min left")
 
     def save_or_stop(self):
@@ -389,7 +405,11 @@ class Run:
     def save(self):
         """A checkpoint of this moment."""
         self.checkpoint = checkpoints.save(
-            self.out, step=self.done, keep=self.args.keep, **self.checkpoint_parts
+            self.out,
+            step=self.done,
+            keep=self.args.keep,
+            flags=vars(self.args),
+            **self.checkpoint_parts,
         )
 
     def stop(self, why, status=1):
@@ -407,7 +427,7 @@ class Run:
         if self.rank > 0:
             return
         write_json(self.out / "results.json", {**results, "minutes": minutes})
-        self.checkpoint_parts["card"](self.checkpoint, results=table)
+        saving.write_card(self.checkpoint, vars(self.args), table)
         self.say(table)
         plot(self.out)
         self.say(

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -82,16 +83,17 @@ def fill(model, folder):
     model.load_state_dict(saved.state_dict())
 
 
-def write_card(folder, *, base, script, flags, results=None):
-    """README.md beside the weights: the base, the flags, and what the model scored (a table, as
-    text)."""
-    folder = Path(folder)
+def write_card(folder, flags, results=None):
+    """README.md beside the weights: the base (flags["student"]), the flags, and what the model
+    scored (a table, as text)."""
+    folder, base = Path(folder), flags["student"]
     card = ["---", "pipeline_tag: audio-text-to-text", "tags: [audio, distillation]"]
     library = "peft" if (folder / models.ADAPTER).exists() else "transformers"
     card += [f"library_name: {library}"]
     # The hub takes its own ids alone, no folders
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         card += [f"base_model: {base}"]
+    script = Path(sys.argv[0]).name
     card += ["---", f"# {base}, trained further by {script}", "", "With these flags:", "", "```"]
     card += [f"{name}: {value}" for name, value in flags.items() if value is not None]
     card += ["```"]

@@ -783,9 +783,12 @@ def test_large_models_are_saved_in_shards_of_5_gb(loaded, tmp_path, monkeypatch)
 def test_the_card_says_what_the_model_is(tmp_path):
     saving.write_card(
         tmp_path,
-        base="Qwen/Qwen2-Audio-7B-Instruct",
-        script="train_cord.py",
-        flags={"lr": 3e-5, "batch_size": 64, "resume": None},
+        {
+            "student": "Qwen/Qwen2-Audio-7B-Instruct",
+            "lr": 3e-5,
+            "batch_size": 64,
+            "resume": None,
+        },
         results="audio 51.7 61.7",
     )
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
@@ -801,7 +804,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
 
     # A folder is none of the hub's models, and its validator would refuse the card
     for base in (str(models.MINI / "student"), "mini/student"):
-        saving.write_card(tmp_path, base=base, script="train_cord.py", flags={"student": base})
+        saving.write_card(tmp_path, {"student": base})
         card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
         assert card.data.base_model is None and f"student: {base}" in card.text
 
@@ -1211,7 +1214,7 @@ def test_a_broken_index_is_a_sentence(text, folders, tmp_path):
 def test_a_broken_adapter_config_is_a_sentence(text, tmp_path):
     (tmp_path / "adapter_config.json").write_text(text)
     refused(
-        "adapter_config.json (is not the JSON|does not say which model the adapter is for)",
+        "adapter_config.json (is broken|does not say which model the adapter is for)",
         models.load_audio_model,
         tmp_path,
     )
