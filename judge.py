@@ -42,9 +42,8 @@ from plumbing.quantities import (
 # ------------------------------------------------------------------------------------------------
 # 1. Where does the answer stand?
 
-TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)      # the stages' tags and control tokens
-OTHER_TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>", re.I)
-CHINESE = str.maketrans({"。": ". ", "，": ", ", "：": ": ", "；": "; ", "？": "? "})
+# The stages' tags, other models', and control tokens
+TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>|<\|[^<>|]*\|>", re.I)
 
 # What follows "the answer is" starts at its first word, with the brackets and the sign before it:
 # (B, -5, $5, \frac, .5
@@ -54,7 +53,7 @@ ANSWER_IS = r"""
         (?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will)[ ]be\b)
       | (?:\s+(?:to|for)\b[^.:=\n,]{0,40})? [\s*_]*[:=] )  # "answer: B"; but not "let me answer
                                                            # step by step:"
-  | (?:答案(?:应该|就)?(?:是|选|为|:)|选择?)(?:选项)?"""
+  | (?:答案(?:应该|就)?(?:是|选|为|[:：])|选择?)(?:选项)?"""
 I_CHOOSE = r"| \bI(?:'d|[ ]would|'ll|[ ]will)?[ ](?:choose|pick|select|go[ ]with)"
 BEHIND = r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))"
 # "The answer is as follows:" states nothing yet
@@ -82,10 +81,8 @@ def final_answer(output_text):
     return TAGS.sub(" ", text)
 
 
-def stated(output_text):
-    """final_answer, in ASCII punctuation and without other models' tags; "B? No, C." states C, but
-    a text that is nothing but a question stays."""
-    text = OTHER_TAGS.sub(" ", final_answer(output_text).translate(CHINESE))
+def without_questions(text):
+    """"B? No, C." states C; but a text that is nothing but a question stays."""
     statements = re.sub(r"[^.!?\n]*\?", " ", text)
     return statements if statements.strip() else text
 
@@ -127,7 +124,7 @@ CONCLUSION = re.compile(
     r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)",
     re.I,
 )
-CLAUSE = re.compile(r"[,;:.!?\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
+CLAUSE = re.compile(r"[,;:.!?，；：。？\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
 # What denies all that follows in its clause
 DENIES = re.compile(
     r"""\b(?:not|no(?![ ]doubt)|nor|neither|never|without(?![ ](?:a|any)[ ]doubt)|cannot
@@ -136,12 +133,14 @@ DENIES = re.compile(
           |rul(?:e|es|ed|ing)[ ]out|exclud(?:e|es|ed|ing))\b|n't\b
     """, re.I | re.X
 )
-# A choice that is denied behind it, or says when: "A dog is wrong", "What comes after the bell is a
-# dog"; but "a dog barks after the bell" names two
+# A choice that only says when: "After the bell I hear ..."
+WHEN = r"\b(?:before|after)\s(?:(?:the|an?)\s)?⟦\d+⟧"
+# What is denied behind it, "A dog is wrong", and what says when something is, "What comes after the
+# bell is a dog"; but "a dog barks after the bell" names two
 DENIED = re.compile(
-    r"""⟦\d+⟧(?=.*\b(?:(?:is|are|was|were|be)(?:n't|[ ]not)|incorrect|wrong|false|unlikely
+    rf"""⟦\d+⟧(?=.*\b(?:(?:is|are|was|were|be)(?:n't|[ ]not)|incorrect|wrong|false|unlikely
           |impossible|ruled[ ]out|excluded|eliminated)\b)
-      | \b(?:before|after)[ ](?:(?:the|an?)[ ])?⟦\d+⟧(?=[ ](?:is|was|comes|came|would|must)\b)
+      | {WHEN}(?=[ ](?:is|was|comes|came|would|must)\b)
     """, re.I | re.X
 )
 
@@ -197,7 +196,7 @@ def standing_alone(sentence, choices):
 def named_choices(text, choices):
     """The places of all choices that a text names, by words or letter, and does not deny."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
-    if choices and all(number(choice) is not None for choice in choices):
+    if all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
@@ -209,6 +208,8 @@ def named_choices(text, choices):
         return set().union(*alone)
 
     text = marked(plain(text), choices)
+    if "⟦" not in re.sub(WHEN, "", text, flags=re.I):
+        return set()
     # "not A, B, or C" is one clause; "C, because B is a cat" is C
     text = re.sub(r"⟧\)?,?\s+(?:(?:or|and|nor)\s+)?\(?⟦", "⟧ ⟦", text)
     before_reason = REASON.split(text, maxsplit=1)[0]
@@ -226,27 +227,27 @@ def marked(text, choices):
         place = letter_place(match[2])
         return match[1] + (f"⟦{place}⟧" if place < len(choices) else "⟦⟧")
 
-    # Letters in brackets first: of blood groups "(A)" is the first, O
-    text = NAMED_LETTER.sub(mark_letter, text)
-    for place, name in sorted(enumerate(names_of(choices)), key=lambda pair: -len(pair[1])):
+    names = names_of(choices)
+    if any(len(name) == 1 for name in names):              # of blood groups "(A)" is the first, O
+        text = NAMED_LETTER.sub(mark_letter, text)
+    for place, name in sorted(enumerate(names), key=lambda pair: -len(pair[1])):
         flags = re.I
         if len(name) == 1:
             name, flags = plain(choices[place]), 0         # "a dog" does not name the note A
         pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(name) + r"(?![\w#⟧]|[.,-]\d|-\w)"
         text = re.sub(pattern, f"⟦{place}⟧", text, flags=flags)
-    return BARE_LETTER.sub(mark_letter, text)
+    return BARE_LETTER.sub(mark_letter, NAMED_LETTER.sub(mark_letter, text))
 
 
 def extract_choice(output_text, choices):
     """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`,
     or None; never a guess. The first place that names any choice decides; if it names two, none."""
-    answer = stated(output_text)
+    answer = final_answer(output_text)
     parts = [boxed(answer)]
     for statement in reversed(CHOICE_STATEMENT.findall(answer)[-5:]):     # some models never stop
-        head = re.split("[:;]", statement)[0]              # "yes: it gets no louder"
-        if standing_alone(plain(head), choices):
-            parts.append(head)
-        parts += [sentences(statement)[0], statement]
+        sentence = sentences(statement)[0]
+        parts += [re.split(r"[:;]\s", sentence)[0], sentence, statement]    # "yes: no louder"
+    answer = without_questions(answer)
     for conclusion in CONCLUSION.findall(answer)[-1:]:
         parts.append(sentences(conclusion)[0])
     for part in (*parts, answer):
@@ -303,7 +304,7 @@ PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 def open_answer(output_text):
     """The part of an answer to an open question that states it: the box, what follows GSM8K's last
     "####", what follows the last "the answer is", the last sentence that has a number, or all."""
-    answer = stated(output_text)[-2000:]                   # of a model that never stops, the end
+    answer = final_answer(output_text)[-2000:]             # of a model that never stops, the end
     box = boxed(answer)
     if box.strip():
         return box
@@ -312,7 +313,7 @@ def open_answer(output_text):
     answer = re.sub(r"\\[\[\]]|\$\$", " ", answer)           # a formula on a line of its own
     if statements := STATEMENT.findall(answer):
         return sentences(statements[-1])[0]
-    stating = [part for part in sentences(answer) if not COURTESY.match(part)]
+    stating = [part for part in sentences(without_questions(answer)) if not COURTESY.match(part)]
     for sentence in reversed(stating):
         digits = in_digits(sentence)
         if re.search(r"\d", digits):

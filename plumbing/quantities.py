@@ -19,7 +19,7 @@ from text_to_num import alpha2digit
 # 1. Words
 
 # The end of a sentence; but the full stop of "B. gold" ends none
-SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?](?:\s|$)|\n")
+SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?](?:\s|$)|[。\n]")
 REASON = re.compile(
     r"[\s,;(]+(?:because|since|as|while|whereas|although|though|which|given|due|based)\b", re.I
 )
@@ -61,7 +61,9 @@ PLAIN = [
     (r"\\approx(?![a-z])", "≈"),
     (r"\\[dt]?frac(\d)(\d)", r"\1/\2"),
     (r"\\[dt]?frac\{(-?[\d.]+)\}\{([\d.]+)\}", r" \1/\2"),
-    (r"(^|[=:]|\bis)\s*-\s+(?=\d)", r"\1 -")]
+    (r"(^|[=:]|\bis)\s*-\s+(?=\d)", r"\1 -"),
+    (r"(?i)\b(?:none|nothing|nil)(?=\W*$)", "0"),
+    (r"(?i)\ba (?=dozen|hundred|thousand|million|billion)", "1 ")]
 
 LARGE = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9}
 # "1.5 million"; but "5 dozens" are counted as they are
@@ -99,10 +101,8 @@ def in_digits(text):
         amount = fraction(match[1])
         return match[0] if amount is None else str(amount * LARGE[match[2].lower()])
 
-    text = rewritten(text, PLAIN)
-    text = re.sub(r"\b(?:none|nothing|nil)(?=\W*$)", "0", text, flags=re.I)
-    text = re.sub(rf"\ba (?={'|'.join(LARGE)})", "1 ", text, flags=re.I)
-    text = alpha2digit(LARGE_NUMBER.sub(large, text), "en", threshold=0.0)
+    text = LARGE_NUMBER.sub(large, rewritten(text, PLAIN))
+    text = alpha2digit(text, "en", threshold=0.0)
     return rewritten(LARGE_NUMBER.sub(large, text), SHARES)
 
 
@@ -261,7 +261,7 @@ def comes_to(text):
         return text
     left, _, right = text.rpartition("=")
     term = re.sub(r"\\[a-z]+", "", left)
-    to_solve = not WORD.search(left) and re.search("[A-Za-z]", term) and re.search(r"\d", term)
+    to_solve = not WORD.search(left) and re.search("[A-Za-z]", term) and re.search(r"[\d=,]", term)
     return "" if not left or to_solve or FORMULA.search(right) else right
 
 
