@@ -28,7 +28,6 @@ import torch
 import data
 import models
 from plumbing.quantities import (
-    BEHIND_WORDS,
     REASON,
     in_digits,
     number,
@@ -203,9 +202,11 @@ def named_choices(text, choices):
     if set(names_of(choices)) <= {"yes", "no"}:
         text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
 
-    alone = [standing_alone(plain(sentence), choices) for sentence in sentences(text)]
-    if any(alone):
-        return set().union(*alone)
+    alone = set()
+    for sentence in sentences(text):
+        alone |= standing_alone(plain(sentence), choices)
+    if alone:
+        return alone
 
     text = marked(plain(text), choices)
     if "⟦" not in re.sub(WHEN, "", text, flags=re.I):
@@ -249,7 +250,7 @@ def extract_choice(output_text, choices):
         parts += [re.split(r"[:;]\s", sentence)[0], sentence, statement]    # "yes: no louder"
     answer = without_questions(answer)
     for conclusion in CONCLUSION.findall(answer)[-1:]:
-        parts.append(sentences(conclusion)[0])
+        parts += sentences(conclusion)[:1]
     for part in (*parts, answer):
         if named := named_choices(part, choices):
             return choices[named.pop()] if len(named) == 1 else None
@@ -257,9 +258,9 @@ def extract_choice(output_text, choices):
 
 
 def spoken_choices(text) -> list[str]:
-    """The choices that a spoken question lists itself, as VoiceBench's do, or []: two to six lines
+    """The choices that a spoken question lists itself, as VoiceBench's do, or []: two to five lines
     "A. gold", "B. silver", ...; or "A. gold B. silver C. iron D. tin" in one line."""
-    lines = [(letters, r"\s*\n\s*") for letters in ("ABCDEF", "ABCDE", "ABCD", "ABC", "AB")]
+    lines = [(letters, r"\s*\n\s*") for letters in ("ABCDE", "ABCD", "ABC", "AB")]
     for letters, gap in (*lines, ("ABCD", r"\s+")):
         pieces = gap.join(rf"(?<!\w)\(?{letter}[.):]\s*(\S[^\n]*?)" for letter in letters)
         if found := re.search(rf".*{pieces}\s*$", text or "", re.S | re.M):
@@ -336,10 +337,7 @@ def agree(said, reference, choices=()):
         return values[0] is not None and same_value(*values)
     if values[0] is not None:                              # "yes, since 3 > 2" for "Yes"
         said = re.split("[,;]", said)[0]
-    said, reference = (
-        spelling(BEHIND_WORDS.split(text.strip(), maxsplit=1)[0]) for text in (said, reference)
-    )
-    return bool(said) and said == reference
+    return bool(spelling(said)) and spelling(said) == spelling(reference)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -85,13 +85,11 @@ def rewritten(text, rules):
     return text
 
 
-def fraction(text):
-    """"1,234", "3/4" or "1.5/2" -> Fraction; None for "1/0" and for endless digits."""
-    if len(text) > 1000:
+def fraction(digits, below="1"):
+    """"1,234" or "1.5" / "2" -> Fraction; None for "1" / "0" and for endless digits."""
+    if len(digits) > 1000 or not Fraction(below):
         return None
-    above, _, below = text.replace(",", "").partition("/")
-    below = Fraction(below or 1)
-    return Fraction(above) / below if below else None
+    return Fraction(digits.replace(",", "")) / Fraction(below)
 
 
 def in_digits(text):
@@ -246,10 +244,11 @@ def value(text):
         return None
     if computed:
         return computed[0], tuple(quantities)
+    if relation := RELATION.search(text):
+        return relation.lastgroup, compound(quantities)
     if re.search(r"\bor\b\D*\d", text):                    # "x = 3 or x = 2", "0.75, or 3/4"
         return "is", tuple(sorted(set(quantities), key=lambda pair: pair[0]))
-    relation = RELATION.search(text)
-    return relation.lastgroup if relation else "is", compound(quantities)
+    return "is", compound(quantities)
 
 
 def comes_to(text):
@@ -268,7 +267,7 @@ def comes_to(text):
 def quantity(found):
     """A match of NUMBER -> (Fraction, its unit or None); the Fraction is None for 1/0."""
     minus, currency, sign, digits, below, noun = found.groups()
-    amount = fraction(f"{digits}/{below or 1}")
+    amount = fraction(digits, below or "1")
     if amount is not None and (minus or sign):
         amount = -amount
     return amount, UNITS.get(currency or (noun or "").lower())
@@ -325,14 +324,16 @@ SPELLING = [
     (r"\\([{}])", r"\1"),
     (r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2"),              # x^{2} = x^2
     (r"(?<=\d)\s+(?=\d)", "&"),                            # 2 1/2 is not 21/2
-    *3 * [(FRACTION, r"(\1\2)/(\3\4)")],                   # of a fraction in one the inner first
+    *[(FRACTION, r"(\1\2)/(\3\4)")] * 3,                   # three deep, the inner first
 ]
+# "Paris, because ...", "Paris, not Rome"
 BEHIND_WORDS = re.compile(REASON.pattern + r"|,?\s+(?:not|rather than|instead of)\b", re.I)
 
 
 def spelling(text):
-    """A text without quotes, case and spaces, formulas in one spelling: x^{2} = x^2,
+    """A text without its reasons, quotes, case and spaces, formulas in one spelling: x^{2} = x^2,
     \\dfrac{a}{b} = a/b, (B) = B, "x = 2\\pi" = "2π"."""
+    text = BEHIND_WORDS.split(text.strip(), maxsplit=1)[0]
     text = plain(rewritten(text, PLAIN + SPELLING)).casefold()
     text = re.sub(r"^(yes|no)\b.*", r"\1", text)           # "No, he does not."
     text = "".join(text.split())
