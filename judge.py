@@ -133,7 +133,7 @@ DENIES = re.compile(
     """, re.I | re.X
 )
 # A choice that only says when: "After the bell I hear ..."
-WHEN = r"\b(?:before|after)\s(?:(?:the|an?)\s)?⟦\d+⟧"
+WHEN = r"(?i:\b(?:before|after)\s(?:(?:the|an?)\s)?⟦\d+⟧)"
 # What is denied behind it, "A dog is wrong", and what says when something is, "What comes after the
 # bell is a dog"; but "a dog barks after the bell" names two
 DENIED = re.compile(
@@ -209,7 +209,7 @@ def named_choices(text, choices):
         return alone
 
     text = marked(plain(text), choices)
-    if "⟦" not in re.sub(WHEN, "", text, flags=re.I):
+    if "⟦" not in re.sub(WHEN, "", text):
         return set()
     # "not A, B, or C" is one clause; "C, because B is a cat" is C
     text = re.sub(r"⟧\)?,?\s+(?:(?:or|and|nor)\s+)?\(?⟦", "⟧ ⟦", text)
@@ -235,7 +235,8 @@ def marked(text, choices):
         flags = re.I
         if len(name) == 1:
             name, flags = plain(choices[place]), 0         # "a dog" does not name the note A
-        pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(name) + r"(?![\w#⟧]|[.,-]\d|-\w)"
+        words = re.escape(name).replace(r"\ ", "[ -]")     # hip hop, hip-hop
+        pattern = rf"(?<![\w⟦-])(?<!\d[.,]){words}(?![\w#⟧]|[.,-]\d|-\w)"
         text = re.sub(pattern, f"⟦{place}⟧", text, flags=flags)
     return BARE_LETTER.sub(mark_letter, NAMED_LETTER.sub(mark_letter, text))
 
