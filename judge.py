@@ -264,7 +264,7 @@ def spoken_choices(text) -> list[str]:
     lines = [(letters, r"\s*\n\s*") for letters in ("ABCDE", "ABCD", "ABC", "AB")]
     for letters, gap in (*lines, ("ABCD", r"\s+")):
         pieces = gap.join(rf"(?<!\w)\(?{letter}[.):]\s*(\S[^\n]*?)" for letter in letters)
-        if found := re.search(rf".*{pieces}\s*$", text or "", re.S | re.M):
+        if found := re.match(rf".*{pieces}\s*$", text or "", re.S | re.M):
             return list(found.groups())
     return []
 
