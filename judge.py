@@ -22,14 +22,12 @@ Nothing is guessed. No answer, or two that contradict each other, agrees with no
 bound, a negation or an alternative ("5 or 6") is what it says, never equal to one of its numbers.
 """
 import re
-import string
 
 import torch
 
 import data
 import models
 from plumbing.quantities import (
-    BEHIND_WORDS,
     REASON,
     in_digits,
     number,
@@ -43,22 +41,30 @@ from plumbing.quantities import (
 # ------------------------------------------------------------------------------------------------
 # 1. Where does the answer stand?
 
-TAGS = re.compile(data.TAG + r"|<\|[^<>|]*\|>", re.I)      # the stages' tags and control tokens
-OTHER_TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>", re.I)
-CHINESE = str.maketrans({"。": ". ", "，": ", ", "：": ": ", "；": "; ", "？": "? "})
+# The stages' tags, other models', and control tokens
+TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>|<\|[^<>|]*\|>", re.I)
 
-# "The answer is ...", "my answer would be: ...", "the correct option isn't ...", "答案是...".
-# What follows starts at its first word, with the brackets and the sign before it: (B, -5, \frac, .5
-ANSWER_IS = (
-    r"\b(?:answer|(?:correct|best|right) (?:option|choice))\b(?:[^.:=\n]{0,40}?"
-    r"(?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will) be\b)"
-    # "answer: B"; but not "let me answer step by step:"
-    r"|(?:\s+(?:to|for)\b[^.:=\n,]{0,40})?[\s*_]*[:=])"
-    r"|(?:答案(?:应该|就)?(?:是|选|为|:)|选择?)(?:选项)?")
-I_CHOOSE = r"|\bI(?:'d| would|'ll| will)? (?:choose|pick|select|go with)"
+# What follows "the answer is" starts at its first word, with the brackets and the sign before it:
+# (B, -5, $5, \frac, .5
+ANSWER_IS = r"""
+    \b(?:answer|(?:correct|best|right)[ ](?:option|choice))\b
+    (?: [^.:=\n]{0,40}?                                    # my answer to this is, the answer isn't
+        (?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will)[ ]be\b)
+      | (?:\s+(?:to|for)\b[^.:=\n,]{0,40})? [\s*_]*[:=] )  # "answer: B"; but not "let me answer
+                                                           # step by step:"
+  | (?:答案(?:应该|就)?(?:是|选|为|[:：])|选择?)(?:选项)?"""
+I_CHOOSE = r"| \bI(?:'d|[ ]would|'ll|[ ]will)?[ ](?:choose|pick|select|go[ ]with)"
 BEHIND = r"(?=\W*?((?:\\?[(\[{]\s*){0,3}(?:[\u2212±√-]\s*)?[$£€]?(?:\.(?=\d)|\\)?\w.*))"
-STATEMENT = re.compile(f"(?:{ANSWER_IS}){BEHIND}", re.I)
-CHOICE_STATEMENT = re.compile(f"(?:{ANSWER_IS}{I_CHOOSE}){BEHIND}", re.I)
+# "The answer is as follows:" states nothing yet
+FOLLOWS = r"(?:as[ ]follows|(?:the[ ])?following|(?:given[ ]|shown[ ])?below)\b"
+STATEMENT = re.compile(rf"(?:{ANSWER_IS})(?!\W*{FOLLOWS}){BEHIND}", re.I | re.X)
+CHOICE_STATEMENT = re.compile(f"(?:{ANSWER_IS}{I_CHOOSE}){BEHIND}", re.I | re.X)
+
+# What stands in braces, with braces in braces in braces: {\frac{\sqrt{2}}{2}}
+INSIDE = r"[^{}]*"
+for _ in range(3):
+    INSIDE = rf"(?:[^{{}}]|\{{{INSIDE}\}})*"
+BOX = re.compile(rf"(?=\\(?:boxed|fbox)\s*(?:\{{({INSIDE})|(\w+)))")         # \boxed{5}, \boxed 5
 
 
 def final_answer(output_text):
@@ -74,96 +80,95 @@ def final_answer(output_text):
     return TAGS.sub(" ", text)
 
 
-def stated(output_text):
-    """final_answer, in ASCII punctuation and without other models' tags."""
-    return OTHER_TAGS.sub(" ", final_answer(output_text).translate(CHINESE))
-
-
-def boxed(text):
-    """What stands in the last \\boxed{...}, \\fbox{...} or <answer>...</answer>, or None."""
-    if tagged := re.findall(r"<answer>(.*?)(?:</answer>|\Z)", text, re.I | re.S):
-        return tagged[-1]
-    box = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=\w))", text))
-    if not box:
-        return None
-    begin, depth = box[-1].end(), 1
-    if not box[-1][1]:                                     # \boxed 5
-        return re.match(r"\w+", text[begin:])[0]
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)       # braces matched
-        if depth == 0:
-            return text[begin:end]
-    return text[begin:]
-
-
 def without_questions(text):
     """"B? No, C." states C; but a text that is nothing but a question stays."""
     statements = re.sub(r"[^.!?\n]*\?", " ", text)
     return statements if statements.strip() else text
 
 
+def boxed(text):
+    """What stands in the last \\boxed{...}, \\fbox{...} or <answer>...</answer>, or ""."""
+    tagged = re.findall(r"<answer>(.*?)(?:</answer>|\Z)", text, re.I | re.S)
+    boxes = ["".join(found) for found in BOX.findall(text)]
+    return (tagged or boxes or [""])[-1]
+
+
 # ------------------------------------------------------------------------------------------------
 # 2. Choices: which one does it name?
 
-# A letter in front: "B", "(B)", "B.", "b) gold", "B - gold", "B, the voice is high"; but not
-# "B, C or D"
+# A letter in front, that is the answer whatever follows
 LEADING_LETTER = re.compile(
-    r"[(\[]?([A-Z])(?:[)\]][.:]?|[.:](?=\s|$)|\s[-–—]\s|$"
-    r"|,(?=\s+(?!or\b|and\b|[A-Z]\b)\w+\s+\w))\s*",
-    re.I,
+    r"""[(\[]?([A-Z])
+        (?: [)\]][.:]? | [.:](?=\s|$) | \s[-–—]\s | $      # (B), b) gold, B. gold, B - gold, B
+          | ,(?=\s+(?!or\b|and\b|[A-Z]\b)\w+\s+\w) )\s*    # B, the voice is high; but not B, C or D
+    """, re.I | re.X
 )
-# A letter that is called one: "(B)", "option b", and those of a list, "B. gold  C. silver"
-NAMED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Za-z])\b\)?")
-LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")
+LISTED_LETTER = re.compile(r"(?<!\w)\(?([A-Z])[).:]\s")    # and those of a list, B. gold  C. silver
+# A letter that is called one: "(B)", "option b"
+NAMED_LETTER = re.compile(r"(\((?=[A-Z]\))|\b(?:[Oo]ption|[Cc]hoice)\s+\(?)([A-Za-z])\b")
 # A bare capital where an answer stands: "it's C", "not B but C", "B because ...". In "a C note" or
 # "A dog barks" it is none.
 BARE_LETTER = re.compile(
-    r"(?:^|[.,:;!?]\s*|(?i:\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|believe"
-    r"|feel|that|not|but|or|and|nor|neither|either|both|than|of|probably|maybe|likely|definitely"
-    r"|clearly|answer)|'s|n't)\s+)"
-    r"([A-HJ-Z])"
-    r"(?=$|\s*[.,;:!?()]|是|\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can"
-    r"|may|might|must|seems?|rather|instead|over)\b)"
+    r"""(^|[.,:;!?]\s*
+        |(?i:'s|n't|\b(?:is|was|be|with|choose|chose|pick|select|say|think|guess|believe|feel|that
+            |not|but|or|and|nor|neither|either|both|than|of|probably|maybe|likely|definitely|clearly
+            |answer))\s+)
+        ([A-HJ-Z])
+        (?=$|\s*[.,;:!?()]|是
+          |\s+(?:because|since|as|and|or|nor|but|is|are|isn't|was|would|could|can|may|might|must
+            |seems?|rather|instead|over)\b)
+    """, re.X
 )
 CONCLUSION = re.compile(
     r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)",
     re.I,
 )
-CLAUSE = re.compile(r"[,;:.!?\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
-# What denies a choice that follows it in the same clause, and one that stands before it
+CLAUSE = re.compile(r"[,;:.!?，；：。？\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
+# What denies all that follows in its clause
 DENIES = re.compile(
-    r"\b(?:not|no(?! doubt)|nor|neither|never|without(?! (?:a|any) doubt)|cannot"
-    r"|(?<!other )than|instead of|unlike|except|anything but"
-    r"|thought (?:it|this|that)|wrong to"
-    r"|rul(?:e|es|ed|ing) out|exclud(?:e|es|ed|ing))\b|n't\b",
-    re.I,
+    r"""\b(?:not|no(?![ ]doubt)|nor|neither|never|without(?![ ](?:a|any)[ ]doubt)|cannot
+          |(?<!other[ ])than|instead[ ]of|unlike|except|anything[ ]but|wrong[ ]to
+          |thought[ ](?:it|this|that|(?:(?:the|an?)[ ])?⟦)
+          |rul(?:e|es|ed|ing)[ ]out|exclud(?:e|es|ed|ing))\b|n't\b
+    """, re.I | re.X
 )
-THOUGHT = re.compile(r"\bthought\s+(?:(?:the|an?)\s+)?$", re.I)
-# "What comes after the bell is a dog"; but "a dog barks after the bell" names two
-BEFORE_OR_AFTER = re.compile(r"\b(?:before|after)\s+(?:(?:the|an?)\s+)?$", re.I)
-VERB = re.compile(r"\s*(?:,|(?:is|was|comes|came|would|must)\b)", re.I)
+# A choice that only says when: "After the bell I hear ..."
+WHEN = r"(?i:\b(?:before|after)\s(?:(?:the|an?)\s)?⟦\d+⟧)"
+# What is denied behind it, "A dog is wrong", and what says when something is, "What comes after the
+# bell is a dog"; but "a dog barks after the bell" names two
 DENIED = re.compile(
-    r"\b(?:is|are|was|were|be)(?:n't| not)\b|\b(?:incorrect|wrong|false|unlikely"
-    r"|impossible|ruled out|excluded|eliminated)\b",
-    re.I,
+    rf"""⟦\d+⟧(?=.*\b(?:(?:is|are|was|were|be)(?:n't|[ ]not)|incorrect|wrong|false|unlikely
+          |impossible|ruled[ ]out|excluded|eliminated)\b)
+      | {WHEN}(?=[ ](?:is|was|comes|came|would|must)\b)
+    """, re.I | re.X
 )
 
 
-def without_article(text, choices=()):
-    """"the dog" -> "dog"; but beside "E major" the choice "A major" is not "major"."""
-    text = plain(text).casefold().replace("-", " ")
-    bare = re.sub(r"^(?:a|an|the)\s+(?=\w)", "", text)
-    others = {plain(choice).casefold().replace("-", " ") for choice in choices} - {text}
-    return text if any(bare in other for other in others) else bare
+def names_of(choices):
+    """The choices in one spelling, without article: "the dog" -> "dog"; but beside "E major" the
+    choice "A major" is not "major"."""
+    names = [spelt(choice) for choice in choices]
+    bare = [without_article(name) for name in names]
+    return [
+        name if any(short in other and short != other for other in bare) else short
+        for name, short in zip(names, bare)
+    ]
+
+
+def spelt(text):
+    return plain(text).casefold().replace("-", " ")
+
+
+def without_article(name):
+    return re.sub(r"^(?:a|an|the)\s+(?=\w)", "", name)
 
 
 def place_of(text, choices):
     """The place of the choice that `text` is, word for word but for case and article; or None."""
-    exact = [plain(choice).casefold() for choice in choices]
-    bare = [without_article(choice, choices) for choice in choices]
-    for words, names in ((plain(text).casefold(), exact), (without_article(text), bare)):
-        if words and words in names:
-            return names.index(words)
+    names, words = names_of(choices), spelt(text)
+    for name in (words, without_article(words)):
+        if name in names:
+            return names.index(name)
     return None
 
 
@@ -171,124 +176,97 @@ def letter_place(letter):
     return ord(letter.upper()) - ord("A")
 
 
-def standing_alone(text, choices):
-    """The places that a text without anything else in it names: {1} for "cat", "B", "B. cat". A
-    letter and words that contradict each other are two: "(B) dog"."""
-    place = place_of(text, choices)
+def standing_alone(sentence, choices):
+    """The places that a sentence names that is nothing but a choice, or begins with a letter: {1}
+    for "cat", "B", "B. cat", "B. A dog would bark". A letter and words that contradict each other
+    are two, "(B) dog", and so are the letters of a list."""
+    place = place_of(sentence, choices)
     if place is not None:
         return {place}
-    lead = LEADING_LETTER.match(text)
-    letter = letter_place(lead[1]) if lead else len(choices)
-    if letter >= len(choices):
+    lead = LEADING_LETTER.match(sentence)
+    if not lead or letter_place(lead[1]) >= len(choices):
         return set()
-    rest = text[lead.end():]
-    place = place_of(rest, choices)
-    if place is None and plain(rest):
-        return set()
-    return {letter, letter if place is None else place}
+    letters = LISTED_LETTER.findall(REASON.split(sentence, maxsplit=1)[0])
+    places = {letter_place(letter) for letter in (lead[1], *letters)}
+    places.add(place_of(sentence[lead.end():], choices))
+    return places & set(range(len(choices)))
 
 
 def named_choices(text, choices):
     """The places of all choices that a text names, by words or letter, and does not deny."""
-    text = re.sub(r"\$|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
-    choices = [choice.replace("$", "") for choice in choices]
-    if choices and all(number(choice) is not None for choice in choices):
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
+    if all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
-        found = value(text)
-        if found and found[0] != "is" and len(sentences(text)) == 1:
-            return set()                                   # "at least 2", "1 or 2"
-    if {without_article(choice) for choice in choices} <= {"yes", "no"}:
+    if set(names_of(choices)) <= {"yes", "no"}:
         text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
+
     alone = set()
     for sentence in sentences(text):
         alone |= standing_alone(plain(sentence), choices)
     if alone:
         return alone
-    text = plain(text)
-    lead = LEADING_LETTER.match(text)
-    if lead and letter_place(lead[1]) < len(choices):
-        # "B. A dog would bark."; a list names more
-        listed = LISTED_LETTER.findall(REASON.split(text, maxsplit=1)[0])
-        places = {letter_place(letter) for letter in (lead[1], *listed)}
-        places.add(place_of(sentences(text[lead.end():])[0], choices))
-        return {place for place in places if place is not None and place < len(choices)}
 
-    text = marked(text, choices)
+    text = marked(plain(text), choices)
+    if "⟦" not in re.sub(WHEN, "", text):
+        return set()
     # "not A, B, or C" is one clause; "C, because B is a cat" is C
-    text = re.sub(r"⟧,?\s+(?:(?:or|and|nor)\s+)?⟦", "⟧ ⟦", text)
+    text = re.sub(r"⟧\)?,?\s+(?:(?:or|and|nor)\s+)?\(?⟦", "⟧ ⟦", text)
     before_reason = REASON.split(text, maxsplit=1)[0]
-    named, times = set(), set()
+    named = set()
     for clause in CLAUSE.split(before_reason if "⟦" in before_reason else text):
-        for found in re.finditer(r"⟦(\d+)⟧", clause):
-            before, behind = clause[:found.start()], clause[found.end():]
-            if DENIES.search(before) or THOUGHT.search(before) or DENIED.search(behind):
-                continue
-            if not BEFORE_OR_AFTER.search(before):
-                named.add(int(found[1]))
-            elif not VERB.match(behind):
-                times.add(int(found[1]))
-    return named | times if named else named
+        asserted = DENIES.split(DENIED.sub("", clause), maxsplit=1)[0]
+        named.update(int(place) for place in re.findall(r"⟦(\d+)⟧", asserted))
+    return named
 
 
 def marked(text, choices):
     """What names a choice, replaced by its place: "It's a cat, not A" -> "It's a ⟦1⟧, not ⟦0⟧". So
     "white gold" does not also name "gold", and the "no" of a choice denies nothing."""
-    def mark(place):
-        return f"⟦{place}⟧" if place < len(choices) else "⟦⟧"
+    def mark_letter(match):
+        place = letter_place(match[2])
+        return match[1] + (f"⟦{place}⟧" if place < len(choices) else "⟦⟧")
 
-    def mark_named(match):
-        return mark(letter_place(match[1] or match[2]))
-
-    def mark_bare(match):
-        return match[0][:match.start(1) - match.start()] + mark(letter_place(match[1]))
-
-    if any(len(plain(choice)) == 1 for choice in choices):
-        text = NAMED_LETTER.sub(mark_named, text)          # blood groups: "(A)" is the first, O
-    for choice in sorted(choices, key=lambda choice: len(plain(choice)), reverse=True):
-        words, flags = without_article(choice, choices), re.I
-        if len(plain(choice)) == 1:
-            words, flags = plain(choice), 0                # "a dog" does not name the note A
-        if words:
-            pattern = r"(?<![\w⟦-])(?<!\d[.,])" + re.escape(words) + r"(?![\w#⟧]|[.,-]\d|-\w)"
-            text = re.sub(pattern, mark(place_of(choice, choices)), text, flags=flags)
-    return BARE_LETTER.sub(mark_bare, NAMED_LETTER.sub(mark_named, text))
+    names = names_of(choices)
+    if any(len(name) == 1 for name in names):              # of blood groups "(A)" is the first, O
+        text = NAMED_LETTER.sub(mark_letter, text)
+    for place, name in sorted(enumerate(names), key=lambda pair: -len(pair[1])):
+        flags = re.I
+        if len(name) == 1:
+            name, flags = plain(choices[place]), 0         # "a dog" does not name the note A
+        words = re.escape(name).replace(r"\ ", "[ -]")     # hip hop, hip-hop
+        pattern = rf"(?<![\w⟦-])(?<!\d[.,]){words}(?![\w#⟧]|[.,-]\d|-\w)"
+        text = re.sub(pattern, f"⟦{place}⟧", text, flags=flags)
+    return BARE_LETTER.sub(mark_letter, NAMED_LETTER.sub(mark_letter, text))
 
 
 def extract_choice(output_text, choices):
     """output_text: what the model said. choices: list of str. Returns the chosen one of `choices`,
     or None; never a guess. The first place that names any choice decides; if it names two, none."""
-    answer = stated(output_text)
-    parts = [boxed(answer) or ""]
+    answer = final_answer(output_text)
+    parts = [boxed(answer)]
     for statement in reversed(CHOICE_STATEMENT.findall(answer)[-5:]):     # some models never stop
-        head = re.split("[:;]", statement)[0]              # "yes: it gets no louder"
-        if standing_alone(plain(head), choices):
-            parts.append(head)
-        parts += [sentences(statement)[0], statement]
+        sentence = sentences(statement)[0]
+        parts += [re.split(r"[:;]\s", sentence)[0], sentence, statement]    # "yes: no louder"
     answer = without_questions(answer)
     for conclusion in CONCLUSION.findall(answer)[-1:]:
-        parts.append(sentences(conclusion)[0])
-    parts.append(answer)
-    for part in parts:
+        parts += sentences(conclusion)[:1]
+    for part in (*parts, answer):
         if named := named_choices(part, choices):
             return choices[named.pop()] if len(named) == 1 else None
     return None
 
 
 def spoken_choices(text) -> list[str]:
-    """The choices that a spoken question lists itself, as VoiceBench's do, or []: lines "A. gold",
-    "B. silver", ... without a gap; or "A. gold B. silver C. iron D. tin" in one line."""
-    text = text or ""
-    listed = re.findall(r"^\s*\(?([A-Z])[.):]\s*(\S.*)$", text, re.M)
-    starts = [i for i, (letter, _) in enumerate(listed) if letter == "A"]
-    listed = listed[starts[-1]:] if starts else []
-    letters = "".join(letter for letter, _ in listed)
-    if len(letters) > 1 and string.ascii_uppercase.startswith(letters):
-        return [choice.strip() for _, choice in listed]
-    pieces = r".*(?<!\w)A[.):]\s*(.+?)\s+B[.):]\s*(.+?)\s+C[.):]\s*(.+?)\s+D[.):]\s*([^\n]+)"
-    found = re.search(pieces, text, re.S)
-    return [choice.strip() for choice in found.groups()] if found else []
+    """The choices that a spoken question lists itself, as VoiceBench's do, or []: two to five lines
+    "A. gold", "B. silver", ...; or "A. gold B. silver C. iron D. tin" in one line."""
+    lines = [(letters, r"\s*\n\s*") for letters in ("ABCDE", "ABCD", "ABC", "AB")]
+    for letters, gap in (*lines, ("ABCD", r"\s+")):
+        pieces = gap.join(rf"(?<!\w)\(?{letter}[.):]\s*(\S[^\n]*?)" for letter in letters)
+        if found := re.match(rf".*{pieces}\s*$", text or "", re.S | re.M):
+            return list(found.groups())
+    return []
 
 
 def choices_and_answer(example):
@@ -316,8 +294,6 @@ COURTESY = re.compile(
     r"|(?:this|that)(?: is|'s) .*(?:less|more|fewer))\b",
     re.I,
 )
-# "The answer is as follows:" states nothing yet
-FOLLOWS = re.compile(r"(?:as follows|(?:the )?following|(?:given |shown )?below)\b", re.I)
 # What states the number in a sentence: behind "so", then behind "is" ("the sum of 3 and 4 is 7")
 THEREFORE = re.compile(
     r"\b(?:so|therefore|thus|hence|for a total of|in total|altogether)\b(?=.*\d)"
@@ -330,15 +306,14 @@ PREDICATE = re.compile(r"\b(?:is|are|was|were|equals)\b(?=[^=]*\d[^=]*$)", re.I)
 def open_answer(output_text):
     """The part of an answer to an open question that states it: the box, what follows GSM8K's last
     "####", what follows the last "the answer is", the last sentence that has a number, or all."""
-    answer = stated(output_text)[-2000:]                   # of a model that never stops, the end
+    answer = final_answer(output_text)[-2000:]             # of a model that never stops, the end
     box = boxed(answer)
-    if box and box.strip():
+    if box.strip():
         return box
     if marked := re.findall(r"####\s*(\S.*)", answer):
         return marked[-1]
     answer = re.sub(r"\\[\[\]]|\$\$", " ", answer)           # a formula on a line of its own
-    statements = [text for text in STATEMENT.findall(answer) if not FOLLOWS.match(text)]
-    if statements:
+    if statements := STATEMENT.findall(answer):
         return sentences(statements[-1])[0]
     stating = [part for part in sentences(without_questions(answer)) if not COURTESY.match(part)]
     for sentence in reversed(stating):
@@ -363,10 +338,7 @@ def agree(said, reference, choices=()):
         return values[0] is not None and same_value(*values)
     if values[0] is not None:                              # "yes, since 3 > 2" for "Yes"
         said = re.split("[,;]", said)[0]
-    said, reference = (
-        spelling(BEHIND_WORDS.split(text.strip(), maxsplit=1)[0]) for text in (said, reference)
-    )
-    return bool(said) and said == reference
+    return bool(spelling(said)) and spelling(said) == spelling(reference)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -410,24 +382,23 @@ def ask(model, tokenizer, triples, yes, no, *, batch_size=32):
     verdicts = []
     for start in range(0, len(triples), batch_size):
         chunk = triples[start:start + batch_size]
-        said = [open_answer(output) for _, output, _ in chunk]
-        # What is spoken and what is written: beside a spoken problem may stand no more than
-        # "answer in a box"
-        questions = [
-            "\n".join(filter(None, (example.transcript, data.question_text(example))))
-            for example, _, _ in chunk
-        ]
-        prompts = [
-            ASK.format(question=question, reference=open_answer(reference), said=answer)
-            for question, (_, _, reference), answer in zip(questions, chunk, said)
-        ]
-        prompts = [data.text_prompt(tokenizer, prompt, "") for prompt in prompts]
-        prompts = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        prompts = []
+        for example, said, reference in chunk:
+            # What is spoken and what is written: beside a spoken problem may stand no more than
+            # "answer in a box"
+            question = filter(None, (example.transcript, data.question_text(example)))
+            prompt = ASK.format(
+                question="\n".join(question),
+                reference=open_answer(reference),
+                said=open_answer(said),
+            )
+            prompt = data.text_prompt(tokenizer, prompt, "")
+            prompts.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         inputs = data.pad_left(prompts, tokenizer)
         inputs = {name: x.to(model.device) for name, x in inputs.items()}
         logits = model(**inputs, logits_to_keep=1).logits[:, -1]         # [batch, vocab]
         p = logits.float().softmax(-1)
         agreed = p[:, yes].sum(-1) > p[:, no].sum(-1)                    # [batch]
-        for verdict, answer in zip(agreed.tolist(), said):
-            verdicts.append(verdict and bool(plain(answer)))
+        for verdict, (_, said, _) in zip(agreed.tolist(), chunk):
+            verdicts.append(verdict and bool(plain(open_answer(said))))
     return verdicts

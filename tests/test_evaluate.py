@@ -124,6 +124,7 @@ def test_extraction(output, choice):
         ("C:maj/1 to G:maj/1", ["G:maj/1 to C:maj/1", "C:maj/1 to G:maj/1"], "C:maj/1 to G:maj/1"),
         ("beep, knock", ["knock, beep", "beep, knock"], "beep, knock"),
         ("not present", ["present", "not present"], "not present"),
+        ("It is hip-hop, not rock", ["rock", "hip-hop"], "hip-hop"),
         ("It is not present", ["present", "absent"], None),
         ("3", ["1", "2", "3"], "3"),
         ("There are 3 knocks", ["13", "3", "33"], "3"),
