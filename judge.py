@@ -199,6 +199,10 @@ def named_choices(text, choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
+        relation, quantities = value(text) or ("is", ())
+        several = relation != "is" or len(quantities) > 1
+        if several and len(sentences(text)) == 1:
+            return set()                                   # "at least 2", "1 or 2"
     if set(names_of(choices)) <= {"yes", "no"}:
         text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
 

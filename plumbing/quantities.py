@@ -223,8 +223,10 @@ def value(text):
     if not WORD.search(text) and STRUCTURE.search(text):
         return None
 
-    # "48 / 2 = 24" is 24, but "22/7 ≈ 3.14" and "15 minutes = 900 seconds" say it first
-    if len(ASSIGNED.findall(text)) < 2:
+    if len(ASSIGNED.findall(text)) > 1:                    # "y = 2, x = 1" is x = 1, y = 2
+        text = " ".join(sorted(re.split(r"\b(?=[A-Za-z]\w?\s*=)", text)))
+    else:
+        # "48 / 2 = 24" is 24, but "22/7 ≈ 3.14" and "15 minutes = 900 seconds" say it first
         sides = re.split("[=≈]", text)
         number_alone = re.fullmatch(r"\W*-?[$£€]?[\d.,/]+(?:\s+[A-Za-z]+)?\W*", sides[0])
         text = sides[0] if number_alone else sides[-1]

@@ -261,6 +261,8 @@ def test_the_answers_own_statement_decides(said, chosen):
     [
         ("$20 every day, 7 days a week", "$18 every day, 7 days a week", False),
         ("x = 1, y = 2", "x = 7, y = 2", False),
+        ("x = 1, y = 2", "y = 2, x = 1", True),
+        ("x = 7, y = 12", "y = 7, x = 12", False),
         ("8 out of 10", "10", False),
         ("at least 5", "5", False),
         ("at least 5", "at least 5", True),
@@ -431,6 +433,11 @@ def test_words_around_a_choice(said, chosen):
 )
 def test_one_is_not_always_a_number(said):
     assert judge.extract_choice(said, ["1", "2", "3", "4"]) == "2"
+
+
+@pytest.mark.parametrize("said", ["at least 2", "The answer is 2 or 3.", "It was 2 or 5."])
+def test_a_bound_or_an_alternative_is_no_choice(said):
+    assert judge.extract_choice(said, ["1", "2", "3", "4"]) is None
 
 
 @pytest.mark.parametrize("said", ["The answer is unclear. " * 500, "The answer is " * 800])
