@@ -36,7 +36,6 @@ import math
 import random
 import re
 import string
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -54,8 +53,9 @@ STAGES = ("planning", "caption", "reasoning", "summary")        # CoTA's stages 
 TAG = r"</?(?:THINK|PLANNING|CAPTION|REASONING|SUMMARY|RESPONSE)>"
 
 
-class DataError(ValueError):
-    """Bad data, in one sentence: where (file:line), what, and what to do about it."""
+class DataError(SystemExit, ValueError):
+    """Bad data, in one sentence: where (file:line), what, and what to do about it. A script ends
+    with the sentence and without a traceback."""
 
 
 @dataclass
@@ -646,10 +646,7 @@ def main():
 
     from plumbing import check, show
     command = check.command if args.command == "check" else show.command
-    try:
-        command(args)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    command(args)
 
 
 if __name__ == "__main__":

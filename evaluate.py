@@ -527,13 +527,10 @@ def main(argv=None):
         args.temperature = 0.0 if args.task == "gap" else 0.6
 
     rank, _, device = ranks.start_distributed()
-    try:
-        args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
-        if rank == 0:
-            make_folder(args.out)                           # not after hours of answers
-        run(args, rank, device)
-    except data.DataError as error:
-        raise SystemExit(f"evaluate.py: {error}") from None
+    args.model = ranks.of_rank_zero(newest_checkpoint(args.model))
+    if rank == 0:
+        make_folder(args.out)                               # not after hours of answers
+    run(args, rank, device)
     ranks.stop_distributed()
 
 

@@ -426,8 +426,6 @@ def jsd_ce(
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
         teacher = teacher_hidden[counted], teacher_weight
-    if torch.is_tensor(shared_ids):
-        shared_ids = (shared_ids, shared_ids)
 
     weight_of_row = 1 / _count(len(counted), denominator)
     each = torch.full_like(counted, weight_of_row, dtype=_exact(student.hidden))    # [rows]

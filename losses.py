@@ -192,17 +192,15 @@ def jsd_ce(
     teacher_weight [teacher vocab, teacher hidden]
     labels [tokens] int64                     rows labelled -100 count for neither term
     beta                                      as in token_divergence
-    shared_ids                                the tokens that L_top runs over: int64 [shared], or
-                                              a pair (student's ids, teacher's ids); None: all.
-                                              L_SFT is over the student's whole head."""
+    shared_ids                                the tokens that L_top runs over: student's ids and
+                                              teacher's ids, int64 [shared] each; None: all. L_SFT
+                                              is over the student's whole head."""
     counted = labels != IGNORE
     student = head_logits(student_hidden[counted], student_weight)          # [counted, vocab]
     ce = cross_entropy(student, labels[counted], denominator=denominator)
     top = torch.zeros_like(ce)
     if teacher_hidden is not None:
         teacher = head_logits(teacher_hidden[counted], teacher_weight)      # [counted, its vocab]
-        if torch.is_tensor(shared_ids):
-            shared_ids = (shared_ids, shared_ids)
         if shared_ids is not None:
             student, teacher = shared_logits(student, teacher, *shared_ids)     # [counted, shared]
         top = jsd(student, teacher, beta=beta, denominator=denominator)

@@ -69,7 +69,7 @@ from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_group
 from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, flag_parser
 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
-EXPECTED = {"text": (85.3, 84.3), "audio": (51.7, 61.7)}
+EXPECTED = "text 85.3 -> 84.3  audio 51.7 -> 61.7"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -127,8 +127,6 @@ def parse_flags(argv=None):
         parser.error("with --token-loss none and --group-size 0 nothing is learnt")
     if args.token_loss == "sft" and args.group_size:
         parser.error("--token-loss sft is a baseline of its own: add --group-size 0")
-    if min(args.text_batch, args.show_every) < 1:
-        parser.error("--text-batch and --show-every are at least 1")
     if min(args.temperature, args.group_temperature) <= 0 or not 0 <= args.top_share <= 1:
         parser.error(
             "temperatures are above 0 (an argmax explores nothing), --top-share is between 0 and 1"
@@ -585,12 +583,8 @@ def train(args, run):
             gap_reduction_percent=evaluate.gap_reduction(before, after),
         )
         if args.data is None and not args.dry_run:
-            line = "expected without flags:  text {:.1f} -> {:.1f}  audio {:.1f} -> {:.1f}"
-            run.say(line.format(*EXPECTED["text"], *EXPECTED["audio"]))
+            run.say(f"expected without flags:  {EXPECTED}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    main()

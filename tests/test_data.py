@@ -848,7 +848,7 @@ def test_check_command(world, tmp_path, monkeypatch, capsys):
     assert lines[2] == f"{world}: 2 examples are valid, 2 have faults, 0 odd things"
     assert lines[-1].split() == ["together", "2", "0.3", "0.4"]
     for arguments, message in (
-        ((tmp_path / "none.jsonl",), "error: .*there is no such manifest"),
+        ((tmp_path / "none.jsonl",), "there is no such manifest"),
         ((world, "--max-seconds", 0.1), "^1$"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -938,7 +938,7 @@ def test_show_draws_both_views(
         5
     ] == "<|im_end|>"
     with pytest.raises(
-        SystemExit, match="error: .* has no valid example with the id nobody; python data.py check"
+        SystemExit, match="has no valid example with the id nobody; python data.py check"
     ):
         monkeypatch.setattr(
             sys,

@@ -115,7 +115,7 @@ def compare(fused, formula, args, how, tolerance, chunk, scale=1.0):
     st.integers(1, 400),
     st.sampled_from(KINDS),
     st.sampled_from(BETAS),
-    st.sampled_from(["none", "one", "pair"]),
+    st.sampled_from(["none", "pair"]),
     st.sampled_from([0.0, 0.3, 1.0]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 10_000),
@@ -134,7 +134,7 @@ def test_jsd_ce_equals_its_formula(
     teacher = model(kind, tokens, vocab, width, generator, scale=2.0, twin=student)
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < ignored] = -100
-    ids = {"none": None, "one": torch.randperm(vocab, generator=generator)[: max(1, vocab // 2)]}
+    ids = {"none": None}
     if share == "pair":  # the teacher numbers them otherwise, and has rows to spare
         order, spare = (
             torch.randperm(vocab, generator=generator),

@@ -143,8 +143,8 @@ def test_the_default_run_of_paper_a():
     for line in evaluate.report_change(results["before"], results["after"]).splitlines():
         assert f"    {line}".rstrip() in README, line
     for part, key in (("aqa", "average"), ("ser", "ua")):
-        measured = [round(results[when][part][key], 1) for when in ("before", "after")]
-        assert train_source_layer.EXPECTED[part] == tuple(measured)
+        before, after = (results[when][part][key] for when in ("before", "after"))
+        assert f"{part.upper()} {before:.1f} -> {after:.1f}" in train_source_layer.EXPECTED
 
 
 def test_the_default_run_of_cord():
@@ -157,8 +157,8 @@ def test_the_default_run_of_cord():
         if line.startswith((" " * 10, "together", "text", "audio")) and "before" not in line:
             assert f"    {line}".rstrip() in README, line
     for view in ("text", "audio"):
-        measured = [round(results[when][f"{view}_accuracy"], 1) for when in ("before", "after")]
-        assert train_cord.EXPECTED[view] == tuple(measured)
+        before, after = (results[when][f"{view}_accuracy"] for when in ("before", "after"))
+        assert f"{view} {before:.1f} -> {after:.1f}" in train_cord.EXPECTED
     reduction = evaluate.gap_reduction(results["before"], results["after"])
     assert results["gap_reduction_percent"] == reduction > 0
 

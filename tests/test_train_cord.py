@@ -868,7 +868,6 @@ def test_a_folder_holds_one_run(world, one_process, tmp_path, capsys):
         (["--token-loss", "sft"], "--group-size 0"),
         (["--top-share", "2"], "between 0 and 1"),
         (["--micro-batch", "0"], "at least 1"),
-        (["--show-every", "0"], "at least 1"),
     ],
 )
 def test_flags_that_make_no_sense(flags, words, capsys):
