@@ -193,11 +193,8 @@ class Projections(nn.Module):
         noise (on new tokens hundreds of times the teacher's variance); this one prevents that, and
         fades as the batch grows. It acts on features scaled to standard deviation 1, or the outlier
         features would set its size for all others. Not centred: W has no bias, and the large
-        constant part of the outlier features serves as one. ValueError for tokens that do not pair
-        up or are not finite."""
-        if len(student_hidden) != len(teacher_hidden):
-            raise ValueError(f"{len(student_hidden)} student and {len(teacher_hidden)} teacher "
-                             "tokens: give both the same tokens")
+        constant part of the outlier features serves as one. ValueError for tokens that are not
+        finite."""
         self.mean[pair_index], self.std[pair_index] = feature_statistics(teacher_hidden)
 
         weight = self.weights[pair_index]

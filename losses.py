@@ -142,11 +142,7 @@ def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):
     data.shared_vocabulary) -> two [tokens, shared].
 
     The softmax that follows then runs over the shared tokens alone, which renormalises both sides.
-    All other tokens, and the unused rows that pad an embedding table, get no gradient from it.
-    ValueError for unequal numbers of ids."""
-    if student_ids.shape != teacher_ids.shape:
-        raise ValueError(f"{len(student_ids)} student ids for {len(teacher_ids)} teacher ids: "
-                         "they come in pairs (data.shared_vocabulary)")
+    All other tokens, and the unused rows that pad an embedding table, get no gradient from it."""
     return (
         student_logits.index_select(-1, student_ids),
         teacher_logits.index_select(-1, teacher_ids),
@@ -161,10 +157,7 @@ def cross_entropy(logits, labels, *, denominator=None):
 
     [tokens, vocab], [tokens] int64 -> scalar. Rows labelled -100 count nowhere. The logits are
     already the ones that predict these labels (one position earlier in the sequence): nothing is
-    shifted here. ValueError for labels of another number of rows."""
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels {list(labels.shape)} for logits {list(logits.shape)}: gather "
-                         "the logits at predict_positions")
+    shifted here."""
     counted = labels != IGNORE
     log_q = _log_softmax(logits, temperature=1.0)                   # [tokens, vocab]
     labels = labels.masked_fill(~counted, 0)
@@ -380,7 +373,7 @@ def cord(
     alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
     ValueError for what does not fit together, and for a label that is banned."""
-    _check(lengths, carries_kl, teacher_hidden, labels, banned, divergence_beta, denominator)
+    _check(lengths, carries_kl, teacher_hidden, labels, banned, denominator)
 
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
@@ -406,7 +399,7 @@ def cord(
     return loss, kl.detach(), log_q.detach(), entropy.detach()
 
 
-def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denominator):
+def _check(lengths, carries_kl, teacher, labels, banned, denominator):
     taught = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == taught:
         raise ValueError(
@@ -415,8 +408,6 @@ def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denomi
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
-    if not 0 <= divergence_beta <= 1:
-        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
     if lengths and denominator is not None and denominator <= 0:
         raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
                          "with a KL")

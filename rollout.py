@@ -36,11 +36,10 @@ def plain_decoding(model):
     the KV cache)."""
     settings = model.generation_config
     training = [module for module in model.modules() if module.training]
-    half = model.device.type == "cuda" or model.dtype == torch.bfloat16
     model.generation_config = transformers.GenerationConfig()
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        with torch.no_grad(), models.autocast(model):
             yield
     finally:
         model.generation_config = settings

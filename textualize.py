@@ -137,7 +137,6 @@ def parse_flags(argv=None):
     add("--max-new-tokens", type=int, default=256, help="tokens a description may have")
     add("--batch-size", type=int, default=32, help="clips described at once on one rank (one GPU)")
     add("--limit", type=int, help="only the first N examples")
-    add("--seed", type=int, default=0, help="of the mini world")
     return parser.parse_args(argv)
 
 
@@ -161,7 +160,7 @@ def main(argv=None):
     if args.data is None:
         import mini.world
         with ranks.rank_zero_first():
-            args.data = mini.world.build("train", seed=args.seed)
+            args.data = mini.world.build("train")
     source = Path(args.data)
     out = Path(args.out or source.with_name(f"{source.stem}-described.jsonl"))
     failed = out.with_suffix(".failed.jsonl")

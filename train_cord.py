@@ -543,13 +543,13 @@ def train(args, run):
             batches, idle=lambda: micro_batches(no_gradient, prompts, processor, 1, run.device)[0])
 
         # 4. p(. | transcript): the teacher READS the words, then the same y; no gradient
-        with run.autocast():
+        with models.autocast(student):
             teacher_hidden = ranks.whole(reader, lambda: [cord.read(batch) for batch in batches])
         run.lap("scoring")
 
         # 5. L = sum_t w_t D_t / n_kl - sum_i A_i log q(y_i) / n_group
         for batch, hidden in run.accumulate(list(zip(batches, teacher_hidden))):
-            with run.autocast():
+            with models.autocast(student):
                 loss, seen = model(batch, hidden, counts["kl"], counts["group"])
             (loss * run.world).backward()                       # DDP and FSDP average over ranks
             note_batch(run, batch, loss, seen)

@@ -129,11 +129,6 @@ def parse_flags(argv=None):
         )
     if args.text_kd == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
-    if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
-        parser.error(
-            "--corrupt-descriptions is a share between 0 and 1; --lower-lr and --tower-lr "
-            "are 0 or more"
-        )
     if args.layers and args.text_kd in ("none", "top"):
         parser.error("--layers chooses among distilled layers: it needs --text-kd layer or skip:K")
     return args
@@ -366,8 +361,7 @@ def train(args, run):
         shared_ids = (student_ids.to(run.device), teacher_ids.to(run.device))
         vocabulary_size = len(models.head_weight(student))
         student_to_teacher = data.token_map(student_ids, teacher_ids, vocabulary_size)
-        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items()]
-        run.say(f"vocabulary: {', '.join(counts)}")
+        run.say(f"vocabulary: {summary}")
 
     # 3.5 What learns, and from which layer to which
     frozen = models.lower_half(student) if args.lower_lr == 0 else ()
@@ -444,7 +438,7 @@ def train(args, run):
     else:
         number = min(CALIBRATION_EXAMPLES, len(examples))
         calibration = micro_batches(examples_of_step(examples, 0, number, args.seed + 1))
-        with run.autocast():
+        with models.autocast(student):
             step_module.calibrate(batch.to(run.device) for batch in calibration)
     model = run.wrap(step_module, student)
 
@@ -481,7 +475,7 @@ def train(args, run):
 
         # 2. L = L_top + alpha_layer L_layer + alpha_ac L_ac + alpha_sft L_SFT
         for batch in run.accumulate(batches):
-            with run.autocast():
+            with models.autocast(student):
                 parts = model(batch, tokens)
             (parts["loss"] * run.world).backward()          # DDP and FSDP average over the ranks
             run.note(**{name: part.detach() for name, part in parts.items()})

@@ -94,8 +94,12 @@ def compare_scores(results, other, path):
     for name, part in sets_of(results).items():
         before = namesake(sets_of(other), name, path)
         check_questions(part, before, name, path, all_of_them=False)
-        found = evaluate.compare(part, before)
-        lines += [f"-- {name}", *tables.difference_lines(found)]
+        lines.append(f"-- {name}")
+        differences = evaluate.compare(part, before)
+        if not differences:
+            lines.append("the two have no example in common")
+        for (task, group), found in differences.items():
+            lines.append(f"{task} {group:8}{tables.difference(*found, wide=7)}")
     return lines
 
 

@@ -33,9 +33,7 @@ def check(model, processor, *, shared_prompts=False):
     view = data.audio_view(prompts, [0, 1], [[1, 2], [3]], processor).to(model.device)
     if shared_prompts:
         _check_window(model)
-    # The autocast of both scripts: on a GPU, or with 16-bit weights
-    half = model.device.type == "cuda" or model.dtype == torch.bfloat16
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+    with models.autocast(model):
         with torch.no_grad():
             hidden = _check_hearing(model, view, prompts.features)
             _check_positions(model, view.inputs, hidden)

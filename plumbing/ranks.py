@@ -27,11 +27,6 @@ def start_distributed():
     if "RANK" not in os.environ:
         return 0, 1, device
 
-    # torchrun sets one thread a process, which would waste a machine with cores to spare
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-
     # An hour: all ranks wait while rank 0 writes the model. torchrun notices a dead rank at once.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))

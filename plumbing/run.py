@@ -163,11 +163,6 @@ class Run:
                 file=sys.stderr,
             )
 
-    def autocast(self):
-        """bfloat16 on a GPU, and where the weights are."""
-        half = self.frozen_dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-
     def say(self, text):
         """print, on rank 0 alone."""
         if self.rank == 0:
@@ -475,7 +470,6 @@ def _facts():
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": "unknown" if failed else commit,
-        "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

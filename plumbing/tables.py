@@ -58,14 +58,6 @@ def difference(points, interval, pairs, wide=1):
     return f"{points:+{wide}.2f} points  [{low:+.2f}, {high:+.2f}]  {pairs} pairs"
 
 
-def difference_lines(differences):
-    """evaluate.compare's differences, one a line."""
-    lines = []
-    for (part, name), found in differences.items():
-        lines.append(f"{part} {name:8}{difference(*found, wide=7)}")
-    return lines or ["the two have no example in common"]
-
-
 def change_table(before, after, differences):
     """Before, after, their paired difference and its interval."""
     before = scores(before)
