@@ -126,7 +126,7 @@ def ser_class(output, classes):
     return judge.extract_choice(output, classes)
 
 
-def score_ser(samples, *, draws=10_000):
+def score_ser(samples):
     """Score samples: dicts with id, choices, answer, what was "chosen" (one of the choices or None,
     which is wrong) and whether it is "correct".
 
@@ -147,7 +147,7 @@ def score_ser(samples, *, draws=10_000):
 
     # Of n utterances drawn with replacement, k of n right: Binomial(n, k / n) are right.
     rng = np.random.default_rng(0)
-    drawn = [rng.binomial(n, recall[c] / 100, draws) / n for c, n in sizes.items()]
+    drawn = [rng.binomial(n, recall[c] / 100, 10_000) / n for c, n in sizes.items()]
     return {
         "ua": ua,
         "recall": recall,
@@ -178,7 +178,7 @@ def wilson(right, total, z=1.959964):
     return [100 * max(0.0, centre - half), 100 * min(1.0, centre + half)]
 
 
-def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=0):
+def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000):
     """How much better is A than B on the same examples? correct_a, correct_b: bools in one order,
     at least one.
 
@@ -189,7 +189,7 @@ def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000, seed=
     # d_i = a_i - b_i: +1 only A is right, -1 only B, 0 no difference
     d = np.array([int(a) - int(b) for a, b in zip(correct_a, correct_b, strict=True)])
     labels = np.zeros(len(d)) if labels is None else np.asarray(labels)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     differences = []
     draws = []
     for label in np.unique(labels):
@@ -464,7 +464,7 @@ def run(args, rank, device):
     model, processor = models.load_audio_model(args.model, dtype=dtype)
     hearing.check(model.to(device), processor)
     names = ("batch_size", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    decoding = {name: getattr(args, name) for name in names}
+    decoding = {name: vars(args)[name] for name in names}
     ask = evaluate_views if args.task == "gap" else evaluate_model
     found = {}
     samples = []

@@ -157,7 +157,9 @@ def cross_entropy(logits, labels, *, denominator=None):
 
     [tokens, vocab], [tokens] int64 -> scalar. Rows labelled -100 count nowhere. The logits are
     already the ones that predict these labels (one position earlier in the sequence): nothing is
-    shifted here."""
+    shifted here. ValueError for labels of another number of rows."""
+    if len(labels) != len(logits):              # gather would take the first rows without a word
+        raise ValueError(f"{len(labels)} labels for {len(logits)} rows of logits")
     counted = labels != IGNORE
     log_q = _log_softmax(logits, temperature=1.0)                   # [tokens, vocab]
     labels = labels.masked_fill(~counted, 0)

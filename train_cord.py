@@ -435,7 +435,6 @@ def train(args, run):
     kinds = rollout_kinds(args)
     checkpoint = run.start(steps)
     trainable_count = sum(p.numel() for p in cord.parameters() if p.requires_grad)
-    local_prompts = args.batch_size // run.world
     run.say(
         f"{run.device} x {run.world}, {student.dtype} weights; student "
         f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher: "
@@ -443,9 +442,10 @@ def train(args, run):
     )
     run.say(about_clips(seconds, processor))
     run.say(
-        f"{len(examples):,} prompts to learn from, {len(scored):,} to score; {local_prompts} x "
-        f"{len(kinds)} x {run.world} (prompts x rollouts x ranks) = "
-        f"{args.batch_size * len(kinds)} rollouts a step, {steps} steps"
+        f"{len(examples):,} prompts to learn from, {len(scored):,} to score; "
+        f"{args.batch_size // run.world} x {len(kinds)} x {run.world} "
+        f"(prompts x rollouts x ranks) = {args.batch_size * len(kinds)} rollouts a step, "
+        f"{steps} steps"
     )
 
     # 5.5 Before: what the student can do as it comes
@@ -474,15 +474,16 @@ def train(args, run):
     for step in range(min(steps, 2) if args.dry_run else steps):
         for example in examples_of_step(examples, step, args.batch_size, args.seed):
             asked[example.id] = example
+    asked = list(asked.values())
     references = rollout.text_answers(
         student,
         processor,
-        list(asked.values()),
+        asked,
         run.out / "references.jsonl",
         batch_size=args.text_batch,
         max_new_tokens=args.max_new_tokens,
     )
-    checked = list(asked.values())[:1000]                       # enough for a percentage
+    checked = asked[:1000]                                      # enough for a percentage
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in checked])
     run.say(
         f"judge ({args.judge}): the text view gives the gold answer to "

@@ -5,7 +5,7 @@ goes on as if nothing had happened, with any number of ranks.
     step-N/model*.safetensors, config.json, ...    the model in the hub's layout, with its card
     step-N/NAME.safetensors                        what lies beside it, such as the projections
     step-N/optimizer/*.safetensors                 each rank writes its part
-    step-N/checkpoint.json                         step, ranks, and whether anything was updated yet
+    step-N/checkpoint.json                         step, and whether anything was updated yet
 
 Everything random is a function of (seed, step), so that no generator's state has to be saved. A
 checkpoint is written under a temporary name, flushed to the disk and renamed when it is complete.
@@ -72,7 +72,7 @@ def save(folder, *, step, model, processor, beside, module, optimizer, flags, ke
         # All is there: flush it, give it its name
         if on_rank_zero:
             saving.write_card(partial, flags)
-            about = {"step": step, "ranks": ranks.world_size(), "updated": bool(moments)}
+            about = {"step": step, "updated": bool(moments)}
             (partial / "checkpoint.json").write_text(json.dumps(about))
             for path in [*partial.rglob("*"), partial]:
                 flush(path)
@@ -206,7 +206,7 @@ def load_optimizer(path, module, optimizer):
         saved = reader.read_metadata().state_dict_metadata
         trained_there = {key.rpartition(".")[0] for key in saved}
         odd = sorted(trained_there ^ trainable.keys())
-        if odd and read_json(Path(path) / "checkpoint.json").get("updated", True):
+        if odd and read_json(Path(path) / "checkpoint.json")["updated"]:
             raise ValueError(f"{odd[0]} did not learn there, or does not learn here")
 
         # Empty tensors, each with its rank's share of the parameter, which dcp fills in place

@@ -23,10 +23,7 @@ def check(model, processor, *, shared_prompts=False):
 
     shared_prompts: also whether two rollouts in one sequence are what each is alone."""
     noise = torch.Generator().manual_seed(0)
-    waves = []
-    for samples in (16_000, 24_000):
-        wave = 0.1 * torch.randn(samples, generator=noise)
-        waves.append(wave.numpy())
+    waves = [0.1 * torch.randn(n, generator=noise).numpy() for n in (16_000, 24_000)]
     question = data.audio_prompt(processor, "What is that?")
     ids, features = data.audio_inputs(processor, [question, question], waves)
     prompts = data.Prompts(examples=[], audio=ids, text=[], features=features)

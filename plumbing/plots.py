@@ -44,8 +44,7 @@ def draw(axis, log, name, colour, label=None):
     else:
         soft = smooth(values)
     axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    marker = "o" if len(values) == 1 else None
-    return axis.plot(steps, soft, color=colour, linewidth=1.5, label=label or name, marker=marker)
+    return axis.plot(steps, soft, color=colour, linewidth=1.5, label=label or name)
 
 
 def pyplot():
@@ -88,13 +87,14 @@ def draw_run(folder, terms, unit, scale):
     for path in sorted(folder.glob("eval-*.json")):
         files[int(path.stem[5:])] = path.stem
     files[log[-1]["step"]] = "after"
+    steps = list(files)
     found = [scores(read_json(folder / f"{name}.json")) for name in files.values()]
     right.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title="what it can do")
     for name, colour in zip(found[0], itertools.cycle(COLOURS)):
         values, intervals = zip(*(evaluation[name] for evaluation in found))
         low, high = np.transpose(intervals)
-        right.plot(list(files), values, "-o", color=colour, label=name)
-        right.fill_between(list(files), low, high, color=colour, alpha=0.1, linewidth=0)
+        right.plot(steps, values, "-o", color=colour, label=name)
+        right.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
     for axis in (left, right):
         axis.legend(frameon=False, ncols=2)
         axis.spines[["top", "right"]].set_visible(False)

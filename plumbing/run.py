@@ -91,8 +91,6 @@ def check_run_flags(args, parser):
     for name in ("batch_size", "micro_batch", "eval_batch", "max_new_tokens", "save_every", "keep"):
         if vars(args)[name] < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
-    if args.epochs <= 0:
-        parser.error("--epochs is above 0")
     if args.dry_run and args.resume:
         parser.error("--dry-run starts from nothing: leave --resume out, and give another --out "
                      "than that of a real run")

@@ -290,13 +290,13 @@ def test_an_emotion_that_is_a_class_itself_is_not_merged():
 CLASSES = ["angry", "happy", "neutral", "sad"]
 
 
-def score_ser(labels, said, **how):
+def score_ser(labels, said):
     """Of class names, one per utterance."""
     samples = []
     for n, (label, name) in enumerate(zip(labels, said)):
         sample = {"id": f"u{n}", "choices": CLASSES, "answer": label, "chosen": name}
         samples.append({**sample, "correct": name == label})
-    return evaluate.score_ser(samples, **how)
+    return evaluate.score_ser(samples)
 
 
 def test_ua_is_sklearns_balanced_accuracy():
@@ -304,7 +304,7 @@ def test_ua_is_sklearns_balanced_accuracy():
         rng = random.Random(seed)
         labels = rng.choices(CLASSES, [1, 5, 20, 3], k=200) + CLASSES
         predictions = [label if rng.random() < 0.6 else rng.choice(CLASSES) for label in labels]
-        score = score_ser(labels, predictions, draws=100)
+        score = score_ser(labels, predictions)
         assert score["ua"] == pytest.approx(100 * balanced_accuracy_score(labels, predictions))
         assert sum(sum(row.values()) for row in score["confusion"].values()) == len(labels)
         assert score["interval"][0] < score["ua"] < score["interval"][1]
@@ -363,9 +363,9 @@ def test_paired_bootstrap_against_the_closed_form():
     assert high - low < 0.7 * 2 * 1.96 * unpaired  # pairing pays
     assert paired_bootstrap(b, a, samples=20_000)[0] == -difference
     assert (
-        paired_bootstrap(a, b, seed=3)
-        == paired_bootstrap(a, b, seed=3)
-        != paired_bootstrap(a, b, seed=4)
+        paired_bootstrap(a, b)
+        == paired_bootstrap(a, b)
+        != paired_bootstrap(a, b, samples=9_000)
     )
     assert paired_bootstrap(a, a) == (0, [0, 0])
     assert paired_bootstrap([True] * 5, [False] * 5) == (100, [100, 100])
@@ -409,7 +409,7 @@ def test_ua_interval_against_the_closed_form():
     predictions = (
         ["angry"] * 2400 + ["sad"] * 600 + ["angry"] * 3000 + ["sad"] * 9000
     )  # recalls 0.8 and 0.75
-    score = score_ser(labels, predictions, draws=20_000)
+    score = score_ser(labels, predictions)
     error = 50 * (0.8 * 0.2 / 3000 + 0.75 * 0.25 / 12_000) ** 0.5
     assert score["ua"] == pytest.approx(77.5)
     assert score["interval"] == pytest.approx(
@@ -800,9 +800,9 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
     assert after["samples"][0]["correct"] and after["samples"][0]["sub-category"] == "Counting"
     assert re.search(
         r"^mix +100.00", tables.report(after), re.M
-    ) and "aqa another +100.00 points" in "\n".join(
-        tables.difference_lines(evaluate.compare(after, before))
     )
+    points, _, pairs = evaluate.compare(after, before)["aqa", "another"]
+    assert points == 100 and pairs == 1
     assert re.search(r"^mix +50.00 +100.00 +[+]50.00", evaluate.report_change(before, after), re.M)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "sft": 1.0}\n')
     for name, found in ("before", before), ("after", after):

@@ -643,7 +643,8 @@ def test_an_error_is_one_sentence_without_a_traceback(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error:")
+    last = done.stderr.strip().splitlines()[-1]
+    assert "world.jsonl:2: " in last and "does not exist" in last
 
 
 def test_models_that_do_not_fit(world, tmp_path):
