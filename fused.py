@@ -109,17 +109,8 @@ def _divergence(log_q, q, log_p, beta, kl_weight, nll_weight):
 # one to the next.
 
 def _chunk(
-    student,
-    teacher,
-    labels,
-    kl_weight,
-    nll_weight,
-    nll_temperature,
-    *,
-    beta,
-    shared,
-    entropy,
-    dtype,
+    student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
+    beta, shared, entropy, dtype,
 ):
     """Losses and gradient of n tokens.
 
@@ -306,18 +297,8 @@ def _rows_per_chunk(chunk_tokens, vocab, device):
 
 
 def _head_pass(
-    rows,
-    student,
-    teacher,
-    labels,
-    kl_weight,
-    nll_weight,
-    nll_temperature,
-    *,
-    chunk_tokens,
-    shared=None,
-    banned=None,
-    **how,
+    rows, student, teacher, labels, kl_weight, nll_weight, nll_temperature, *,
+    chunk_tokens, shared=None, banned=None, **how,
 ):
     """These rows [n] of the student through both heads, chunk by chunk -> D, -log q, entropy [n].
 
@@ -397,17 +378,8 @@ class _KnownGradient(torch.autograd.Function):
 # 6. The losses, as losses.py has them
 
 def jsd_ce(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    labels,
-    *,
-    ce_weight=0.5,
-    beta=0.5,
-    shared_ids=None,
-    denominator=None,
-    chunk_tokens=None,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
+    ce_weight=0.5, beta=0.5, shared_ids=None, denominator=None, chunk_tokens=None,
 ):
     """Paper A: L_top + ce_weight * L_SFT -> (loss, jsd, ce), as losses.jsd_ce.
 
@@ -454,23 +426,9 @@ def jsd_ce(
 
 
 def cord(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    labels,
-    *,
-    lengths,
-    carries_kl,
-    advantage,
-    temperature,
-    banned=None,
-    divergence_beta=1.0,
-    alpha=2.0,
-    beta=2.0,
-    top_share=0.1,
-    denominator=None,
-    chunk_tokens=None,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
+    lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
+    alpha=2.0, beta=2.0, top_share=0.1, denominator=None, chunk_tokens=None,
 ):
     """Paper B: L_tok + L_seq -> (loss, kl, log_q, entropy), as losses.cord.
 

@@ -3,28 +3,23 @@
 The training scripts use fused.py by default. It gives the same numbers and gradients without ever
 holding a [tokens, vocab] matrix, and the tests hold it against this file in float64.
 
-Notation   z are logits, p = softmax(z_teacher / tau) the teacher, q = softmax(z_student / tau) the
-           student.
+Notation   Logits z, teacher p = softmax(z_teacher / tau), student q = softmax(z_student / tau).
 Shapes     All losses take flat matrices [tokens, vocab] or [tokens, features], one row per token
            that counts: no padding, no batch axis. Row k of the student and row k of the teacher
            speak about the same response token; that is the collator's work (data.py).
 
 Four rules hold for every loss here:
 1. It returns a SUM over its rows divided by `denominator`. The papers mean over tokens, and the
-   mean that stays the same on one GPU or eight, with or without accumulation, is over the tokens
-   of the whole step. So the caller counts those once, gives the count to every rank and every
-   micro-batch, and the parts add up. Without `denominator` it is the number of rows: a plain mean.
+   mean that stays the same on one GPU or eight is over the tokens of the whole step. So the caller
+   counts those once, gives the count to every rank and micro-batch, and the parts add up. Without
+   `denominator` it is the number of rows: a plain mean.
 2. An empty input gives 0 (with a graph, so that backward still runs on that rank), not NaN.
 3. The arithmetic is float32, or float64 if the inputs are: differences of logarithms do not
    survive in bfloat16.
 4. The teacher's side is detached: only the student learns.
 
-This file needs nothing but torch and can be copied by itself.
-
-    python -m lab.bench losses          # these formulas beside fused.py and Liger-Kernel
-
-Papers: A = arXiv 2509.18579 (L_top, L_layer, L_ac, L_SFT), B = arXiv 2601.16547 (CORD: the reverse
-KL per token).
+Papers: A = arXiv 2509.18579, B = arXiv 2601.16547 (CORD). This file needs nothing but torch and
+can be copied by itself. Beside fused.py and Liger-Kernel: python -m lab.bench losses
 """
 
 import math
@@ -55,8 +50,7 @@ def head_logits(hidden, weight):
     """[tokens, hidden], a head's weight [vocab, hidden] -> logits [tokens, vocab].
 
     In float32 (or float64) whatever autocast says: rounded to bfloat16, logits put an error of 9 %
-    on the gradient of a divergence of 0.04 nats and of 30 % at 0.004, and CORD's D_t become that
-    small."""
+    on the gradient of a divergence of 0.04 nats, 30 % at 0.004; CORD's D_t become that small."""
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         return F.linear(hidden.to(dtype), weight.to(dtype))
@@ -66,10 +60,9 @@ def _same_shape(student, teacher):
     # PyTorch would broadcast [5, v] against [1, v] without a word, and the student would then
     # learn from the wrong token
     if student.dim() != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            f"student {list(student.shape)} and teacher {list(teacher.shape)} must be the same "
-            "[tokens, width]: gather both at predict_positions; unequal vocabularies need "
-            "shared_logits, unequal hidden sizes a projection")
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} must be "
+                         "the same [tokens, width]: gather both at predict_positions; unequal "
+                         "vocabularies need shared_logits, unequal hidden sizes a projection")
 
 
 def _mean(per_token, denominator):
@@ -89,9 +82,7 @@ def _mean(per_token, denominator):
 # 2. Divergences between next-token distributions (A: L_top; B: D_t)
 
 def token_divergence(student_logits, teacher_logits, *, beta=0.5, temperature=1.0):
-    """The generalised Jensen-Shannon divergence of each token, in nats.
-
-    [tokens, vocab] twice -> [tokens].
+    """The generalised Jensen-Shannon divergence in nats: [tokens, vocab] twice -> [tokens].
 
         m = beta p + (1 - beta) q
         JSD_beta = beta KL(p || m) + (1 - beta) KL(q || m)
@@ -125,9 +116,7 @@ def token_divergence(student_logits, teacher_logits, *, beta=0.5, temperature=1.
 
 
 def jsd(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, denominator=None):
-    """L_top of paper A (beta 1/2): token_divergence, summed over the tokens, / denominator.
-
-    [tokens, vocab] twice -> scalar."""
+    """L_top of paper A (beta 1/2): the sum of token_divergence / denominator, a scalar."""
     divergence = token_divergence(
         student_logits, teacher_logits, beta=beta, temperature=temperature
     )
@@ -135,18 +124,14 @@ def jsd(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, denominato
 
 
 def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):
-    """Two vocabularies -> the tokens they share.
+    """Two vocabularies -> the tokens they share: [tokens, vocab] each -> [tokens, shared] each.
 
-    student_ids[i] in the one is the same token as teacher_ids[i] in the other:
-    [tokens, student_vocab], [tokens, teacher_vocab], [shared], [shared] (int64, from
-    data.shared_vocabulary) -> two [tokens, shared].
-
+    Ids [shared] int64: student_ids[i] and teacher_ids[i] are one token (data.shared_vocabulary).
     The softmax that follows then runs over the shared tokens alone, which renormalises both sides.
     All other tokens, and the unused rows that pad an embedding table, get no gradient from it."""
-    return (
-        student_logits.index_select(-1, student_ids),
-        teacher_logits.index_select(-1, teacher_ids),
-    )
+    student = student_logits.index_select(-1, student_ids)
+    teacher = teacher_logits.index_select(-1, teacher_ids)
+    return student, teacher
 
 
 # -------------------------------------------------------------------------------------------------
@@ -155,9 +140,8 @@ def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):
 def cross_entropy(logits, labels, *, denominator=None):
     """L_SFT: -log q(label), over the whole vocabulary.
 
-    [tokens, vocab], [tokens] int64 -> scalar. Rows labelled -100 count nowhere. The logits are
-    already the ones that predict these labels (one position earlier in the sequence): nothing is
-    shifted here. ValueError for labels of another number of rows."""
+    [tokens, vocab], [tokens] int64 -> scalar. Rows labelled -100 count nowhere. Nothing is shifted:
+    the logits are already those that predict these labels. ValueError for labels of other rows."""
     if len(labels) != len(logits):              # gather would take the first rows without a word
         raise ValueError(f"{len(labels)} labels for {len(logits)} rows of logits")
     counted = labels != IGNORE
@@ -168,16 +152,8 @@ def cross_entropy(logits, labels, *, denominator=None):
 
 
 def jsd_ce(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    labels,
-    *,
-    ce_weight=0.5,
-    beta=0.5,
-    shared_ids=None,
-    denominator=None,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
+    ce_weight=0.5, beta=0.5, shared_ids=None, denominator=None,
 ):
     """L_top + ce_weight * L_SFT -> (loss, jsd, ce); only the loss has a graph.
 
@@ -216,8 +192,7 @@ def jsd_ce(
 # mass on them and the other thousands get no gradient; a squared error is their error; a cosine is
 # nearly 1 between any two tokens. Scaling the token as a whole does not help: an outlier stays one.
 #
-# A small difference with mean square e costs e in mse, e / 2 in cosine, e / 8 in JSD: the same
-# alpha does not mean the same in all three.
+# Of mean square e, a small difference costs e in mse, e / 2 in cosine, e / 8 in JSD: alphas differ.
 
 def _standardise(student, teacher, mean, std):
     _same_shape(student, teacher)
@@ -240,9 +215,8 @@ def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
 
 
 def hidden_mse(student, teacher, *, mean=None, std=None, denominator=None):
-    """Squared error in units of the teacher's variance, averaged over the features.
-
-    Averaged, so that wide and narrow models weigh the same. Shapes as in hidden_jsd."""
+    """Squared error in units of the teacher's variance, averaged over the features so that wide
+    and narrow models weigh the same. Shapes as in hidden_jsd."""
     student, teacher = _standardise(student, teacher, mean, std)
     return _mean((student - teacher).square().mean(-1), denominator)
 
@@ -257,9 +231,8 @@ def hidden_cosine(student, teacher, *, mean=None, std=None, denominator=None):
 
 
 def hidden_raw_jsd(student, teacher, *, mean=None, std=None, denominator=None):
-    """The JSD of raw features, statistics ignored.
-
-    What a first reading of the paper would write, kept so that it can be measured."""
+    """The JSD of raw features, statistics ignored: what a first reading of the paper would write,
+    kept so that it can be measured."""
     return hidden_jsd(student, teacher, denominator=denominator)
 
 
@@ -273,20 +246,16 @@ HIDDEN = {
 
 
 # -------------------------------------------------------------------------------------------------
-# 5. Paper B: which tokens of a rollout count more, and which rollouts were better than their
-#    siblings
+# 5. Paper B: which tokens of a rollout count more, which rollouts were better than their siblings
 #
 #     L_tok = sum_t w_t D_t        D_t = KL(q_t || p_t): token_divergence(student, teacher, beta=1)
 #     L_seq = - A log q(y | audio)
 #
-# Tokens of all rollouts lie behind each other on one flat axis; `lengths` says how many belong to
-# each.
+# Tokens of all rollouts lie behind each other on one flat axis; each has `lengths` of them.
 
 def largest_share(kl, lengths, share):
-    """The K = share * T (rounded up) tokens of each rollout with the largest D_t.
-
-    kl [tokens], lengths: list of ints that sum to tokens -> [tokens] bool. Of equal ones the
-    earlier counts as larger."""
+    """The K = share * T (rounded up) tokens of each rollout with the largest D_t: kl [tokens],
+    lengths that sum to tokens -> [tokens] bool. Of equal ones the earlier counts as larger."""
     mask = torch.zeros_like(kl, dtype=torch.bool)
     start = 0
     for length in lengths:
@@ -298,19 +267,16 @@ def largest_share(kl, lengths, share):
 
 
 def position_weights(kl, lengths, beta):
-    """w_t^pos = beta - (beta - 1) (t - 1) / (T - 1), t = 1 ... T: from beta down to 1.
+    """w_t^pos = beta - (beta - 1) (t - 1) / (T - 1), t = 1 ... T: from beta down to 1 -> [tokens].
 
-    lengths: T of each rollout; kl [tokens] gives type and device -> [tokens]. A rollout of one
-    token gets beta."""
+    kl gives type and device. A rollout of one token gets beta."""
     weights = [beta - (beta - 1) * t / max(length - 1, 1)       # here t counts from 0
                for length in lengths for t in range(length)]
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
 
 
 def cord_weights(kl, lengths, *, alpha=2.0, beta=2.0, top_share=0.1):
-    """w_t = w_t^KL * w_t^pos of flat tokens, constants (no gradient).
-
-    kl [tokens], lengths: list of ints that sum to tokens -> [tokens].
+    """w_t = w_t^KL * w_t^pos of flat tokens, constants (no gradient), as above -> [tokens].
 
         w_t^KL = alpha for the K tokens of a rollout with the largest D_t, else 1
 
@@ -324,40 +290,25 @@ def group_advantages(rewards):
     """A_i = r_i - mean of its group: [prompts, rollouts] -> the same shape.
 
     No division by the deviation, as in the paper (and Dr. GRPO): it would blow up groups that
-    nearly all agree. A group whose rewards are all equal has no signal."""
+    nearly all agree. Equal rewards give no signal."""
     return rewards - rewards.mean(-1, keepdim=True)
 
 
 def log_probability(logits, tokens, temperature):
-    """log q(token) of the distribution that was sampled from.
-
-    [tokens, vocab], [tokens] int64, temperature [tokens] -> [tokens]."""
+    """log q(token) of the distribution that was sampled from: [tokens, vocab] -> [tokens]."""
     log_q = _log_softmax(logits, temperature[:, None])
     return log_q.gather(-1, tokens[:, None])[:, 0]
 
 
 def cord(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    labels,
-    *,
-    lengths,
-    carries_kl,
-    advantage,
-    temperature,
-    banned=None,
-    divergence_beta=1.0,
-    alpha=2.0,
-    beta=2.0,
-    top_share=0.1,
-    denominator=None,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *,
+    lengths, carries_kl, advantage, temperature, banned=None, divergence_beta=1.0,
+    alpha=2.0, beta=2.0, top_share=0.1, denominator=None,
 ):
     """sum_t w_t D_t / denominator - sum_t advantage_t log q(label_t) -> (loss, kl, log_q, entropy).
 
-    A scalar, and without gradient D_t, log q(label_t) and the entropy of the student's
-    distribution, [tokens] each; D_t and entropy are 0 where no KL is carried.
+    A scalar, and without gradient D_t, log q(label_t) and the student's entropy, [tokens] each;
+    D_t and entropy are 0 where no KL is carried.
 
     student_hidden [tokens, hidden]     flat, over the tokens of several rollouts
     labels [tokens] int64               the sampled tokens
@@ -367,16 +318,13 @@ def cord(
     carries_kl [tokens] bool            the tokens of rollouts that L_tok is for
     lengths                             how many tokens each of those rollouts has
     teacher_hidden [their sum, teacher hidden]
-    banned                              int64 ids that are never sampled: no probability in either
-                                        view
+    banned                              int64 ids without probability in either view
     divergence_beta                     1: reverse KL; 0: forward, the off-policy baseline's
-    denominator                         rollouts of the whole step that carry the KL (default:
-                                        len(lengths))
+    denominator                         rollouts of the step that carry it; None: len(lengths)
     alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
-    ValueError for what does not fit together, and for a label that is banned."""
-    _check(lengths, carries_kl, teacher_hidden, labels, banned, denominator)
-
+    ValueError for tokens that do not pair up. A banned label is not refused here, as fused.cord
+    does it: its log q is FLOOR."""
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
         return logits if banned is None else logits.index_fill(-1, banned, FLOOR)
@@ -388,28 +336,14 @@ def cord(
     kl, entropy = torch.zeros_like(log_q), torch.zeros_like(log_q)
 
     # L_tok
-    if lengths:
+    if carries_kl.any():
         heard = logits[carries_kl]                                          # [kl tokens, vocab]
         read = logits_of(teacher_hidden, teacher_weight)
         divergence = token_divergence(heard, read, beta=divergence_beta)    # D_t [kl tokens]
         weight = cord_weights(divergence, lengths, alpha=alpha, beta=beta, top_share=top_share)
         rollouts = len(lengths) if denominator is None else denominator
-        loss = loss + (weight * divergence).sum() / rollouts
+        loss = loss + _mean(weight * divergence, rollouts)
         kl[carries_kl] = divergence.detach()
         log_q_all = _log_softmax(heard.detach(), 1.0)                       # [kl tokens, vocab]
         entropy[carries_kl] = -(log_q_all.exp() * log_q_all).sum(-1)
     return loss, kl.detach(), log_q.detach(), entropy.detach()
-
-
-def _check(lengths, carries_kl, teacher, labels, banned, denominator):
-    taught = 0 if teacher is None else len(teacher)
-    if not sum(lengths) == carries_kl.sum() == taught:
-        raise ValueError(
-            f"lengths add up to {sum(lengths)}; carries_kl names {carries_kl.sum().item()} tokens "
-            f"and the teacher has {taught} rows: these must be the same")
-    if banned is not None and torch.isin(labels, banned).any():
-        wrong = labels[torch.isin(labels, banned)][0].item()
-        raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
-    if lengths and denominator is not None and denominator <= 0:
-        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
-                         "with a KL")

@@ -590,10 +590,10 @@ def test_bad_arguments_are_named():
             lambda: losses.cord(
                 hidden,
                 weight,
-                None,
-                None,
+                teacher[1:],
+                teacher_weight,
                 labels,
-                **{**{k: v for k, v in how.items() if k != "chunk_tokens"}, "lengths": []},
+                **{k: v for k, v in how.items() if k != "chunk_tokens"},
             ),
             "the same",
         ),
