@@ -1029,7 +1029,7 @@ def test_a_killed_import_leaves_no_manifest(tmp_path, monkeypatch):
         ("empty.jsonl", b"\n \n", "holds no rows"),
         ("empty.json", b"[]", "holds no rows"),
         ("x.parquet", b"no parquet", "is not parquet"),
-        ("cut.json", b'[{"question": "a", "answer": "#### 1"}, {"que', "after row 1"),
+        ("cut.json", b'[{"question": "a", "answer": "#### 1"}, {"que', "breaks off"),
         ("latin.json", b'[{"question": "\xe9", "answer": "#### 1"}]', "is not JSON"),
         ("junk.json", b"[{1}]", "not JSON"),
         ("text.csv", b"question,answer\na,b\n", "all 2 rows were dropped"),
@@ -1109,12 +1109,11 @@ def test_reasons_are_bounded(tmp_path, capsys):
     dropped(printed, "the field 'split' must be a string, not list", 2000, "a.jsonl:2", ", ...")
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_json])
-def test_memory_does_not_grow_with_the_file(tmp_path, write, capsys):
+def test_memory_does_not_grow_with_the_file(tmp_path, capsys):
     """30 MB of rows, of which a megabyte at a time may be in memory."""
     text = "Natalia sold clips to her friends. " * 600
-    source = write(
-        tmp_path / "big.json",
+    source = write_jsonl(
+        tmp_path / "big.jsonl",
         [{"question": f"{n} {text}", "answer": f"#### {n}"} for n in range(1500)],
     )
     main(["gsm8k", str(source), str(tmp_path / "warm.jsonl"), "--limit", "1"])
