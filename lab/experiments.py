@@ -39,7 +39,7 @@ import evaluate
 import mini.world
 import train_cord
 import train_source_layer
-from plumbing.files import write_json
+from plumbing.files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent.parent
 RUNS = Path("runs") / "experiments"
@@ -302,9 +302,10 @@ def results_of(script, flags, seed, dry_run=False):
     """A finished run's results.json, or None. Raises SystemExit if the folder holds a run with
     other settings than these flags now mean."""
     folder = folder_of(script, flags, seed)
-    if not (folder / "results.json").exists():
+    results = read_json(folder / "results.json")
+    if results is None:
         return None
-    had = json.loads((folder / "config.json").read_text())
+    had = read_json(folder / "config.json")
     wants = vars(script.parse_flags(arguments_of(script, flags, seed, dry_run)))
     other = [
         f"{name} {had.get(name)}, not {value}"
@@ -316,7 +317,7 @@ def results_of(script, flags, seed, dry_run=False):
             f"{folder} holds a run with {'; '.join(other)}: move it away, and this one will be run"
             " again"
         )
-    return json.loads((folder / "results.json").read_text())
+    return results
 
 
 def run(script, flags, seed, *, threads, dry_run, look):
@@ -394,7 +395,7 @@ def curve(folder, steps):
     points |= {int(path.stem[5:]): path.stem for path in folder.glob("eval-*.json")}
     found = []
     for step, name in sorted(points.items()):
-        scores = json.loads((folder / f"{name}.json").read_text())
+        scores = read_json(folder / f"{name}.json")
         accuracies = scores["text_accuracy"], scores["audio_accuracy"]
         found.append([step, *(round(accuracy, 2) for accuracy in accuracies)])
     return found
@@ -423,8 +424,7 @@ def collect(name, seeds):
             }
             if "acoustic" in log[-1]:
                 measured["drift"] = statistics.mean(line["acoustic"] for line in log[-20:])
-            if (folder / "layers.json").exists():
-                layers = json.loads((folder / "layers.json").read_text())
+            if layers := read_json(folder / "layers.json"):
                 measured["stray"] = layers["vocabulary"]["stray"]
             run = verdicts(results["after"])
             run |= {name: round(value, 4) for name, value in measured.items()}
