@@ -8,7 +8,7 @@ manifests only.
     cota CoTA/meld CoTA/meld.jsonl --max-seconds 30                # one configuration
     cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip
     avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
-    mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
+    mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl
     mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
     iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
     voicebench voicebench/mmsu voicebench/mmsu.jsonl
@@ -110,7 +110,9 @@ def choose_files(source: Path, splits) -> dict:
     for file in files:
         name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
         found[file] = name if name != file.stem or name in SPLITS else None
-    wanted = {file: name for file, name in found.items() if name in (None, *(splits or [name]))}
+    wanted = {
+        file: name for file, name in found.items() if not splits or name is None or name in splits
+    }
     if not wanted:
         raise SystemExit(
             f"error: {source}: holds the splits {', '.join(sorted(set(found.values())))}, not"
@@ -515,14 +517,12 @@ def gsm8k(row, args):
 
 def mmau(row, args):
     leak = str(row.get("dataset")).upper() == "IEMOCAP"
-    if leak and args.drop_leaks:
-        raise DataError("a clip of IEMOCAP (--drop-leaks)")
-    line = benchmark(row) | {
+    return benchmark(row) | {
         "audio": row["audio_id"],
         "task": row["task"],
         "difficulty": row.get("difficulty"),
+        "leak": "IEMOCAP" if leak else None,
     }
-    return line | ({"leak": "IEMOCAP"} if leak else {})
 
 
 def mmar(row, args):
@@ -698,8 +698,6 @@ def import_row(row, split, number, args, folder, root, ids):
         name = f"{args.dataset}-{row['split'] or Path(args.source).stem}-{number}"
     if name in ids:
         name = f"{name}-{number}"
-    if name in ids:
-        raise DataError("the id was used before")
     line, path, content = {"id": name, **line, "split": row["split"]}, None, None
     if args.dataset not in TEXT_ONLY:
         safe = f"{number:07d}-" + re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
@@ -913,11 +911,9 @@ def main(argv=None):
         action="store_true",
         help=f"numinamath, gsm8k: without the written line {ANSWER_LINE!r}",
     )
-    add("--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP")
     args = parser.parse_args(argv)
     heard = [name for name in IMPORTERS if name not in TEXT_ONLY]
-    takers = {"task": ["cota"], "drop_leaks": ["mmau"]}
-    takers |= dict.fromkeys(("numeric", "no_answer_line"), TEXT_ONLY)
+    takers = {"task": ["cota"], "numeric": TEXT_ONLY, "no_answer_line": TEXT_ONLY}
     takers |= dict.fromkeys(("audio_root", "check_audio", "max_seconds"), heard)
     for flag, datasets in takers.items():
         if getattr(args, flag) and args.dataset not in datasets:

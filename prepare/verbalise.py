@@ -109,6 +109,7 @@ UNITS = LENGTHS | table("""
     mpg mile per gallon  mph mile per hour  kph kilometer per hour  ha hectare  Hz hertz
     kW kilowatt  MB megabyte  GB gigabyte
 """)
+POWERS = {None: "", "2": "square", "²": "square", "3": "cubic", "³": "cubic"}
 PER = (
     "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|"
     "piece|item|yard|ounce|bag|box|ticket|"
@@ -183,14 +184,14 @@ def money(sign, amount, scale=None, *, adjective=False):
 
 
 def measure(amount, unit, power=None, per=None):
-    """("five", "km", None, "h") -> "five kilometers per hour"; power: None, "2" or "²", "3" or
-    "³"; amount "one" takes the singular."""
+    """("five", "km", None, "h") -> "five kilometers per hour"; power: a key of POWERS; amount "one"
+    takes the singular."""
     head, *tail = UNITS.get(unit, "inch").split(" ", 1)
-    if amount not in ("one", "negative one", "per one"):
+    if amount not in ("one", "negative one"):
         head = plural(head)
     if power and unit not in LENGTHS:
         raise ValueError(f"the unit {unit} with an exponent")
-    words = [amount, power and ("square" if power in "2²" else "cubic"), head, *tail]
+    words = [amount, POWERS[power], head, *tail]
     if per:
         words += ["per", UNITS.get(per, per)]
     return " ".join(filter(None, words))
@@ -430,7 +431,8 @@ def formula(items):  # noqa: C901
         raise ValueError("a single vertical bar")
     out, i, last, depth, opened = [], 0, "start", 0, False
     while i < len(items):
-        at, (kind, value) = i, items[i][:2]
+        at = i
+        kind, value = items[at][:2]
         sign = mark(items, at)
         i += 1
         if sign == "|":
@@ -444,8 +446,10 @@ def formula(items):  # noqa: C901
         elif sign in BRACKETS:
             if sign in "([{":
                 depth += 1
-                out += ["times"] * (last == "part")
-            depth -= sign in ")]}"
+                if last == "part":
+                    out.append("times")
+            elif sign in ")]}":
+                depth -= 1
             out.append(BRACKETS[sign])
             last = "open" if sign in "([{⌊⌈⟨" else "closed"
             if last == "closed":
@@ -512,7 +516,7 @@ def formula(items):  # noqa: C901
             last = "text"
             # \mathrm{m} / \mathrm{s}^2
             if mark(items, i) == "/" and peek(items, i + 1)[0] == "u":
-                out.append(measure("per one", items[i + 1][1]).replace(" one", ""))
+                out.append(f"per {UNITS.get(items[i + 1][1], 'inch')}")
                 i += 2
                 if mark(items, i) == "^":
                     out.append({"2": "squared", "3": "cubed"}[exponent_of_unit(items, i)])
@@ -676,7 +680,9 @@ def atom(items, i, out, last):
         words = ATOMS[value]
     elif value.isalpha() and unicodedata.name(value, "").startswith("GREEK"):
         name = unicodedata.name(value).removesuffix(" SYMBOL").split()
-        words = f"{'capital ' * ('CAPITAL' in name)}{name[-1].lower()}"
+        words = name[-1].lower()
+        if "CAPITAL" in name:
+            words = f"capital {words}"
     elif value == "√":
         if peek(items, i)[0] not in "nv":
             raise ValueError("a root sign with nothing certain below it")
@@ -745,10 +751,11 @@ def scripts(items, i, out, *, base, number=None):
         i += 1
         if sign in "'′":
             out.append("prime")
+        elif sign == "!" and mark(items, i) == "!":
+            out.append("double factorial")
+            i += 1
         elif sign == "!":
-            double = mark(items, i) == "!"
-            out.append("double factorial" if double else "factorial")
-            i += double
+            out.append("factorial")
         else:
             if i == len(items):
                 raise ValueError(f"a {sign} with nothing behind it")
@@ -1074,6 +1081,10 @@ UNIT = rf"({'|'.join(sorted(UNITS, key=len, reverse=True))})"
 # The period of an abbreviation, unless it ends the sentence
 STOP = r"(?:\.(?=\s?[,;a-z)]))?"
 POWER = rf"(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^]){STOP}"
+RAISED = (
+    rf"(?<![\w.])({'|'.join(unit for unit in LENGTHS if len(unit) == 2)})"
+    r"(?:\^\{?([23])\}?|([²³]))(?!\w)"
+)
 RULES = [  # from the special to the general; each sees what those before it left
     (r"\*\*(.+?)\*\*", r"\1"),
     (r"(?:\\?_\s?){2,}|\(\s+\)", " blank "),
@@ -1128,11 +1139,8 @@ RULES = [  # from the special to the general; each sees what those before it lef
     # "5 in" is left alone
     (rf"{N}s(?![A-Za-z0-9'^])", unclear("which may be seconds or a plural")),
     (rf"({N})\s?{UNIT}{POWER}", lambda m: measure(number(m[1]), *m.groups()[1:])),
-    (
-        rf"(per )?(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})"
-        r"(?:\^\{?([23])\}?|([²³]))(?!\w)",
-        lambda m: measure(f"{m[1]}one" if m[1] else "", m[2], m[3] or m[4]).replace(" one", ""),
-    ),
+    (rf"(?<=\bper ){RAISED}", lambda m: measure("one", m[1], m[2] or m[3]).removeprefix("one ")),
+    (RAISED, lambda m: measure("", m[1], m[2] or m[3])),
     (rf"{CLOSE}\s?{UNIT}{POWER}", lambda m: CLOSE + measure("", *m.groups())),
     (
         rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*{TERM}"

@@ -761,9 +761,6 @@ def test_mmau(tmp_path, capsys):
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     record = {"source": source.name, "bytes": source.stat().st_size, "sha256": sha256}
     assert sha256 in printed and json.loads((tmp_path / "mmau.source.json").read_text()) == record
-    printed, lines = run(capsys, "mmau", source, out, "--drop-leaks")
-    assert "m2" not in [line["id"] for line in lines]
-    dropped(printed, "a clip of IEMOCAP (--drop-leaks)", 1, f"{source} row 3")
 
 
 def test_mmar(tmp_path, capsys):
@@ -1058,7 +1055,6 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 def test_flags_that_do_not_belong_and_the_source_as_out(tmp_path, capsys):
     source = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "#### 1"}])
     for flags in (
-        ["--drop-leaks"],
         ["--task", "sound"],
         ["--limit", "0"],
         ["--max-seconds", "1"],
