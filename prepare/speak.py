@@ -30,7 +30,6 @@ import json
 import os
 import re
 import tempfile
-import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -394,7 +393,6 @@ def speak_manifest(args):
         how = {"kokoro": args.kokoro}
     settings = {"tts": args.tts, "voices": voices, **limits, **how}
     rank, world, device = ranks.start_distributed()
-    say = print if rank == 0 else (lambda *a, **k: None)
     with ranks.rank_zero_first():
         folder.mkdir(parents=True, exist_ok=True)
         said = check_settings(folder, settings)
@@ -408,34 +406,28 @@ def speak_manifest(args):
         if rank == 0:
             # Only now: a reader that could not be started has said nothing
             write_json(said, settings)
+            print(f"{len(lines):,} lines, {len(voices)} voices of {args.tts} on {device} x {world}")
     # Nobody speaks before all know what is left, or they would share it out in different ways
-    ranks.sum_over_ranks({"ready": 1}, device)
+    ranks.wait_for_all()
     todo = left[rank::world]
     journal = folder / f"journal-{rank}.jsonl"
     if journal.exists():
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
-    say(f"{len(lines):,} lines, {len(voices)} voices of {args.tts} on {device} x {world}")
-    start, made = time.time(), 0.0
     for record in tqdm(todo, desc="speaking", unit="line", disable=rank > 0):
-        note = speak_line(record, folder, reader, voices, **limits)
-        append_jsonl(journal, note)
-        made += note.get("seconds", 0)
-    # Waits for every rank: all journals are complete
-    made = ranks.sum_over_ranks({"seconds": made}, device)["seconds"]
+        append_jsonl(journal, speak_line(record, folder, reader, voices, **limits))
+    ranks.wait_for_all()  # then all journals are complete
     if rank == 0:
         notes = read_journals(folder)
         spoken, skipped = write_manifest(lines, notes, folder, out)
         hours = sum(notes[key_of(record)]["seconds"] for record in spoken) / 3600
-        say(*summary(spoken, skipped, hours, out), sep="\n")
-        if made:
-            say(f"{made / (time.time() - start):.1f} seconds of audio per second")
+        print(*summary(spoken, skipped, hours, out), sep="\n")
         if not spoken:
             raise data.DataError(
                 f"{source}: no line of it could be spoken; {out.with_suffix('.skipped.jsonl')}"
                 " says why"
             )
         data.read_manifest(out, require=("transcript",))
-        say(f"train with --data {out}")
+        print(f"train with --data {out}")
     ranks.stop_distributed()
 
 
