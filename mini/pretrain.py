@@ -369,12 +369,14 @@ def encode(tokenizer, prompt, example):
 
 def pad_right(pairs, pad, device):
     """[(ids, labels)] -> input ids [batch, seq], attention mask, labels (-100: not learnt)."""
-    lengths = torch.tensor([len(ids) for ids, _ in pairs])
-    width = int(lengths.max())
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in pairs])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in pairs])
-    mask = (torch.arange(width)[None] < lengths[:, None]).long()
-    return ids.to(device), mask.to(device), labels.to(device)
+    ids, labels = zip(*pairs)
+    masks = [[1] * len(row) for row in ids]
+    padded = []
+    for rows, value in ((ids, pad), (masks, 0), (labels, -100)):
+        rows = [torch.tensor(row) for row in rows]
+        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        padded.append(rows.to(device))
+    return padded
 
 
 def read_loss(decoder, head, embeds, mask, labels):
