@@ -179,7 +179,7 @@ def main(argv=None):
         return
     if args.data is None:
         import mini.world
-        source = Path(mini.world.build("train"))
+        source = mini.world.build("train")
         args.data = source.with_name(f"{source.stem}-described.jsonl")
         if not args.data.exists():
             parser.error(f"there is no {args.data} yet: run python textualize.py, or give --data")
