@@ -39,7 +39,7 @@ import evaluate
 import mini.world
 import train_cord
 import train_source_layer
-from plumbing.files import write_json
+from plumbing.files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent.parent
 RUNS = Path("runs") / "experiments"
@@ -71,21 +71,20 @@ PAPER_GAP = {
 PAPER_ELSEWHERE = {
     "music": ("+1.20", "-2.99"),
     "sound": ("-0.30", "-3.04"),
-    "speech": ("-3.31", ""),
+    "speech; here emotion": ("-3.31", ""),
 }
 # In GSM8K's place; in MMSU's and OpenBookQA's
 SPOKEN_KINDS = {"numbers": ("sum", "story"), "choices": ("comparison", "ordering")}
 
 
-def experiment(asks, *, against, columns, rows):
-    """rows: a line each, LABEL | FLAGS of the training script."""
+def experiment(asks, *, against, columns=(), rows):
+    """What it asks; the row that the others are compared with; columns beside the accuracies; rows,
+    a line each, LABEL | FLAGS of the training script -> {label: flags}."""
     cells = [line.partition("|") for line in rows.strip().splitlines()]
     flags = {label.strip(): flags.strip() for label, _, flags in cells}
-    return {"asks": asks, "rows": flags, "against": against, "columns": columns}
+    return {"asks": asks, "against": against, "columns": list(columns), "rows": flags}
 
 
-# name -> what it asks; its rows, label -> flags; the row that the others are compared with;
-# columns beside the accuracies
 PAPER_A = {
     "table": experiment(
         "Table 1: what does each part bring?",
@@ -117,7 +116,6 @@ PAPER_A = {
     "alpha-layer": experiment(
         "How much layer-wise distillation?",
         against="0.4 (default)",
-        columns=[],
         rows="""
         0 (top-layer) | --text-kd top
         0.05          | --alpha-layer 0.05
@@ -150,7 +148,6 @@ PAPER_A = {
         "Which divergence between hidden states? (A small difference of mean square e costs e in"
         " mse, e/2 in cosine, e/8 in JSD)",
         against="JSD",
-        columns=[],
         rows="""
         JSD               |
         JSD, raw          | --hidden-divergence raw-jsd
@@ -173,7 +170,6 @@ PAPER_A = {
         "Is a stronger acoustic teacher better than the snapshot? (This one also learnt from 4,000"
         " more clips, emotion among them)",
         against="snapshot",
-        columns=[],
         rows="""
         snapshot |
         stronger | --acoustic-teacher {stronger}
@@ -182,7 +178,6 @@ PAPER_A = {
     "which-layers": experiment(
         "Which layers carry the gain?",
         against="all 7",
-        columns=[],
         rows="""
         all 7            |
         1, 2             | --layers 1 2
@@ -194,7 +189,6 @@ PAPER_A = {
     "descriptions": experiment(
         "How good must the descriptions be?",
         against="true",
-        columns=[],
         rows="""
         true                             |
         textualize.py's                  | --data {described} --eval-data {test}
@@ -206,7 +200,6 @@ PAPER_A = {
     "keep": experiment(
         "Can SER be kept without an acoustic teacher?",
         against="with it (default)",
-        columns=[],
         rows="""
     with it (default)                   |
     without                             | --text-kd layer --no-acoustic-kd
@@ -235,7 +228,6 @@ CORD = {
     "cord-teacher": experiment(
         "Who should read: a frozen copy, or the weights of this step?",
         against="initial, 2e-4",
-        columns=[],
         rows="""
         initial, 2e-4 | --teacher initial --lr 2e-4 --group-size 0 --epochs 2 --eval-every 50
         initial, 3e-4 | --group-size 0 --epochs 2
@@ -247,7 +239,6 @@ CORD = {
     "cord-weights": experiment(
         "How heavy should the weighted tokens be, and how many? (the paper's Figure 4)",
         against="2 (default)",
-        columns=[],
         rows="""
         alpha = beta = 1             | --alpha 1 --beta 1 --group-size 0 --epochs 2
         1.5                          | --alpha 1.5 --beta 1.5 --group-size 0 --epochs 2
@@ -303,34 +294,30 @@ def arguments_of(script, flags, seed, dry_run=False):
             described=described(seed, dry_run),
             test=world("test", seed, dry_run),
         )
-    return [
-        *shlex.split(named),
-        "--seed",
-        str(seed),
-        "--out",
-        str(folder_of(script, flags, seed)),
-    ] + ["--dry-run"] * dry_run
+    arguments = shlex.split(f"{named} --seed {seed} --out {folder_of(script, flags, seed)}")
+    return arguments + ["--dry-run"] * dry_run
 
 
 def results_of(script, flags, seed, dry_run=False):
     """A finished run's results.json, or None. Raises SystemExit if the folder holds a run with
     other settings than these flags now mean."""
     folder = folder_of(script, flags, seed)
-    if not (folder / "results.json").exists():
+    results = read_json(folder / "results.json")
+    if results is None:
         return None
-    had, wants = json.loads((folder / "config.json").read_text()), vars(
-        script.parse_flags(arguments_of(script, flags, seed, dry_run))
-    )
-    if other := [
+    had = read_json(folder / "config.json")
+    wants = vars(script.parse_flags(arguments_of(script, flags, seed, dry_run)))
+    other = [
         f"{name} {had.get(name)}, not {value}"
         for name, value in wants.items()
         if name not in ("out", "resume") and had.get(name) != value
-    ]:
+    ]
+    if other:
         raise SystemExit(
             f"{folder} holds a run with {'; '.join(other)}: move it away, and this one will be run"
             " again"
         )
-    return json.loads((folder / "results.json").read_text())
+    return results
 
 
 def run(script, flags, seed, *, threads, dry_run, look):
@@ -338,42 +325,24 @@ def run(script, flags, seed, *, threads, dry_run, look):
     vocabulary (lab.inside layers)."""
     folder = folder_of(script, flags, seed)
     if not results_of(script, flags, seed, dry_run):
-        call(
-            folder / "run.txt",
-            threads,
-            f"{script.__name__}.py",
-            *arguments_of(script, flags, seed, dry_run),
-            *["--resume", "auto"] * (not dry_run),
-        )
+        arguments = arguments_of(script, flags, seed, dry_run)
+        if not dry_run:
+            arguments += ["--resume", "auto"]
+        call(folder / "run.txt", threads, f"{script.__name__}.py", *arguments)
         # Ctrl-C reaches the run first, which saves and stops as it should
         if not results_of(script, flags, seed, dry_run):
             raise SystemExit(f"{folder} was interrupted; the same command goes on with it")
     if look and not (folder / "layers.json").exists():
-        call(
-            folder / "layers.txt",
-            threads,
-            "lab.inside",
-            "layers",
-            "--model",
-            newest(folder),
-            "--data",
-            world("test", seed, dry_run),
-            "--out",
-            folder,
-            *["--limit", "8"] * dry_run,
-        )
+        arguments = f"layers --model {newest(folder)} --data {world('test', seed, dry_run)}"
+        arguments += f" --out {folder}" + " --limit 8" * dry_run
+        call(folder / "layers.txt", threads, "lab.inside", *arguments.split())
 
 
 def world(split, seed, dry_run):
     """The manifest that train_source_layer.py takes by default, or a small one; made unless it is
     there."""
-    return mini.world.build(
-        split,
-        seed=seed,
-        per_task=(
-            {"train": 16, "test": 8}[split] if dry_run else {"train": None, "test": 300}[split]
-        ),
-    )
+    clips = {"train": 16, "test": 8} if dry_run else {"train": None, "test": 300}
+    return mini.world.build(split, seed=seed, per_task=clips[split])
 
 
 def described(seed, dry_run):
@@ -390,31 +359,12 @@ def prepare(flags, seeds, threads, dry_run):
     """What rows name in braces: a stronger acoustic teacher, textualize.py's descriptions."""
     if any("{stronger}" in f for f in flags) and not (STRONGER / "results.json").exists():
         clips = mini.world.build("pretrain", per_task=8 if dry_run else 1000, seed=9)
-        call(
-            STRONGER / "run.txt",
-            threads,
-            "train_source_layer.py",
-            "--text-kd",
-            "none",
-            "--no-acoustic-kd",
-            "--epochs",
-            1,
-            "--data",
-            clips,
-            "--eval-data",
-            world("test", 0, dry_run),
-            "--out",
-            STRONGER,
-            *["--dry-run"] * dry_run,
-        )
+        arguments = f"--text-kd none --no-acoustic-kd --epochs 1 --data {clips} --eval-data"
+        arguments += f" {world('test', 0, dry_run)} --out {STRONGER}" + " --dry-run" * dry_run
+        call(STRONGER / "run.txt", threads, "train_source_layer.py", *arguments.split())
     for seed in seeds if any("{described}" in f for f in flags) else []:
-        call(
-            RUNS / f"textualize-seed{seed}.txt",
-            threads,
-            "textualize.py",
-            "--data",
-            world("train", seed, dry_run),
-        )
+        log = RUNS / f"textualize-seed{seed}.txt"
+        call(log, threads, "textualize.py", "--data", world("train", seed, dry_run))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -441,29 +391,23 @@ def verdicts(results):
 
 def curve(folder, steps):
     """A CORD run's evaluations -> [[step, text accuracy, audio accuracy], ...]."""
-    points = [
-        (0, "before"),
-        *((int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")),
-        (steps, "after"),
-    ]
-    found = [
-        (step, json.loads((folder / f"{name}.json").read_text())) for step, name in sorted(points)
-    ]
-    return [
-        [step, round(scores["text_accuracy"], 2), round(scores["audio_accuracy"], 2)]
-        for step, scores in found
-    ]
+    points = {0: "before", steps: "after"}
+    points |= {int(path.stem[5:]): path.stem for path in folder.glob("eval-*.json")}
+    found = []
+    for step, name in sorted(points.items()):
+        scores = read_json(folder / f"{name}.json")
+        accuracies = scores["text_accuracy"], scores["audio_accuracy"]
+        found.append([step, *(round(accuracy, 2) for accuracy in accuracies)])
+    return found
 
 
 def collect(name, seeds):
     """The runs' folders -> {"asks", "rows": {row: {"flags", "runs": {seed: {"aqa": {task: bits},
     "ser": {emotion: bits}, "minutes", ...}}}}}."""
     experiment, script = EXPERIMENTS[name], script_of(name)
-    rows = (
-        {BASELINE: {"flags": None, "runs": {}}}
-        if experiment["against"] == BASELINE or script is train_cord
-        else {}
-    )
+    rows = {}
+    if experiment["against"] == BASELINE or script is train_cord:
+        rows[BASELINE] = {"flags": None, "runs": {}}
     for row, flags in experiment["rows"].items():
         rows[row] = {"flags": flags, "runs": {}}
         for seed in map(str, seeds):
@@ -473,41 +417,32 @@ def collect(name, seeds):
                     f"{folder} holds no finished run; leave --collect out, or choose other --seeds"
                 )
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            took = [line["seconds"] for line in log]
             measured = {
                 "minutes": results["minutes"],
-                "seconds": statistics.median(took),
+                "seconds": statistics.median(line["seconds"] for line in log),
                 "memory": max(line["memory_gb"] for line in log),
             }
             if "acoustic" in log[-1]:
                 measured["drift"] = statistics.mean(line["acoustic"] for line in log[-20:])
-            if (folder / "layers.json").exists():
-                measured["stray"] = json.loads((folder / "layers.json").read_text())["vocabulary"][
-                    "stray"
-                ]
-            rows[row]["runs"][seed] = {
-                **verdicts(results["after"]),
-                **{k: round(v, 4) for k, v in measured.items()},
-            }
+            if layers := read_json(folder / "layers.json"):
+                measured["stray"] = layers["vocabulary"]["stray"]
+            run = verdicts(results["after"])
+            run |= {name: round(value, 4) for name, value in measured.items()}
             if script is train_cord:
-                rows[row]["runs"][seed]["curve"] = curve(folder, log[-1]["step"])
+                run["curve"] = curve(folder, log[-1]["step"])
+            rows[row]["runs"][seed] = run
             if BASELINE in rows:
                 rows[BASELINE]["runs"][seed] = verdicts(results["before"])
-    return {
-        "asks": experiment["asks"],
-        "against": experiment["against"],
-        "columns": experiment["columns"],
-        "rows": rows,
-    }
+    return {**experiment, "rows": rows}
 
 
 def accuracy(run, part, only=None):
     """Per cent over the questions of a part ("aqa", "text", "audio"), or of its groups `only`
     (tasks, kinds); "ser": mean of the emotions' recalls."""
     groups = [hits for group, hits in run[part].items() if only is None or group in only]
-    return 100 * statistics.mean(
-        sum(map(int, hits)) / len(hits) for hits in (groups if part == "ser" else ["".join(groups)])
-    )
+    if part != "ser":
+        groups = ["".join(groups)]
+    return 100 * statistics.mean(sum(map(int, hits)) / len(hits) for hits in groups)
 
 
 def difference(row, other, part, only=None):
@@ -534,21 +469,15 @@ def reduction(row, baseline, samples=2000):
     random, each, draws = np.random.default_rng(0), [], []
     for seed in sorted(row["runs"]):
         before, after = baseline["runs"][seed], row["runs"][seed]
-        right = np.array(
-            [
-                [int(bit) for kind in sorted(view) for bit in view[kind]]
-                for view in (before["text"], before["audio"], after["audio"])
-            ]
-        )
+        views = before["text"], before["audio"], after["audio"]
+        answers = ["".join(view[kind] for kind in sorted(view)) for view in views]
+        right = np.array([list(map(int, view)) for view in answers])
         n = right.shape[1]
         for found, chosen in ((each, np.arange(n)), (draws, random.integers(n, size=(samples, n)))):
             text, audio, now = right[:, chosen].mean(-1)
             found.append(100 * (now - audio) / (text - audio))
-    return (
-        float(np.mean(each)),
-        evaluate.percentiles(np.mean(draws, axis=0)),
-        [float(x) for x in each],
-    )
+    interval = evaluate.percentiles(np.mean(draws, axis=0))
+    return float(np.mean(each)), interval, [float(gone) for gone in each]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -579,94 +508,64 @@ def in_points(row, other, part, only=None):
 def markdown(name, found):
     """An experiment as README's table: accuracies, their differences, the gap's reduction (CORD),
     what else was measured, the flags."""
-    paper, cord, against = name in ("table", "cord"), name in CORD, found["against"]
+    cord, other = name in CORD, found["rows"][found["against"]]
     parts = ("text", "audio") if cord else ("aqa", "ser")
-    heads = [
-        name.replace("-", " "),
-        *(
-            []
-            if not paper
-            else (
-                ["paper: gap reduction"]
-                if cord
-                else ["paper: AQA", "SER", "here: sound", "music", "speech"]
-            )
-        ),
-    ]
+
+    heads = [name.replace("-", " ")]
+    if name == "cord":
+        heads += ["paper: gap reduction"]
+    if name == "table":
+        heads += ["paper: AQA", "SER", "here: sound", "music", "speech"]
     for part in parts:
-        heads += [part if cord else part.upper(), f"over {against}"]
-    heads += [
-        *["gap reduction", *SPOKEN_KINDS, "sound", "music", "SER"] * cord,
-        *[COLUMNS[c][0] for c in found["columns"]],
-        "flags",
-    ]
-    lines = [heads, ["---"] * len(heads)]
+        heads += [part if cord else part.upper(), f"over {found['against']}"]
+    if cord:
+        heads += ["gap reduction", *SPOKEN_KINDS, "sound", "music", "SER"]
+    heads += [COLUMNS[column][0] for column in found["columns"]]
+    lines = [[*heads, "flags"], ["---"] * (len(heads) + 1)]
+
     for label, row in found["rows"].items():
-        cells, other = [label], found["rows"][against]
-        if paper:
-            cells += (
-                [PAPER_GAP.get(label, "")]
-                if cord
-                else [f"{x:.2f}" for x in PAPER[label]]
-                + [f"{mean(row, 'aqa', [task]):.1f}" for task in evaluate.TASKS]
-            )
+        cells = [label]
+        if name == "cord":
+            cells += [PAPER_GAP.get(label, "")]
+        if name == "table":
+            cells += [f"{value:.2f}" for value in PAPER[label]]
+            cells += [f"{mean(row, 'aqa', [task]):.1f}" for task in evaluate.TASKS]
         for part in parts:
-            cells += [
-                with_seeds(
-                    mean(row, part),
-                    [accuracy(row["runs"][seed], part) for seed in sorted(row["runs"])],
-                ),
-                "" if row is other else in_points(row, other, part),
-            ]
+            each = [accuracy(row["runs"][seed], part) for seed in sorted(row["runs"])]
+            cells += [with_seeds(mean(row, part), each)]
+            cells += ["" if row is other else in_points(row, other, part)]
         if cord:
             gone, (low, high), each = reduction(row, found["rows"][BASELINE])
-            cells += [
-                "" if label == BASELINE else f"{with_seeds(gone, each)} [{low:.1f}, {high:.1f}]",
-                *[f"{mean(row, 'audio', kinds):.1f}" for kinds in SPOKEN_KINDS.values()],
-                *[f"{mean(row, 'aqa', [task]):.1f}" for task in ("sound", "music")],
-                f"{mean(row, 'ser'):.1f}",
-            ]
+            gone = f"{with_seeds(gone, each)} [{low:.1f}, {high:.1f}]"
+            cells += ["" if label == BASELINE else gone]
+            cells += [f"{mean(row, 'audio', kinds):.1f}" for kinds in SPOKEN_KINDS.values()]
+            cells += [f"{mean(row, 'aqa', [task]):.1f}" for task in ("sound", "music")]
+            cells += [f"{mean(row, 'ser'):.1f}"]
         for column in found["columns"]:
             values = [run[column] for run in row["runs"].values() if column in run]
-            cells.append(COLUMNS[column][1].format(statistics.mean(values)) if values else "")
-        cells.append(
-            "" if row["flags"] is None else f"`{row['flags']}`" if row["flags"] else "(none)"
-        )
-        lines.append(cells)
+            cells += [COLUMNS[column][1].format(statistics.mean(values)) if values else ""]
+        flags = "" if row["flags"] is None else f"`{row['flags']}`"
+        lines.append([*cells, "(none)" if row["flags"] == "" else flags])
+    return table_of(lines)
+
+
+def table_of(lines):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def markdown_elsewhere(found):
     """CORD's Table 2: what happens to what was not trained, points over the baseline, the paper's
     beside ours."""
-    lines = [
-        [
-            "heard elsewhere",
-            "paper: CORD",
-            "forward KL",
-            "here: CORD",
-            "off-policy forward KL",
-            "SFT on the text view's answers",
-        ],
-        ["---"] * 6,
-    ]
-    for name, (cord, forward), part, only in (
-        ("music", PAPER_ELSEWHERE["music"], "aqa", ["music"]),
-        ("sound", PAPER_ELSEWHERE["sound"], "aqa", ["sound"]),
-        ("speech; here emotion", PAPER_ELSEWHERE["speech"], "ser", None),
-    ):
-        lines.append(
-            [
-                name,
-                cord,
-                forward,
-                *[
-                    in_points(found["rows"][row], found["rows"][BASELINE], part, only)
-                    for row in ("CORD", *lines[0][-2:])
-                ],
-            ]
-        )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    rows = ("CORD", "off-policy forward KL", "SFT on the text view's answers")
+    heads = ["heard elsewhere", "paper: CORD", "forward KL", "here: CORD", *rows[1:]]
+    lines = [heads, ["---"] * 6]
+    for name, paper in PAPER_ELSEWHERE.items():
+        part, only = ("aqa", [name]) if name in ("music", "sound") else ("ser", None)
+        cells = [name, *paper]
+        for row in rows:
+            cells.append(in_points(found["rows"][row], found["rows"][BASELINE], part, only))
+        lines.append(cells)
+    return table_of(lines)
 
 
 @contextlib.contextmanager
@@ -767,45 +666,28 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names",
-        nargs="+",
-        choices=[*EXPERIMENTS, "all"],
-        metavar="NAME",
-        help=f"{', '.join(EXPERIMENTS)}, or all",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs side by side; each takes its share of the cores"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="every command with --dry-run, in a folder of its own; no tables",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    known = ", ".join(EXPERIMENTS)
+    add("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help=f"{known}, or all")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--jobs", type=int, default=2, help="runs side by side; each takes its share of the cores")
+    add("--dry-run", action="store_true", help="two steps of each, in another folder; no tables")
+    add(
         "--publish",
         action="store_true",
-        help=(
-            "write tables and figures to docs/figures/, which README shows; else to"
-            " runs/experiments"
-        ),
+        help="tables and figures to docs/figures/, which README shows; else to runs/experiments",
     )
-    parser.add_argument(
+    add(
         "--collect",
         action="store_true",
         help="no training: tables and figures from the runs that are there",
     )
     args = parser.parse_args()
-    if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
     names = list(EXPERIMENTS) if "all" in args.names else args.names
     if args.dry_run:
         global RUNS, STRONGER
-        RUNS, STRONGER = (
-            Path("runs") / "experiments-dry",
-            Path("runs") / "experiments-dry" / "stronger",
-        )
+        RUNS = Path("runs") / "experiments-dry"
+        STRONGER = RUNS / "stronger"
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     # (script, flags, seed) -> is its vocabulary looked at too?
     wanted = {}
@@ -840,11 +722,9 @@ def main():
         write_json(place / f"{name}.json", found)
         if name in PLOTS:
             PLOTS[name](found, place / f"{name}.png")
-        print(
-            f"\n{found['asks']}\n\n{markdown(name, found)}",
-            f"\n\n{markdown_elsewhere(found)}" if name == "cord" else "",
-            sep="",
-        )
+        print(f"\n{found['asks']}\n\n{markdown(name, found)}")
+        if name == "cord":
+            print(f"\n{markdown_elsewhere(found)}")
 
 
 if __name__ == "__main__":

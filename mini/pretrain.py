@@ -30,6 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 import data
+import rollout
 from lab.shapes import STUDENT_SPECIALS, STUDENT_TEMPLATE, TEACHER_SPECIALS, TEACHER_TEMPLATE
 from mini.world import (
     CACHE,
@@ -368,12 +369,14 @@ def encode(tokenizer, prompt, example):
 
 def pad_right(pairs, pad, device):
     """[(ids, labels)] -> input ids [batch, seq], attention mask, labels (-100: not learnt)."""
-    lengths = torch.tensor([len(ids) for ids, _ in pairs])
-    width = int(lengths.max())
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in pairs])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in pairs])
-    mask = (torch.arange(width)[None] < lengths[:, None]).long()
-    return ids.to(device), mask.to(device), labels.to(device)
+    ids, labels = zip(*pairs)
+    masks = [[1] * len(row) for row in ids]
+    padded = []
+    for rows, value in ((ids, pad), (masks, 0), (labels, -100)):
+        rows = [torch.tensor(row) for row in rows]
+        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        padded.append(rows.to(device))
+    return padded
 
 
 def read_loss(decoder, head, embeds, mask, labels):
@@ -474,54 +477,33 @@ def pretrain_listening(student, processor, records, mels, frames, *, steps, seed
 # 5. What the two models can do
 
 
-@torch.no_grad()
-def answer(model, tokenizer, inputs):
-    """Greedy answers to left-padded prompts -> what stands in each <RESPONSE>."""
-    model.eval()
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=80,
-        do_sample=False,
-        eos_token_id=data.turn_end_id(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    ids = ids[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [data.parse_response(text)["response"] or "" for text in texts]
-
-
 def words_right(response, wanted):
     """The share of words in their place."""
     wanted = wanted.split()
     return sum(a == b for a, b in zip(response.split(), wanted)) / len(wanted)
 
 
-def figures(student, processor, teacher, tokenizer, *, seed, device, per_task=300):
+def figures(student, processor, teacher, tokenizer, *, seed, per_task=300):
     """What the two models can do, on the test split -> {name: {task: per cent}}. Reading is scored
     on the same questions as listening."""
     examples = data.read_manifest(build("test", seed=seed, per_task=per_task))
-    hits = {}
-    for start in tqdm(range(0, len(examples), 100), desc="scoring the pretrained models"):
-        batch = examples[start : start + 100]
-        captions = [dataclasses.replace(e, answer=e.description, **CAPTIONING) for e in batch]
-        read = partial(data.prompt_batch, batch, processor, view="text", words="description")
-        for name, model, inputs in (
-            ("teacher reads", teacher, read(tokenizer=tokenizer)),
-            ("student reads", student, read()),
-            ("student listens", student, data.prompt_batch(batch, processor)),
-            ("student describes, words right", student, data.prompt_batch(captions, processor)),
-        ):
-            reader = tokenizer if model is teacher else processor.tokenizer
-            inputs = {k: v.to(device) for k, v in inputs.items()}
-            asked = captions if "describes" in name else batch
-            score = words_right if "describes" in name else str.__eq__
-            for example, response in zip(asked, answer(model, reader, inputs)):
-                tasks = hits.setdefault(name, {})
-                tasks.setdefault(example.task, []).append(score(response, example.answer))
-    return {
-        name: {task: per_cent(right) for task, right in tasks.items()}
-        for name, tasks in hits.items()
-    }
+    captions = [dataclasses.replace(e, answer=e.description, **CAPTIONING) for e in examples]
+    greedy = dict(batch_size=100, max_new_tokens=80, temperature=0)
+    read = dict(view="text", words="description", **greedy)
+    found = {}
+    for name, model, reader, asked, how in (
+        ("teacher reads", teacher, tokenizer, examples, read),
+        ("student reads", student, processor, examples, read),
+        ("student listens", student, processor, examples, greedy),
+        ("student describes, words right", student, processor, captions, greedy),
+    ):
+        score = words_right if asked is captions else str.__eq__
+        hits = {}
+        for example, output in zip(asked, rollout.generate(model, reader, asked, **how)):
+            response = data.parse_response(output)["response"] or ""
+            hits.setdefault(example.task, []).append(score(response, example.answer))
+        found[name] = {task: per_cent(right) for task, right in hits.items()}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -620,7 +602,7 @@ def pretrain(args):
     student, processor = load_audio_model(str(MINI / "student"))
     teacher, tokenizer = load_text_model(str(MINI / "teacher"))
     pair = student.to(device), processor, teacher.to(device), tokenizer
-    found = figures(*pair, seed=args.seed, device=device)
+    found = figures(*pair, seed=args.seed)
     for name, tasks in found.items():
         values = "".join(f"  {task} {value:5.1f}" for task, value in tasks.items())
         print(f"{name:32}{values}")

@@ -27,6 +27,7 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
+from plumbing.files import replace_text
 from prepare.speak import SAMPLE_RATE, speak
 
 WORLD = 2  # part of the cache's name: raise it when the same seed gives another world
@@ -126,13 +127,11 @@ class Content(NamedTuple):
 def numbers_near(n, rng, low=0, high=20):
     """The answer n among three near misses, shuffled, as words."""
     near = [m for m in range(low, high + 1) if m != n and abs(m - n) <= 4]
-    choices = rng.sample(near, 3) + [n]
-    rng.shuffle(choices)
-    return [NUMBERS[m] for m in choices]
+    return [NUMBERS[m] for m in shuffled(rng.sample(near, 3) + [n], rng)]
 
 
-def shuffled(answer, others, rng):
-    choices = [answer, *others]
+def shuffled(choices, rng):
+    choices = list(choices)
     rng.shuffle(choices)
     return choices
 
@@ -182,7 +181,7 @@ def comparison(rng):
     reason = f"It is {NUMBERS[a]} for {one}, {NUMBERS[b]} for {two}, "
     reason += f"and {n} is {word} than {m}: {n} for {answer}."
     told = ("Compare the two numbers.", heard_words(words), reason, f"{answer} has {word}.")
-    choices = shuffled(answer, [other, *others], rng)
+    choices = shuffled([answer, other, *others], rng)
     return Content("comparison", words, f"Who has {word} {thing}?", choices, answer, told)
 
 
@@ -199,7 +198,7 @@ def ordering(rng):
     answer = people.pop(place)
     reason = f"First {first}, second {second}, last {third}."
     told = ("Put them in order.", heard_words(words), reason, f"{answer} came {word}.")
-    choices = shuffled(answer, people, rng)
+    choices = shuffled([answer, *people], rng)
     return Content("ordering", words, f"Who came {word}?", choices, answer, told)
 
 
@@ -256,7 +255,7 @@ def sound_content(rng, most=5):
         question = "Which of these sounds is heard?"
         others = rng.sample([e for e in EVENTS if e not in events], 3)
         plan, reason = "Check each choice.", f"Only the {answer} is among them."
-    choices = shuffled(answer, others, rng)
+    choices = shuffled([answer, *others], rng)
     told = (plan, numbered(events), reason, f"It is the {answer}.")
     return Content(kind, events, question, choices, answer, told)
 
@@ -277,6 +276,32 @@ def order_of(events, rng):
     return f"Which sound comes {where}?", answer, "Listen to the order.", reason
 
 
+# What is asked of a melody -> its trait, the choices, question, plan, reason
+TRAITS = {
+    "timbre": (
+        "instrument",
+        INSTRUMENTS,
+        "Which instrument plays the melody?",
+        "Listen to the tone.",
+        "The tone is that of a {}.",
+    ),
+    "tempo": (
+        "tempo",
+        TEMPOS,
+        "How fast is the melody?",
+        "Listen to the pace.",
+        "The pace is {}.",
+    ),
+    "direction": (
+        "direction",
+        DIRECTIONS,
+        "How does the melody move?",
+        "Follow the pitch.",
+        "The pitch moves {}.",
+    ),
+}
+
+
 def music_content(rng):
     kind = rng.choice(["timbre", "tempo", "direction", "notes", "twice"])
     notes = rng.randint(3, 6)
@@ -286,21 +311,11 @@ def music_content(rng):
         "direction": rng.choice(DIRECTIONS),
         "notes": notes,
     }
-    if kind == "timbre":
-        answer = melody["instrument"]
-        choices = shuffled(INSTRUMENTS[0], INSTRUMENTS[1:], rng)
-        question = "Which instrument plays the melody?"
-        plan, reason = "Listen to the tone.", f"The tone is that of a {answer}."
-    elif kind == "tempo":
-        answer = melody["tempo"]
-        choices = shuffled("slow", ["medium", "fast"], rng)
-        question = "How fast is the melody?"
-        plan, reason = "Listen to the pace.", f"The pace is {answer}."
-    elif kind == "direction":
-        answer = melody["direction"]
-        choices = shuffled(DIRECTIONS[0], DIRECTIONS[1:], rng)
-        question = "How does the melody move?"
-        plan, reason = "Follow the pitch.", f"The pitch moves {answer}."
+    if kind in TRAITS:
+        trait, values, question, plan, reason = TRAITS[kind]
+        answer = melody[trait]
+        choices = shuffled(values, rng)
+        reason = reason.format(answer)
     elif kind == "notes":
         answer = NUMBERS[notes]
         choices = numbers_near(notes, rng, 2, 8)
@@ -328,7 +343,7 @@ def emotion_content(rng):
     emotion = rng.choice(list(EMOTIONS))
     words = rng.choice(MISLEADING if rng.random() < 1 / 3 else SENTENCES)
     question = rng.choice(["Which emotion does the speaker show?", "How does the speaker feel?"])
-    choices = shuffled("angry", ["happy", "sad", "neutral"], rng)
+    choices = shuffled(EMOTIONS, rng)
     told = (
         "Listen to the voice, not the words.",
         f"The voice is {EMOTIONS[emotion]}.",
@@ -614,9 +629,7 @@ def build(split, *, per_task=None, tasks=None, seed=0, root=CACHE):
     if jobs:
         synthesise_all(jobs, split)
 
-    part = manifest.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, manifest)
+    replace_text(manifest, "".join(json.dumps(line) + "\n" for line in lines))
     return manifest
 
 

@@ -8,7 +8,7 @@ manifests only.
     cota CoTA/meld CoTA/meld.jsonl --max-seconds 30                # one configuration
     cota export.json cota.jsonl --task sound --columns question=text response=label audio=clip
     avqa AVQA/train_qa.jsonl AVQA/train.jsonl --audio-root AVQA/wavs --max-seconds 30
-    mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl --drop-leaks
+    mmau MMAU/mmau-test-mini.json MMAU/test-mini.jsonl
     mmar MMAR/MMAR-meta.json MMAR/mmar.jsonl
     iemocap IEMOCAP_full_release IEMOCAP_full_release/session5.jsonl --split test
     voicebench voicebench/mmsu voicebench/mmsu.jsonl
@@ -18,9 +18,9 @@ manifests only.
 Write OUT.jsonl beside the folder of the clips or above it: a manifest may only name audio in its
 own folder, links resolved. Clips that lie inside a parquet file are written out, to OUT_audio/.
 Rows stream through, so 1.2 million need no more memory than a thousand (but 100 bytes each, to
-know the ids). A row that cannot be used is dropped, and the report says how many, why, and where
-the first ones stand; what is left is read back by data.py's own parser before it is written.
-Parquet needs `pip install pyarrow`.
+know the ids); a JSON list alone is read whole. A row that cannot be used is dropped, and the
+report says how many, why, and where the first ones stand; what is left is read back by data.py's
+own parser before it is written. Parquet needs `pip install pyarrow`.
 
 Where a format leaves something open, and what we do:
 1. CoTA's columns are audio, user and assistant, as its public readers have them; we never saw its
@@ -90,7 +90,6 @@ ANSWER_LINE = "Put the final answer in \\boxed{}."  # a form that judge.py reads
 # ------------------------------------------------------------------------------------------------
 # 1. rows, one at a time
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at a time
 SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
@@ -101,27 +100,25 @@ def choose_files(source: Path, splits) -> dict:
     left."""
     if not source.exists():
         raise SystemExit(f"error: {source}: there is no such file or folder; check the path")
-    files = (
-        sorted(path for path in source.rglob("*.parquet") if path.name[0] != ".")
-        if source.is_dir()
-        else [source]
-    )
+    files = sorted(source.rglob("[!.]*.parquet")) if source.is_dir() else [source]
     if not files:
         raise SystemExit(
             f"error: {source}: the folder holds no .parquet file; give the folder of the shards, or"
             " one JSON, JSONL or parquet file"
         )
-    names = {file: re.sub(r"-\d{5}-of-\d{5}$", "", file.stem) for file in files}
-    names = {
-        file: name if name != file.stem or name in SPLITS else None for file, name in names.items()
+    found = {}
+    for file in files:
+        name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
+        found[file] = name if name != file.stem or name in SPLITS else None
+    wanted = {
+        file: name for file, name in found.items() if not splits or name is None or name in splits
     }
-    wanted = [file for file in files if not splits or names[file] is None or names[file] in splits]
     if not wanted:
         raise SystemExit(
-            f"error: {source}: holds the splits {', '.join(sorted(set(names.values())))}, not"
+            f"error: {source}: holds the splits {', '.join(sorted(set(found.values())))}, not"
             f" {', '.join(splits)}; change --split"
         )
-    return {file: names[file] for file in wanted}
+    return wanted
 
 
 def read_rows(files, broken=None):
@@ -152,25 +149,6 @@ class BrokenFile(Exception):
     """A parquet file that cannot be read to its end, in one sentence."""
 
 
-def clip_bytes(files) -> int:
-    """The bytes of the clips inside parquet files, by their footers: columns called NAME.bytes."""
-    total = 0
-    for file in files:
-        pyarrow = reader_of(file)
-        try:
-            footer = pyarrow.parquet.read_metadata(file)
-        except (pyarrow.ArrowException, OSError):
-            continue  # broken: read_rows says so
-        for group in map(footer.row_group, range(footer.num_row_groups)):
-            columns = map(group.column, range(group.num_columns))
-            total += sum(
-                column.total_uncompressed_size
-                for column in columns
-                if column.path_in_schema.endswith(".bytes")
-            )
-    return total
-
-
 @cache
 def configuration(file: Path, source: Path):
     """A file of CoTA -> (its task by the table CONFIGURATIONS or None, its configuration or None).
@@ -193,35 +171,19 @@ def configuration(file: Path, source: Path):
 
 def jsonl_rows(path):
     with open(path, "rb") as lines:
-        yield from (
-            (f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()
-        )
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def list_rows(path):
-    # json.load would hold the whole list: decode one row at a time, and read on whenever the text
-    # at hand ends within a row
-    decoder, between, text, at, number = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 0
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            text = file.read(CHUNK)
-            at = text.index("[") + 1
-            while not text.startswith("]", at := between.match(text, at).end()):
-                try:
-                    row, at = decoder.raw_decode(text, at)
-                except ValueError:
-                    # As much again: a long row is not decoded over and over
-                    more = file.read(max(CHUNK, len(text) - at))
-                    if not more:
-                        raise
-                    text, at = text[at:] + more, 0
-                    continue
-                number += 1
-                yield f"{path} row {number}", row
-        except (ValueError, RecursionError):
-            raise SystemExit(
-                f"error: {path}: breaks off or is not JSON after row {number}; fetch it again"
-            ) from None
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(
+            f"error: {path}: breaks off or is not JSON ({error}); fetch it again"
+        ) from None
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def reader_of(path):
@@ -256,21 +218,17 @@ def parquet_rows(path):
 def iemocap_rows(root: Path):
     """IEMOCAP's folders -> rows {"id", "emotion", "audio"}, as read_rows. Session 5 is the test
     split. Raises SystemExit."""
-    files = sorted(root.glob("Session[1-5]/dialog/EmoEvaluation/*.txt"))
+    # "._Ses01F_impro01.txt", a leftover of macOS, is not text
+    files = sorted(root.glob("Session[1-5]/dialog/EmoEvaluation/[!.]*.txt"))
     if not files:
         raise SystemExit(
             f"error: {root}: holds no Session1/dialog/EmoEvaluation/*.txt; give the folder that"
             " Session1 to Session5 lie in"
         )
     for file in files:
-        # "._Ses01F_impro01.txt", a leftover of macOS, is not text
-        if file.name.startswith("."):
-            continue
-        # Of the path below root: root may lie in another "Session"
-        session = file.relative_to(root).parts[0]
-        for number, line in enumerate(
-            file.read_text(encoding="utf-8", errors="replace").splitlines(), 1
-        ):
+        session = file.parents[2].name
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
             if match := re.match(r"\[[\d.]+ - [\d.]+\]\s+(Ses\w+)\s+(\w+)\s", line):
                 utterance, emotion = match.groups()
                 wav = f"{session}/sentences/wav/{utterance.rpartition('_')[0]}/{utterance}.wav"
@@ -282,22 +240,24 @@ def choose_columns(dataset, given, row) -> dict[str, str]:
     """{our name: the file's name} of the columns that go by another name, judged by the first row.
     given: --columns. Raises SystemExit."""
     _, needed, optional = IMPORTERS[dataset]
+    needed = [names.split("/") for names in needed.split()]
+    known = [names[0] for names in needed] + optional.split()
     columns, there = {}, f"the file has the columns {', '.join(map(str, row))}"
     for pair in given:
         ours, _, theirs = pair.partition("=")
-        if ours not in (*needed, *optional):
-            known = ", ".join((*needed, *optional)) or "nothing (it has no columns)"
+        if ours not in known:
             raise SystemExit(
                 f"error: --columns {pair}: {dataset} knows no column {ours!r}; before the = write"
-                f" {known}"
+                f" {', '.join(known) or 'nothing (it has no columns)'}"
             )
         if theirs not in row:
             raise SystemExit(f"error: --columns {pair}: {there}; after the = write one of them")
         columns[ours] = theirs
-    for ours, others in needed.items():
+    for names in needed:
+        ours = names[0]
         if ours in columns:
             continue
-        found = [name for name in (ours, *others) if name in row]
+        found = [name for name in names if name in row]
         if len(found) != 1:
             problem = f"any of {', '.join(found)} may be {ours!r}" if found else f"none is {ours!r}"
             raise SystemExit(
@@ -316,11 +276,11 @@ LETTER = re.compile(r"\s*[(\[]?([A-Za-z])(?:[)\].:](?!\w)|\s*$)\s*")
 MARK = re.compile(r"(?<!\S)(?:\(([A-Za-z])\)|([A-Za-z])([.):]))\s+(?=\S)")
 
 
-def texts(choices, where) -> list[str]:
+def texts(choices) -> list[str]:
     """Choices without the letters A, B, C in front, if all have theirs. Raises DataError for
     anything but a list of strings."""
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where}: the choices are no list of texts")
+        raise DataError("the choices are no list of texts")
     marks = [LETTER.match(choice) for choice in choices]
     if all(
         mark and mark[0] != choice and mark[1].upper() == chr(65 + i)
@@ -351,11 +311,9 @@ def named(answer, choices):
         if not rest or f"{rest} ".startswith(f"{words(choices[index])} "):
             return choices[index]
     statement = re.split(r"\banswer\b[^.:\n]{0,30}?(?:\bis\b:?|:)\s*", answer, flags=re.I)[1:]
-    return (
-        named(re.split(r"(?<=\w\w)[.!?](?:\s|$)|\n", statement[-1])[0], choices)
-        if statement
-        else None
-    )
+    if not statement:
+        return None
+    return named(re.split(r"(?<=\w\w)[.!?](?:\s|$)|\n", statement[-1])[0], choices)
 
 
 def split_choices(text):
@@ -375,14 +333,13 @@ def split_choices(text):
         # "choose from A. or B." may go before the list itself
         start = max(letters.rfind("A"), letters.rfind("a"), 0)
         marks, letters = marks[start:], letters[start:]
+        count = len(letters)
         head = text[: marks[0].start()] if marks else ""
         # A list's letters run from A in one style, and it begins after the end of a sentence or on
         # a line of its own
         if (
             not letters
-            or letters.upper() not in string.ascii_uppercase
-            or letters[0] not in "Aa"
-            or not (letters.isupper() or letters.islower())
+            or letters not in (string.ascii_uppercase[:count], string.ascii_lowercase[:count])
             or len({mark[3] for mark in marks}) > 1
             or not re.search(r"[?.:!\n]\s*$", head)
         ):
@@ -395,10 +352,8 @@ def split_choices(text):
         # "... B. silver. Answer with the letter.": where does B end?
         if re.search(r"[.?!]\s", choices[-1]) and head.rstrip(" \t")[-1:] != "\n":
             return text, []
-        head, tail = (
-            re.sub(r"\b(?:choices|options)(?:\s+are)?\s*:?\s*$", "", head, flags=re.I),
-            text[ends[-1] :],
-        )
+        head = re.sub(r"\b(?:choices|options)(?:\s+are)?\s*:?\s*$", "", head, flags=re.I)
+        tail = text[ends[-1] :]
     if (
         not isinstance(choices, list)
         or not 2 <= len(choices) <= 26
@@ -417,14 +372,15 @@ def boxes(text) -> list[str]:
         depth, end = 1, start.end()
         while depth and end < len(text):
             depth, end = depth + {"{": 1, "}": -1}.get(text[end], 0), end + 1
-        found += [text[start.end() : end - 1].strip()] * (not depth)
+        if not depth:
+            found.append(text[start.end() : end - 1].strip())
     return found
 
 
 # ------------------------------------------------------------------------------------------------
 # 3. one row -> one line of a manifest
-# Each takes a row under our column names, its place, and the flags; it returns the line, with
-# "audio" as it stands in the row, or raises DataError.
+# Each takes a row under our column names, and the flags; it returns the line, with "audio" as it
+# stands in the row, or raises DataError with the reason to drop it.
 
 KINDS = {
     "sound": r"sound|audiocaps|audioset|clotho|\bavqa",
@@ -433,7 +389,13 @@ KINDS = {
 }
 
 
-def cota(row, where, args):
+def kind_of(text):
+    """The one kind of sound that a text speaks of, or None."""
+    found = [kind for kind, names in KINDS.items() if re.search(names, str(text), re.I)]
+    return found[0] if len(found) == 1 else None
+
+
+def cota(row, args):
     # a text, or a chat of one question and one answer
     def turn(value, *roles):
         if isinstance(value, list):
@@ -445,7 +407,7 @@ def cota(row, where, args):
             ]
             value = said[0] if len(said) == 1 else None
         if not isinstance(value, str):
-            raise DataError(f"{where}: not one question and one answer in text")
+            raise DataError("not one question and one answer in text")
         return value
 
     asked, said = turn(row["question"], "user", "human"), turn(row["response"], "assistant", "gpt")
@@ -459,14 +421,14 @@ def cota(row, where, args):
         found = re.findall(f"<{part}>(.*?)</{part}>", said, re.I | re.S)
         if len(found) != 1 or not found[0].strip() or re.search(data.TAG, found[0], re.I):
             raise DataError(
-                f"{where}: the trace has not exactly one <{part.upper()}> that is closed and filled"
+                f"the trace has not exactly one <{part.upper()}> that is closed and filled"
             )
         reasoning[part] = found[0].strip()
     answer = reasoning.pop("response")
     if row.get("choices"):
-        question, choices = asked, texts(row["choices"], where)
+        question, choices = asked, texts(row["choices"])
         if (chosen := named(answer, choices)) is None:
-            raise DataError(f"{where}: the response names none of the choices")
+            raise DataError("the response names none of the choices")
     else:
         question, choices = split_choices(asked)
         chosen = named(answer, choices)
@@ -474,17 +436,11 @@ def cota(row, where, args):
         question, choices, chosen = asked, [], answer
     clip = row["audio"][0] if isinstance(row["audio"], list) and row["audio"] else row["audio"]
     path = clip.get("path") if isinstance(clip, dict) else clip
-    column, path = (
-        [kind for kind, names in KINDS.items() if re.search(names, str(text or ""), re.I)]
-        for text in (row.get("task"), path)
-    )
     known, name = row["configuration"]
-    path = path[0] if len(path) == 1 else None
-    task = column[0] if len(column) == 1 else args.task or known or path or name
+    task = kind_of(row.get("task")) or args.task or known or kind_of(path) or name
     if task is None:
         raise DataError(
-            f"{where}: neither a column nor the path says whether it is sound, music or speech"
-            " (--task)"
+            "neither a column nor the path says whether it is sound, music or speech (--task)"
         )
     return {
         "audio": row["audio"],
@@ -496,14 +452,11 @@ def cota(row, where, args):
     }
 
 
-def avqa(row, where, args):
-    choices, answer, question = (
-        texts(row["multi_choice"], where),
-        row["answer"],
-        row["question_text"],
-    )
+def avqa(row, args):
+    choices = texts(row["multi_choice"])
+    answer, question = row["answer"], row["question_text"]
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise DataError(f"{where}: the answer is not the index of a choice")
+        raise DataError("the answer is not the index of a choice")
     question = re.sub(r"\bvideo\b", "audio", question) if isinstance(question, str) else question
     return {
         "audio": row["audio_path"],
@@ -514,18 +467,18 @@ def avqa(row, where, args):
     }
 
 
-def mathematics(problem, gold, where, args):
+def mathematics(problem, gold, args):
     """A spoken question that nobody has spoken yet: a line without audio."""
     if not isinstance(problem, str) or not problem.strip():
-        raise DataError(f"{where}: the problem is empty")
+        raise DataError("the problem is empty")
     if re.search(r"\[asy\]|!\[|\\includegraphics", problem):
-        raise DataError(f"{where}: the problem has a drawing, which cannot be spoken")
+        raise DataError("the problem has a drawing, which cannot be spoken")
     if not gold:
-        raise DataError(f"{where}: no answer after #### or in \\boxed{{}}")
+        raise DataError("no answer after #### or in \\boxed{}")
     # 1,000 is one number, (1, 2) is two
     bare = re.sub(r"\\[,!;$%]|[$%]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", gold)
     if re.search(r"[,;&]|\\\\|\\quad|\b(?:and|or)\b", bare):
-        raise DataError(f"{where}: the answer has several parts")
+        raise DataError("the answer has several parts")
     # 12\ 345
     bare = re.sub(r"(?<=\d)\\ (?=\d{3}(?!\d))", "", bare)
     # Units; a space stays: "10 h 30 min" is two
@@ -536,7 +489,7 @@ def mathematics(problem, gold, where, args):
     if args.numeric and not re.fullmatch(
         r"-?\s?(?:\d+(?:\.\d+)?|\.\d+)(?:/\d+)?|-?\s?\d+ \d+/\d+", bare
     ):
-        raise DataError(f"{where}: the answer is not one number (--numeric)")
+        raise DataError("the answer is not one number (--numeric)")
     return {
         "question": "" if args.no_answer_line else ANSWER_LINE,  # beside the words, in both views
         "choices": [],
@@ -546,51 +499,49 @@ def mathematics(problem, gold, where, args):
     }
 
 
-def numinamath(row, where, args):
+def numinamath(row, args):
     found = boxes(row["solution"]) if isinstance(row["solution"], str) else []
     if len(set(found)) > 1:
-        raise DataError(f"{where}: the answer has several parts")
+        raise DataError("the answer has several parts")
     if re.search(r"\bprove\b|\bshow that\b", str(row["problem"]), re.I):
-        raise DataError(f"{where}: a proof is asked for")
-    return mathematics(row["problem"], found[-1] if found else None, where, args) | {
+        raise DataError("a proof is asked for")
+    return mathematics(row["problem"], found[-1] if found else None, args) | {
         "sub-category": row.get("source")
     }
 
 
-def gsm8k(row, where, args):
+def gsm8k(row, args):
     _, mark, gold = str(row["answer"]).rpartition("####")
-    return mathematics(row["question"], gold.strip() if mark else None, where, args)
+    return mathematics(row["question"], gold.strip() if mark else None, args)
 
 
-def mmau(row, where, args):
+def mmau(row, args):
     leak = str(row.get("dataset")).upper() == "IEMOCAP"
-    if leak and args.drop_leaks:
-        raise DataError(f"{where}: a clip of IEMOCAP (--drop-leaks)")
-    line = benchmark(row, where) | {
+    return benchmark(row) | {
         "audio": row["audio_id"],
         "task": row["task"],
         "difficulty": row.get("difficulty"),
+        "leak": "IEMOCAP" if leak else None,
     }
-    return line | ({"leak": "IEMOCAP"} if leak else {})
 
 
-def mmar(row, where, args):
+def mmar(row, args):
     modality = str(row["modality"])
     if modality not in KINDS and not modality.startswith("mix"):
-        raise DataError(f"{where}: the modality is neither sound, music, speech nor a mix")
+        raise DataError("the modality is neither sound, music, speech nor a mix")
     if isinstance(row["choices"], list):  # some lists hold an empty text
         choices = [choice for choice in row["choices"] if str(choice).strip()]
         row = {**row, "choices": choices}
-    return benchmark(row, where) | {
+    return benchmark(row) | {
         "audio": row["audio_path"],
         "task": modality if modality in KINDS else "mix",
     }
 
 
-def benchmark(row, where):
-    choices = texts(row["choices"], where)
+def benchmark(row):
+    choices = texts(row["choices"])
     if (answer := named(row["answer"], choices)) is None:
-        raise DataError(f"{where}: the answer is none of the choices")
+        raise DataError("the answer is none of the choices")
     return {
         "question": row["question"],
         "choices": choices,
@@ -603,9 +554,9 @@ def benchmark(row, where):
 EMOTIONS = {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"}
 
 
-def iemocap(row, where, args):
+def iemocap(row, args):
     if row["emotion"] not in EMOTIONS:
-        raise DataError(f"{where}: the emotion {row['emotion']} is none of the four classes")
+        raise DataError(f"the emotion {row['emotion']} is none of the four classes")
     # Ses01F_impro01_M000: session 1's man. The F says whose motion was captured, the last part who
     # speaks.
     speaker = row["id"][:5] + row["id"].rpartition("_")[2][0]
@@ -619,13 +570,13 @@ def iemocap(row, where, args):
     }
 
 
-def voicebench(row, where, args):
+def voicebench(row, args):
     prompt, letter = row["prompt"], str(row.get("reference")).strip()
     if not re.fullmatch("[A-Z]", letter):
-        raise DataError(f"{where}: the reference is no letter, as it is in openbookqa and mmsu")
+        raise DataError("the reference is no letter, as it is in openbookqa and mmsu")
     if not isinstance(prompt, str) or ord(letter) - 65 >= len(judge.spoken_choices(prompt)):
         raise DataError(
-            f"{where}: the prompt lists no choices A., B., ..., or none with the reference's letter"
+            "the prompt lists no choices A., B., ..., or none with the reference's letter"
         )
     return {
         "audio": row["audio"],
@@ -639,38 +590,27 @@ def voicebench(row, where, args):
     }
 
 
-# name -> (function, {a column it needs: other names that it goes by}, columns it takes if there
-# are any)
-CHAT = ("messages", "conversations")
+# name -> (function, columns it needs, each with the other names that it goes by, columns that it
+# takes if there are any)
 IMPORTERS = {
     "cota": (
         cota,
-        {
-            "question": ("user", "query", "prompt", "instruction", *CHAT),
-            "response": ("assistant", "answer", "output", "completion", *CHAT),
-            "audio": ("audios", "audio_path", "wav"),
-        },
-        ("id", "task", "choices", "split"),
+        "question/user/query/prompt/instruction/messages/conversations"
+        " response/assistant/answer/output/completion/messages/conversations"
+        " audio/audios/audio_path/wav",
+        "id task choices split",
     ),
-    "avqa": (
-        avqa,
-        {"question_text": (), "multi_choice": (), "answer": (), "audio_path": ()},
-        ("id", "split"),
-    ),
-    "numinamath": (numinamath, {"problem": (), "solution": ()}, ("id", "source", "split")),
-    "gsm8k": (gsm8k, {"question": (), "answer": ()}, ("id", "split")),
+    "avqa": (avqa, "question_text multi_choice answer audio_path", "id split"),
+    "numinamath": (numinamath, "problem solution", "id source split"),
+    "gsm8k": (gsm8k, "question answer", "id split"),
     "mmau": (
         mmau,
-        dict.fromkeys(("audio_id", "question", "choices", "answer", "task"), ()),
-        ("id", "dataset", "split", "sub-category", "difficulty"),
+        "audio_id question choices answer task",
+        "id dataset split sub-category difficulty",
     ),
-    "mmar": (
-        mmar,
-        dict.fromkeys(("audio_path", "question", "choices", "answer", "modality"), ()),
-        ("id", "split", "sub-category"),
-    ),
-    "iemocap": (iemocap, {}, ()),
-    "voicebench": (voicebench, {"audio": (), "prompt": ()}, ("id", "reference", "split")),
+    "mmar": (mmar, "audio_path question choices answer modality", "id split sub-category"),
+    "iemocap": (iemocap, "", ""),
+    "voicebench": (voicebench, "audio prompt", "id reference split"),
 }
 TEXT_ONLY = ("numinamath", "gsm8k")
 
@@ -681,7 +621,7 @@ TEXT_ONLY = ("numinamath", "gsm8k")
 SUFFIXES = {"WAV": ".wav", "WAVEX": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}
 
 
-def locate_audio(value, new: Path, root: Path, folder: Path, where):
+def locate_audio(value, new: Path, root: Path, folder: Path):
     """A row's clip -> (absolute path, bytes still to be written there or None).
 
     value: a path, {"bytes", "path"}, or a list of one of these. new: where bytes shall go, without
@@ -689,30 +629,26 @@ def locate_audio(value, new: Path, root: Path, folder: Path, where):
     where the manifest could name no clip of root."""
     if isinstance(value, list):
         if len(value) > 1:
-            raise DataError(f"{where}: several clips, and a line of a manifest takes one")
+            raise DataError("several clips, and a line of a manifest takes one")
         value = value[0] if value else None
-    content, path = (
-        (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
-    )
+    if not isinstance(value, dict):
+        value = {"path": value}
+    content, path = value.get("bytes"), value.get("path")
     if content:
         try:
-            return (
-                new.with_name(new.name + SUFFIXES[soundfile.info(io.BytesIO(content)).format]),
-                content,
-            )
+            suffix = SUFFIXES[soundfile.info(io.BytesIO(content)).format]
+            return new.with_name(new.name + suffix), content
         except (RuntimeError, TypeError, KeyError):
-            raise DataError(
-                f"{where}: the bytes of the clip are no WAV, FLAC, OGG or MP3"
-            ) from None
+            raise DataError("the bytes of the clip are no WAV, FLAC, OGG or MP3") from None
     if not isinstance(path, str) or not path.strip():
-        raise DataError(f"{where}: no audio, neither bytes nor a path")
+        raise DataError("no audio, neither bytes nor a path")
     try:
         parts = Path(path).parts
         # The whole path first; an absolute one is itself
         endings = (root.joinpath(*parts[i:]) for i in range(len(parts)))
         path = next((ending for ending in endings if ending.is_file()), root / path).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{where}: the audio path cannot be used ({error})") from None
+        raise DataError(f"the audio path cannot be used ({error})") from None
     if not path.is_relative_to(folder) and not root.is_relative_to(folder):
         raise SystemExit(
             f"error: {folder}: a manifest here may only name audio in this folder, but clips are"
@@ -728,17 +664,18 @@ def locate_audio(value, new: Path, root: Path, folder: Path, where):
 
 def note(table, reason, where):
     """table: reason -> [count, first places]. Bounded, whatever the reasons hold."""
-    entry = table.setdefault(
-        reason if reason in table or len(table) < 50 else "other reasons", [0, []]
-    )
+    if reason not in table and len(table) >= 50:
+        reason = "other reasons"
+    entry = table.setdefault(reason, [0, []])
     entry[0] += 1
-    entry[1] += [where] * (len(entry[1]) < 3)
+    if len(entry[1]) < 3:
+        entry[1].append(where)
 
 
-def reason_of(error, where):
+def reason_of(error):
     """A DataError's sentence without what differs from row to row: place, remedy, path, details in
     brackets (but not our flags), seconds."""
-    reason = str(error).removeprefix(f"{where}: ").partition("; ")[0]
+    reason = str(error).removeprefix("row: ").partition("; ")[0]
     reason = re.sub(
         r"^(the (?:audio path|audio file|text)) .+?"
         r" (?=(?:leaves|contains|cannot|does|is|lasts|claims) )",
@@ -748,35 +685,32 @@ def reason_of(error, where):
     return re.sub(r"lasts [\d.]+ s, ", "is ", re.sub(r" \((?!--).*\)", "", reason))
 
 
-def import_row(row, where, split, number, args, folder, root, ids):
+def import_row(row, split, number, args, folder, root, ids):
     """A row as it stands in the file -> (its line of the manifest, path of the clip or None, bytes
-    still to be written there or None). number: of the row; ids: digests of the ids so far. Raises
+    still to be written there or None). number: of the row; ids: those so far. Raises
     DataError with the reason to drop it."""
     row = {**row, "split": row.get("split") or split}
     if args.split and row["split"] not in args.split:
-        raise DataError(f"{where}: of another split (--split)")
-    line = IMPORTERS[args.dataset][0](row, where, args)
-    name = (
-        f"{args.dataset}-{row['split'] or Path(args.source).stem}-{number}"
-        if row.get("id") in (None, "")
-        else str(row["id"])
-    )
-    name = f"{name}-{number}" if digest(name) in ids else name
-    if digest(name) in ids:
-        raise DataError(f"{where}: the id was used before")
+        raise DataError("of another split (--split)")
+    line = IMPORTERS[args.dataset][0](row, args)
+    name = str(row["id"])
+    if row["id"] in (None, ""):
+        name = f"{args.dataset}-{row['split'] or Path(args.source).stem}-{number}"
+    if name in ids:
+        name = f"{name}-{number}"
     line, path, content = {"id": name, **line, "split": row["split"]}, None, None
     if args.dataset not in TEXT_ONLY:
         safe = f"{number:07d}-" + re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
         path, content = locate_audio(
-            line["audio"], folder / f"{Path(args.out).stem}_audio" / safe, root, folder, where
+            line["audio"], folder / f"{Path(args.out).stem}_audio" / safe, root, folder
         )
         line["audio"] = os.path.relpath(path, folder)
     line = {key: value for key, value in line.items() if value is not None}
     try:
         # what read_manifest would say; a line without audio is judged as if it had been spoken
-        manifest.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), where, folder)
+        manifest.parse_line(json.dumps({"audio": "spoken.wav", **line}).encode(), "row", folder)
     except TypeError as error:
-        raise DataError(f"{where}: a column holds what is no text ({error})") from None
+        raise DataError(f"a column holds what is no text ({error})") from None
     return line, path, content
 
 
@@ -789,23 +723,15 @@ def convert(args):
         raise SystemExit(
             f"error: {out}: is a folder or the source itself; name a new file for the manifest"
         )
-    root, folder = (
-        Path(args.audio_root or (source if source.is_dir() else source.parent)).resolve(),
-        out.parent.resolve(),
-    )
+    root = Path(args.audio_root or (source if source.is_dir() else source.parent)).resolve()
+    folder = out.parent.resolve()
     if args.audio_root and not root.is_dir():
         raise SystemExit(f"error: {root}: there is no such folder of clips; check --audio-root")
-    columns, ids, counts, read, dropped, notes, partial = (
-        None,
-        set(),
-        Counter(),
-        0,
-        {},
-        {},
-        Path(f"{out}.part"),
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    broken = []
+    partial = Path(f"{out}.part")
+    columns, read = None, 0
+    ids, counts = set(), Counter()
+    dropped, notes, broken = {}, {}, []
     if args.dataset == "iemocap":
         rows = iemocap_rows(source)
     else:
@@ -820,40 +746,31 @@ def convert(args):
             for where, shard, split, row in rows:
                 read, content = read + 1, None
                 try:
-                    row = parse_row(row, where)
-                    columns = (
-                        choose_columns(args.dataset, args.columns, row)
-                        if columns is None
-                        else columns
-                    )
+                    row = parse_row(row)
+                    if columns is None:
+                        columns = choose_columns(args.dataset, args.columns, row)
                     row |= {ours: row.get(theirs) for ours, theirs in columns.items()}
+                    row.setdefault("id", None)
                     if args.dataset == "cota":
                         row["configuration"] = configuration(shard, source)
-                    line, path, content = import_row(
-                        row, where, split, read, args, folder, root, ids
-                    )
+                    line, path, content = import_row(row, split, read, args, folder, root, ids)
                     if content:
                         path.parent.mkdir(exist_ok=True)
                         path.write_bytes(content)
                     if path and (args.check_audio or args.max_seconds):
-                        data.audio_seconds(path, where=where, max_seconds=args.max_seconds)
+                        data.audio_seconds(path, where="row", max_seconds=args.max_seconds)
                 except DataError as error:
                     if content:
                         path.unlink()
-                    note(dropped, reason_of(error, where), where)
+                    note(dropped, reason_of(error), where)
                     continue
                 file.write(json.dumps(line).encode() + b"\n")
-                ids.add(digest(line["id"]))
+                ids.add(line["id"])
                 counts[line["task"], line.get("split")] += 1
-                if row.get("id") not in (None, "") and str(row["id"]) != line["id"]:
+                if row["id"] not in (None, "") and str(row["id"]) != line["id"]:
                     note(notes, "ids that were used before: the row's number was appended", where)
                 if "leak" in line:
-                    note(
-                        notes,
-                        "clips of IEMOCAP: a leak, if you train on IEMOCAP (--drop-leaks leaves"
-                        " them out)",
-                        where,
-                    )
+                    note(notes, "clips of IEMOCAP: a leak, if you train on IEMOCAP", where)
                 if path and not path.is_file():
                     note(notes, "clips that are not there yet (--check-audio drops them)", where)
                 if sum(counts.values()) == args.limit:
@@ -870,8 +787,19 @@ def convert(args):
 
 
 def say_disk(shards, out):
-    """Before anything is written: how much disk the clips inside parquet files will take."""
-    size, free = clip_bytes(shards), shutil.disk_usage(out.parent).free
+    """Before anything is written: how much disk the clips inside parquet files will take. By their
+    footers, columns called NAME.bytes."""
+    size, free = 0, shutil.disk_usage(out.parent).free
+    for shard in shards:
+        pyarrow = reader_of(shard)
+        try:
+            footer = pyarrow.parquet.read_metadata(shard).to_dict()
+        except (pyarrow.ArrowException, OSError):
+            continue  # broken: read_rows says so
+        for group in footer["row_groups"]:
+            for column in group["columns"]:
+                if column["path_in_schema"].endswith(".bytes"):
+                    size += column["total_uncompressed_size"]
     if size:
         print(
             f"{out.stem}_audio/ will take about {size / 1e9:.3g} GB, for all clips inside "
@@ -889,38 +817,31 @@ def record_source(source, out) -> str:
     return f"{source}: sha256 {sha256} (MMAU was revised in 2025: compare scores on one file)"
 
 
-def parse_row(row, where) -> dict:
+def parse_row(row) -> dict:
     try:
         row = json.loads(row) if isinstance(row, bytes) else row
     except (ValueError, RecursionError):
-        raise DataError(f"{where}: the line is not JSON") from None
+        raise DataError("the line is not JSON") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: the row is no JSON object")
+        raise DataError("the row is no JSON object")
     return row
-
-
-def digest(name) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "big"
-    )
 
 
 def report(args, counts, read, dropped, notes, broken) -> str:
     """The counts by task and split, and what was dropped and why, as text."""
     kept = sum(counts.values())
-    lines = [f"{args.out}: {kept:,} of {read:,} rows were imported"] + [
-        f"    {'task':12}{'split':16}{'count':>10}"
-    ] * bool(counts)
-    lines += [
-        f"    {task:12}{split or '-':16}{count:10,}"
-        for (task, split), count in sorted(counts.items(), key=str)
+    lines = [
+        f"{args.out}: {kept:,} of {read:,} rows were imported",
+        f"    {'task':12}{'split':16}{'count':>10}",
     ]
+    for (task, split), count in sorted(counts.items(), key=str):
+        lines.append(f"    {task:12}{split or '-':16}{count:10,}")
     for title, table in (("dropped:", dropped), ("to know:", notes)):
-        lines += [title] * bool(table)
-        lines += [
-            f"{count:10,}  {reason}   [{', '.join(places)}{', ...' * (count > 3)}]"
-            for reason, (count, places) in sorted(table.items(), key=lambda item: -item[1][0])
-        ]
+        if table:
+            lines.append(title)
+        for reason, (count, places) in sorted(table.items(), key=lambda item: -item[1][0]):
+            more = ", ..." if count > 3 else ""
+            lines.append(f"{count:10,}  {reason}   [{', '.join(places)}{more}]")
     lines += [f"broken, the rest of it is lost: {sentence}" for sentence in broken]
     if args.dataset == "iemocap":
         lines.append(
@@ -939,82 +860,67 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", choices=IMPORTERS)
-    parser.add_argument(
+    add = parser.add_argument
+    add("dataset", choices=IMPORTERS)
+    add(
         "source",
         metavar="SOURCE",
-        help=(
-            "a JSON, JSONL or parquet file, or a folder of shards; iemocap: the folder of Session1"
-            " to 5"
-        ),
+        help="a JSON, JSONL or parquet file, or a folder of shards; iemocap: of Session1 to 5",
     )
-    parser.add_argument(
+    add(
         "out", metavar="OUT.jsonl", help="the manifest; beside the folder of the clips, or above it"
     )
-    parser.add_argument(
+    add(
         "--audio-root",
         metavar="DIR",
         help="the folder that audio paths are relative to; default: SOURCE's own",
     )
-    parser.add_argument(
+    add(
         "--columns",
         nargs="+",
         default=[],
         metavar="OURS=THEIRS",
         help="which column is which, where the file has names of its own",
     )
-    parser.add_argument(
+    add(
         "--split",
         nargs="+",
         metavar="NAME",
         help="only these splits, by the column or the file's name",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="stop after N lines")
-    parser.add_argument(
+    add("--limit", type=int, metavar="N", help="stop after N lines")
+    add(
         "--check-audio",
         action="store_true",
         help="drop clips that are missing or cannot be decoded (slow over a network)",
     )
-    parser.add_argument(
+    add(
         "--max-seconds",
         type=float,
         metavar="S",
         help="drop longer clips, too, in seconds (Qwen2-Audio's window: 30)",
     )
-    parser.add_argument(
-        "--task", choices=KINDS, help="cota: the task of rows whose column does not say it"
-    )
-    parser.add_argument(
+    add("--task", choices=KINDS, help="cota: the task of rows whose column does not say it")
+    add(
         "--numeric",
         action="store_true",
         help="numinamath, gsm8k: only answers that are one number, for the rule that judges",
     )
-    parser.add_argument(
+    add(
         "--no-answer-line",
         action="store_true",
         help=f"numinamath, gsm8k: without the written line {ANSWER_LINE!r}",
     )
-    parser.add_argument(
-        "--drop-leaks", action="store_true", help="mmau: without the clips of IEMOCAP"
-    )
     args = parser.parse_args(argv)
     heard = [name for name in IMPORTERS if name not in TEXT_ONLY]
-    for flag, takers in (
-        ("task", ["cota"]),
-        ("numeric", TEXT_ONLY),
-        ("no_answer_line", TEXT_ONLY),
-        ("drop_leaks", ["mmau"]),
-        ("audio_root", heard),
-        ("check_audio", heard),
-        ("max_seconds", heard),
-    ):
-        if getattr(args, flag) and args.dataset not in takers:
-            parser.error(
-                f"--{flag.replace('_', '-')} is for {' and '.join(takers)}, not for {args.dataset}"
-            )
-    for flag in ("limit", "max_seconds"):
-        if (value := getattr(args, flag)) is not None and value <= 0:
-            parser.error(f"--{flag.replace('_', '-')} must be above zero, not {value}")
+    takers = {"task": ["cota"], "numeric": TEXT_ONLY, "no_answer_line": TEXT_ONLY}
+    takers |= dict.fromkeys(("audio_root", "check_audio", "max_seconds"), heard)
+    for flag, datasets in takers.items():
+        if getattr(args, flag) and args.dataset not in datasets:
+            known = " and ".join(datasets)
+            parser.error(f"--{flag.replace('_', '-')} is for {known}, not for {args.dataset}")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
     counts, read, dropped, notes, broken = convert(args)
     print(report(args, counts, read, dropped, notes, broken))
     if args.dataset == "mmau" and counts and Path(args.source).is_file():

@@ -84,33 +84,24 @@ def wav_in_page(example):
 # -------------------------------------------------------------------------------------------------
 # 2. The answers
 
-def read_json(path, what):
-    """what: what the user should give instead of a file that cannot be read."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise data.DataError(f"{path}: cannot be read as JSON ({error}); give {what}") from None
-
-
 def score_ratings(files, page):
     """Saved answers -> {task: {category: {"description" and "foil": {item: [a verdict a rater]}}}}.
 
     Raises data.DataError for a file that is no ratings, given twice, of another sheet, or with
     items, categories or verdicts the sheet lacks."""
-    key = read_json(key_path(page), "the key that was written beside the rating sheet")
+    key = json.loads(key_path(page).read_text(encoding="utf-8"))
     found = {task: {category: {"description": {}, "foil": {}} for category in categories}
              for task, categories in CATEGORIES.items()}
     raters = {}
     for file in files:
-        ratings = read_json(file, "the answers that the rating sheet saved")
-        if not isinstance(ratings, dict) or not isinstance(ratings.get("answers"), dict):
+        ratings = json.loads(Path(file).read_text(encoding="utf-8"))
+        if "answers" not in ratings:
             raise data.DataError(f"{file}: holds no answers; give the file that the rating "
                                  "sheet's button saved")
-        if ratings.get("sheet") != key["sheet"]:
-            raise data.DataError(f"{file}: rates the sheet {ratings.get('sheet')!r}, not {page} "
+        if ratings["sheet"] != key["sheet"]:
+            raise data.DataError(f"{file}: rates the sheet {ratings['sheet']!r}, not {page} "
                                  f"({key['sheet']!r}); name the sheet that was rated")
-        rater = str(ratings.get("rater"))
+        rater = ratings["rater"]
         if rater in raters:
             raise data.DataError(f"{file}: is by {rater!r}, as is {raters[rater]}; give each "
                                  "rater's answers once")
@@ -122,11 +113,7 @@ def score_ratings(files, page):
                                      "have; use the file as the page saved it")
             known = key["items"][item]
             kind = "description" if known["description_of"] == known["id"] else "foil"
-            verdicts = answer.get("verdicts") if isinstance(answer, dict) else None
-            if not isinstance(verdicts, dict):
-                raise data.DataError(f"{file}: the item {item!r} has no verdicts; use the file as "
-                                     "the page saved it")
-            for category, verdict in verdicts.items():
+            for category, verdict in answer["verdicts"].items():
                 if category not in CATEGORIES[known["task"]] or verdict not in VERDICTS:
                     raise data.DataError(
                         f"{file}: the item {item!r} says {verdict!r} of {category!r}, which the "
@@ -186,16 +173,13 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of what is drawn for the page")
     add("--score-ratings", metavar="JSON", nargs="+", help="saved answers: what was kept?")
     args = parser.parse_args(argv)
-    if args.clips < 1:
-        parser.error("--clips must be at least 1")
-
     page = Path(args.rating_sheet)
     if args.score_ratings:
         print(ratings_table(score_ratings(args.score_ratings, page)))
         return
     if args.data is None:
         import mini.world
-        source = Path(mini.world.build("train"))
+        source = mini.world.build("train")
         args.data = source.with_name(f"{source.stem}-described.jsonl")
         if not args.data.exists():
             parser.error(f"there is no {args.data} yet: run python textualize.py, or give --data")

@@ -77,7 +77,7 @@ def main(argv=None):
     if args.data is None:
         import mini.world
         with ranks.rank_zero_first():
-            source = Path(mini.world.build("train"))
+            source = mini.world.build("train")
         args.data = source.with_name(f"{source.stem}-described.jsonl")
         args.true = args.true or source
     described = data.read_manifest(args.data, require=["description"])

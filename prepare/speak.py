@@ -30,7 +30,6 @@ import json
 import os
 import re
 import tempfile
-import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -44,7 +43,7 @@ from tqdm import tqdm
 import data
 from data import SAMPLE_RATE  # what every audio tower in the project hears
 from plumbing import manifest, ranks
-from plumbing.files import append_jsonl, write_json
+from plumbing.files import append_jsonl, read_json, replace_text, write_json
 from prepare.verbalise import verbalise
 
 # ------------------------------------------------------------------------------------------------
@@ -156,16 +155,7 @@ def speak(text, *, voice="m3", accent="en-us", rate=190, pitch=50, pitch_range=5
 # 2. Two readers: a function (words, voice, seed) -> float32 [samples] at 16 kHz
 
 ESPEAK_VOICES = ["en-us+m3", "en-us+f2", "en-us+m7", "en-us+f5", "en-gb-x-rp+m1", "en-gb-x-rp+f4"]
-KOKORO_VOICES = [
-    "af_heart",
-    "af_bella",
-    "af_nicole",
-    "am_fenrir",
-    "am_michael",
-    "am_puck",
-    "bf_emma",
-    "bm_george",
-]
+KOKORO_VOICES = "af_heart af_bella af_nicole am_fenrir am_michael am_puck bf_emma bm_george".split()
 READING = hashlib.sha256(Path(__file__).with_name("verbalise.py").read_bytes()).hexdigest()
 KOKORO, KOKORO_RATE = "hexgrad/Kokoro-82M", 24_000
 
@@ -187,7 +177,7 @@ def espeak_reader(voices, rate, pitch):
 
 
 def kokoro_reader(voices, folder, device):
-    """Kokoro as a reader, from the hub or a folder with config.json, one .pth file and
+    """Kokoro as a reader, from the hub or a folder with config.json, kokoro-v1_0.pth and
     voices/NAME.pt. Raises DataError where something is missing.
 
     A voice's first letter is its language: af_heart is American, bf_emma British. Kokoro's breath
@@ -198,29 +188,20 @@ def kokoro_reader(voices, folder, device):
         raise data.DataError(
             f"--tts kokoro cannot be used ({error}); run `pip install kokoro`"
         ) from None
-    paths = {}
+    files, names = {}, dict(zip(voices, voices))
     if folder is not None:
-        weights = sorted(folder.glob("*.pth"))
-        paths = {
-            "config": folder / "config.json",
-            "model": weights[0] if len(weights) == 1 else folder / "kokoro-v1_0.pth",
-        }
-    names = {voice: str(folder / "voices" / f"{voice}.pt") if folder else voice for voice in voices}
-    for path in [*paths.values(), *(names.values() if folder else ())]:
-        if not Path(path).is_file():
-            raise data.DataError(
-                f"--kokoro {folder}: {path} is missing; put there what {KOKORO} has on the hub"
-            )
+        files = {"config": f"{folder}/config.json", "model": f"{folder}/kokoro-v1_0.pth"}
+        names = {voice: f"{folder}/voices/{voice}.pt" for voice in voices}
+        for path in (*files.values(), *names.values()):
+            if not Path(path).is_file():
+                raise data.DataError(
+                    f"--kokoro {folder}: {path} is missing; put there what {KOKORO} has on the hub"
+                )
     try:
-        model = (
-            KModel(repo_id=KOKORO, **{name: str(path) for name, path in paths.items()})
-            .to(device)
-            .eval()
-        )
-        pipelines = {voice[0]: None for voice in voices}
+        model = KModel(repo_id=KOKORO, **files).to(device).eval()
         pipelines = {
             language: KPipeline(lang_code=language, repo_id=KOKORO, model=model)
-            for language in pipelines
+            for language in {voice[0] for voice in voices}
         }
         for voice, name in names.items():
             pipelines[voice[0]].load_voice(name)
@@ -234,19 +215,16 @@ def kokoro_reader(voices, folder, device):
 
     def read(words, voice, seed):
         torch.manual_seed(seed)
-        results = [
-            r
-            for r in pipelines[voice[0]](words, voice=names[voice], speed=1)
-            if r.audio is not None
-        ]
-        # What Kokoro takes at a time; it cuts off the rest without an error
-        if any(len(r.phonemes) >= 510 for r in results):
-            raise ValueError("a sentence of more than 510 phonemes")
-        if not results:
+        waves = []
+        for part in pipelines[voice[0]](words, voice=names[voice], speed=1):
+            # What Kokoro takes at a time; it cuts off the rest without an error
+            if len(part.phonemes) >= 510:
+                raise ValueError("a sentence of more than 510 phonemes")
+            if part.audio is not None:
+                waves.append(part.audio.float().cpu().flatten())
+        if not waves:
             raise ValueError("nothing to hear")
-        return torchaudio.functional.resample(
-            torch.cat([r.audio.float().cpu().flatten() for r in results]), KOKORO_RATE, SAMPLE_RATE
-        )
+        return torchaudio.functional.resample(torch.cat(waves), KOKORO_RATE, SAMPLE_RATE)
 
     return read
 
@@ -266,23 +244,17 @@ def read_lines(path, limit):
         where = f"{path}:{number}"
         try:
             record = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise data.DataError(
-                f"{where}: the line is not JSON ({error}); write one JSON object per line"
-                " in UTF-8"
-            ) from None
-        if isinstance(record, dict) and record.get("audio"):
-            raise data.DataError(
-                f"{where}: the line has audio already ({record['audio']!r}); give a"
-                " manifest without it"
-            )
-        # what read_manifest will ask of the line once it has its audio
-        with_audio = (
-            {**record, "audio": "clip.flac"} if isinstance(record, dict) else record
-        )
-        example = manifest.parse_line(
-            json.dumps(with_audio).encode(), where, path.parent.resolve()
-        )
+        except (ValueError, RecursionError):
+            record = None  # parse_line says what is wrong
+        if isinstance(record, dict):
+            if record.get("audio"):
+                raise data.DataError(
+                    f"{where}: the line has audio already ({record['audio']!r}); give a"
+                    " manifest without it"
+                )
+            # what read_manifest will ask of the line once it has its audio
+            line = json.dumps({**record, "audio": "clip.flac"}).encode()
+        example = manifest.parse_line(line, where, path.parent.resolve())
         if not (example.transcript or "").strip():
             raise data.DataError(
                 f"{where}: the field 'transcript' is missing or empty; it holds the words"
@@ -303,9 +275,8 @@ def key_of(record):
 
 
 def voice_of(identifier, voices):
-    return voices[
-        int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") % len(voices)
-    ]
+    drawn = int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big")
+    return voices[drawn % len(voices)]
 
 
 def read_journals(folder):
@@ -356,12 +327,13 @@ def check_settings(folder, settings):
     """A folder of clips belongs to one way of speaking. Raises DataError where it was another one.
     -> the file that says which"""
     path = folder / "settings.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    if different := [name for name in settings if before.get(name) != settings[name]]:
-        told = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in different)
-        raise data.DataError(
-            f"{folder}: was spoken with {told}; give another output, or the flags of {path}"
-        )
+    before = read_json(path) or settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise data.DataError(
+                f"{folder}: was spoken with {name} {before.get(name)}, not {value}; give another"
+                f" output, or the flags of {path}"
+            )
     return path
 
 
@@ -374,46 +346,34 @@ def write_manifest(lines, notes, folder, out):
         if "skipped" in note:
             skipped.append({"id": record["id"], "skipped": note["skipped"]})
         else:
-            spoken.append(
-                {
-                    **record,
-                    "audio": f"{folder.name}/{note['key']}.flac",
-                    "speaker": note["speaker"],
-                    "spoken": note["spoken"],
-                }
-            )
+            clip = {"audio": f"{folder.name}/{note['key']}.flac"}
+            clip |= {name: note[name] for name in ("speaker", "spoken")}
+            spoken.append(record | clip)
     for path, records in ((out, spoken), (out.with_suffix(".skipped.jsonl"), skipped)):
-        part = path.with_suffix(".part")
-        part.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-            encoding="utf-8",
-        )
-        os.replace(part, path)
+        rows = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        replace_text(path, "".join(rows))
     return spoken, skipped
 
 
 def summary(spoken, skipped, hours, out):
-    """What was made, as lines of text; reasons are gathered without their numbers and
+    """What was made, as lines of text; the 20 most frequent reasons, without their numbers and
     quotations."""
     voices = Counter(record["speaker"] for record in spoken)
+    skipped_file = out.with_suffix(".skipped.jsonl")
     lines = [
         f"{out}: {len(spoken):,} lines spoken, {hours:.2f} hours; {len(skipped):,} left out"
-        + f" (see {out.with_suffix('.skipped.jsonl')})" * bool(skipped),
+        f" (see {skipped_file})",
         "voices: " + ", ".join(f"{voice} {n:,}" for voice, n in sorted(voices.items())),
     ]
     reasons = {}
     for record in skipped:
-        reasons.setdefault(re.sub(r"'[^']*'|(?<!\S)\S*\d\S*", "...", record["skipped"]), []).append(
-            record["id"]
-        )
+        reason = re.sub(r"'[^']*'|(?<!\S)\S*\d\S*", "...", record["skipped"])
+        reasons.setdefault(reason, []).append(record["id"])
     most = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    lines += [
-        f"left out, {reason}: {len(ids):,} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
-        for reason, ids in most[:20]
-    ]
-    return lines + [
-        f"left out for {len(most) - 20} other reasons: {sum(len(ids) for _, ids in most[20:]):,}"
-    ] * (len(most) > 20)
+    for reason, ids in most[:20]:
+        more = ", ..." if len(ids) > 3 else ""
+        lines.append(f"left out, {reason}: {len(ids):,} ({', '.join(ids[:3])}{more})")
+    return lines
 
 
 def speak_manifest(args):
@@ -421,67 +381,53 @@ def speak_manifest(args):
     source, out = Path(args.text), Path(args.out)
     if out.resolve() == source.resolve():
         raise data.DataError(f"{out}: would be written over its own input; give another name")
-    lines, folder = read_lines(source, args.limit), out.with_name(f"{out.stem}_audio")
-    voices = args.voices or {"espeak": ESPEAK_VOICES, "kokoro": KOKORO_VOICES}[args.tts]
-    voices = [
-        voice if "+" in voice or args.tts == "kokoro" else f"en-us+{voice}" for voice in voices
-    ]
-    how = {"max_characters": args.max_characters, "max_seconds": args.max_seconds}
-    settings = {"tts": args.tts, "voices": voices, **how}
-    settings |= (
-        {"rate": args.rate, "pitch": args.pitch}
-        if args.tts == "espeak"
-        else {"kokoro": args.kokoro}
-    )
+    lines = read_lines(source, args.limit)
+    folder = out.with_name(f"{out.stem}_audio")
+    limits = {"max_characters": args.max_characters, "max_seconds": args.max_seconds}
+    if args.tts == "espeak":
+        voices = args.voices or ESPEAK_VOICES
+        voices = [voice if "+" in voice else f"en-us+{voice}" for voice in voices]
+        how = {"rate": args.rate, "pitch": args.pitch}
+    else:
+        voices = args.voices or KOKORO_VOICES
+        how = {"kokoro": args.kokoro}
+    settings = {"tts": args.tts, "voices": voices, **limits, **how}
     rank, world, device = ranks.start_distributed()
-    say = print if rank == 0 else (lambda *a, **k: None)
     with ranks.rank_zero_first():
         folder.mkdir(parents=True, exist_ok=True)
         said = check_settings(folder, settings)
         notes = read_journals(folder)
         left = [record for _, record in lines if key_of(record) not in notes]
-        reader = (
-            None
-            if not left
-            else (
-                espeak_reader(voices, args.rate, args.pitch)
-                if args.tts == "espeak"
-                else kokoro_reader(voices, Path(args.kokoro) if args.kokoro else None, device)
-            )
-        )
+        reader = None
+        if left and args.tts == "espeak":
+            reader = espeak_reader(voices, args.rate, args.pitch)
+        elif left:
+            reader = kokoro_reader(voices, args.kokoro, device)
         if rank == 0:
             # Only now: a reader that could not be started has said nothing
             write_json(said, settings)
+            print(f"{len(lines):,} lines, {len(voices)} voices of {args.tts} on {device} x {world}")
     # Nobody speaks before all know what is left, or they would share it out in different ways
     ranks.wait_for_all()
     todo = left[rank::world]
     journal = folder / f"journal-{rank}.jsonl"
     if journal.exists():
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
-    say(f"{len(lines):,} lines, {len(voices)} voices of {args.tts} on {device} x {world}")
-    start, made = time.time(), 0.0
-    for record in tqdm(
-        todo, desc=f"speaking{', rank 0' * (world > 1)}", unit="line", disable=rank > 0
-    ):
-        note = speak_line(record, folder, reader, voices, **how)
-        append_jsonl(journal, note)
-        made += note.get("seconds", 0)
-    # Waits for every rank: all journals are complete
-    made = ranks.sum_over_ranks(seconds=made)["seconds"]
+    for record in tqdm(todo, desc="speaking", unit="line", disable=rank > 0):
+        append_jsonl(journal, speak_line(record, folder, reader, voices, **limits))
+    ranks.wait_for_all()  # then all journals are complete
     if rank == 0:
         notes = read_journals(folder)
         spoken, skipped = write_manifest(lines, notes, folder, out)
         hours = sum(notes[key_of(record)]["seconds"] for record in spoken) / 3600
-        say(*summary(spoken, skipped, hours, out), sep="\n")
-        if made:
-            say(f"{made / (time.time() - start):.1f} seconds of audio per second")
+        print(*summary(spoken, skipped, hours, out), sep="\n")
         if not spoken:
             raise data.DataError(
                 f"{source}: no line of it could be spoken; {out.with_suffix('.skipped.jsonl')}"
                 " says why"
             )
         data.read_manifest(out, require=("transcript",))
-        say(f"train with --data {out}")
+        print(f"train with --data {out}")
     ranks.stop_distributed()
 
 
@@ -489,50 +435,43 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("text", help="what to say, or IN.jsonl: a manifest whose lines lack audio")
-    parser.add_argument(
+    add = parser.add_argument
+    add("text", help="what to say, or IN.jsonl: a manifest whose lines lack audio")
+    add(
         "out",
-        help=(
-            "the WAV file to write (16 kHz, mono, 16 bit), or OUT.jsonl: the manifest with audio,"
-            " in OUT_audio/ beside it"
-        ),
+        help="the WAV file to write (16 kHz, mono, 16 bit), or OUT.jsonl: the manifest with"
+        " audio, in OUT_audio/ beside it",
     )
-    parser.add_argument("--rate", type=int, default=190, help="words per minute, of espeak-ng")
-    parser.add_argument("--pitch", type=int, default=50, help="0 to 100, of espeak-ng")
+    add("--rate", type=int, default=190, help="words per minute, of espeak-ng")
+    add("--pitch", type=int, default=50, help="0 to 100, of espeak-ng")
     # one sentence
-    parser.add_argument("--voice", help="espeak-ng variant: m1..m8, f1..f5, or a name; default: m3")
-    parser.add_argument(
-        "--accent",
-        help="espeak-ng language: en-us, en-gb-x-rp, en-gb-scotland, ...; default: en-us",
-    )
+    add("--voice", help="espeak-ng variant: m1..m8, f1..f5, or a name; default: m3")
+    add("--accent", help="espeak-ng language: en-us, en-gb-x-rp, ...; default: en-us")
     # a manifest
-    parser.add_argument(
+    add(
         "--tts",
         choices=["espeak", "kokoro"],
         default="espeak",
         help="who speaks (paper: kokoro, which is `pip install kokoro`)",
     )
-    parser.add_argument(
+    add(
         "--voices",
         nargs="+",
-        help=(
-            f"every id draws one of these; default: {' '.join(ESPEAK_VOICES)}, or"
-            f" {' '.join(KOKORO_VOICES)}"
-        ),
+        help=f"every id draws one; default: {', '.join(ESPEAK_VOICES)}; {', '.join(KOKORO_VOICES)}",
     )
-    parser.add_argument(
+    add(
         "--kokoro",
         metavar="DIR",
-        help="Kokoro without the hub: a folder with config.json, its .pth file and voices/NAME.pt",
+        help="Kokoro without the hub: a folder with config.json, kokoro-v1_0.pth, voices/NAME.pt",
     )
-    parser.add_argument("--limit", type=int, help="only the first N lines")
-    parser.add_argument(
+    add("--limit", type=int, help="only the first N lines")
+    add(
         "--max-characters",
         type=int,
         default=1000,
         help="leave out what takes more to say, in characters of the words",
     )
-    parser.add_argument(
+    add(
         "--max-seconds",
         type=float,
         default=30,
@@ -545,16 +484,14 @@ def parse_flags(argv=None):
             "a manifest is spoken into a manifest: give IN.jsonl OUT.jsonl, or a sentence and"
             " OUT.wav"
         )
-    other = ("voice", "accent") if args.batch else ("voices", "kokoro", "limit")
-    if wrong := [name for name in other if getattr(args, name) is not None]:
-        parser.error(
-            f"--{wrong[0]} is for {'one sentence' if args.batch else 'a manifest'}"
-            + "; use --voices en-us+m3 ..." * args.batch
-        )
+    if args.batch and (args.voice or args.accent):
+        parser.error("--voice and --accent are for one sentence; use --voices en-us+m3 ...")
+    if not args.batch and (args.voices or args.kokoro or args.limit):
+        parser.error("--voices, --kokoro and --limit are for a manifest")
     if args.kokoro and args.tts != "kokoro" or args.tts == "kokoro" and not args.batch:
         parser.error("--kokoro goes with --tts kokoro, and that with a manifest")
-    if min(args.max_characters, args.max_seconds, 1 if args.limit is None else args.limit) <= 0:
-        parser.error("--limit, --max-characters and --max-seconds must be above 0")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
     return args
 
 

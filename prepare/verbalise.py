@@ -26,6 +26,7 @@ from functools import cache
 DOLLAR, PERCENT, HASH, LETTER, OPEN, CLOSE = "\uff04\uff05\uff03\ue000\ue001\ue002"
 NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 SCALE = r"(hundred|thousand|million|billion|trillion)"
+PRICE = rf"[{DOLLAR}€£]\s?(?:{NUMBER})"
 MONEY = rf"([{DOLLAR}€£])\s?({NUMBER})(?!\d|,\d|\.\d)(?:\s?{SCALE}\b)?(?![A-Za-z])"
 
 
@@ -52,7 +53,7 @@ PREFIXES = table("""
 ATOMS = table("""
     ∞ infinity  ∅ the empty set  … dot dot dot  ⋯ dot dot dot  ⋮ dot dot dot  ℓ l  ϕ phi  ϵ epsilon
     ℝ the real numbers  ℤ the integers  ℕ the natural numbers  ℚ the rational numbers
-    ℂ the complex numbers
+    ℂ the complex numbers  λ lambda  Λ capital lambda  ξ zai  Ξ capital zai
 """)
 BRACKETS = table("""
     ( open parenthesis  ) close parenthesis  [ open bracket  ] close bracket  { open brace
@@ -64,7 +65,7 @@ OUR_MACROS = table("""
     ne ≠  cdotp ·  triangle △  degree °  bigtriangleup △  square □  Box □  odot ⊙  iff ⇔  implies ⇒
     neg ¬  lnot ¬  lor ∨  land ∧  lbrace {  rbrace }  lbrack [  rbrack ]  vert |  lvert |  rvert |
     colon :  dotsc …  dotsb …  setminus ∖  leqq ≤  geqq ≥  Leftrightarrow ⇔  varnothing ∅  lt <
-    gt >  ast *  longrightarrow →
+    gt >  ast *  longrightarrow →  mid ∣
 """)
 FUNCTIONS = table("""
     sin sine  cos cosine  tan tangent  cot cotangent  sec secant  csc cosecant  arcsin arc sine
@@ -75,35 +76,27 @@ FUNCTIONS = table("""
 """)
 BIG = table("""
     sum the sum  prod the product  int the integral  lim the limit  max the maximum
-    min the minimum  bigcup the union  bigcap the intersection  ∑ the sum  ∏ the product
-    ∫ the integral
+    min the minimum  bigcup the union  bigcap the intersection
 """)
+# What is written as a word, in a formula or a \text: a function or a big operator
+NAMED = dict.fromkeys(FUNCTIONS, "f") | {"max": "b", "min": "b"}
 ACCENTS = table("""
     overline overline  bar overline  vec vector  overrightarrow vector  hat hat  widehat hat
     tilde tilde  widetilde tilde
 """)
 ACCENTS |= dict.fromkeys("mathbf boldsymbol mathit mathcal mathscr boxed underline".split(), "")
 TEXTS = """
-    text textbf textit textrm emph mbox mathrm operatorname rm textnormal textsf texttt hbox mathop
+    text textbf textit textrm emph mbox mathrm operatorname textnormal textsf texttt hbox mathop
 """.split()
-SPACES = """
+PAIRS = "frac dfrac tfrac cfrac binom dbinom tbinom".split()
+SPECIALS = {"~": " ", "--": "–", "---": "—", "``": '"', "''": '"'}
+SPACES = [" "]
+SPACES += """
     , ; : ! quad qquad \\ displaystyle textstyle limits nolimits newline par noindent hfill left
     right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr thinspace > centering
 """.split()
-SPACES = {" ", *SPACES}
 # One formula a row
-ROWS = {
-    "cases",
-    "align",
-    "align*",
-    "aligned",
-    "gather",
-    "gather*",
-    "gathered",
-    "equation",
-    "equation*",
-    "split",
-}
+ROWS = "cases align align* aligned gather gather* gathered equation equation* split".split()
 BLACKBOARD = dict(zip("RZNQC", "ℝℤℕℚℂ"))
 
 LENGTHS = table("""
@@ -116,14 +109,13 @@ UNITS = LENGTHS | table("""
     mpg mile per gallon  mph mile per hour  kph kilometer per hour  ha hectare  Hz hertz
     kW kilowatt  MB megabyte  GB gigabyte
 """)
+POWERS = {None: "", "2": "square", "²": "square", "3": "cubic", "³": "cubic"}
 PER = (
     "hour|hr|h|minute|min|second|sec|s|day|week|month|year|mile|foot|pound|lb|kg|L|l|gallon|person|"
     "piece|item|yard|ounce|bag|box|ticket|"
     "cm|m|km|mi|ft|yd|oz|gal|g|mL|ml"
 )
-MONTHS = (
-    "January|February|March|April|May|June|July|August|September|October|November|December"
-).split("|")
+MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 # With an index and an exponent: combinations and permutations, in some countries
 COUNTED = [LETTER + name for name in "ACP"]
 # The synthesisers spell "nth" out
@@ -146,34 +138,32 @@ def number(text):
     whole, _, part = text.replace(",", "").partition(".")
     if len(whole) > 15:
         raise ValueError(f"the number {text[:20]}..., which is too long to follow")
-    digits = lambda s: " ".join(in_words(int(d)) for d in s)
     if len(whole) > 1 and whole[0] == "0":  # a code or a clock
         raise ValueError(f"the number {text}, which begins with a zero")
     words = in_words(int(whole or 0)).replace(",", "")
-    return f"{words} point {digits(part)}".rstrip() if "." in text else words
+    if part:
+        words += " point " + " ".join(in_words(int(digit)) for digit in part)
+    return words
 
 
 def ordinal(text):
     return in_words(int(text.replace(",", "")), to="ordinal").replace(",", "")
 
 
+def year(text):
+    return in_words(int(text), to="year")
+
+
 def fraction(above, below):
     """Two strings of digits -> "two thirds"; "thirty-one over seventy-three" where an ordinal
     would be hard to hear."""
     n, d = int(above.replace(",", "")), int(below.replace(",", ""))
-    if (
-        len(above) > 15
-        or len(below) > 15
-        or n > 100
-        or not (2 <= d <= 20 or d in (24, 25, 30, 32, 40, 50, 60, 64, 100, 1000))
-    ):
+    if n > 100 or d not in (*range(2, 21), 24, 25, 30, 32, 40, 50, 60, 64, 100, 1000):
         return f"{number(above)} over {number(below)}"
-    part = {2: "half", 4: "quarter"}.get(d) or ordinal(below)
-    part = "halves" if d == 2 and n != 1 else part + "s" * (n != 1)
-    return (
-        f"{number(above)}"
-        f" {part.replace('one hundredth', 'hundredth').replace('one thousandth', 'thousandth')}"
-    )
+    part = {2: "half", 4: "quarter"}.get(d) or ordinal(below).removeprefix("one ")
+    if n != 1:
+        part = "halves" if d == 2 else part + "s"
+    return f"{number(above)} {part}"
 
 
 def money(sign, amount, scale=None, *, adjective=False):
@@ -185,26 +175,30 @@ def money(sign, amount, scale=None, *, adjective=False):
     if part and len(part) != 2:
         return f"{number(amount)} {unit}s"
     small = {"£": ("penny", "pence")}.get(sign, ("cent", "cents"))
-    parts = (
-        [f"{number(whole)} {unit}" + "s" * (int(whole) != 1 and not adjective)]
-        if int(whole or 0) or not int(part or 0)
-        else []
-    )
+    parts = []
+    if int(whole or 0) or not int(part or 0):
+        parts.append(f"{number(whole)} {unit}" + "s" * (int(whole) != 1 and not adjective))
     if int(part or 0):
         parts.append(f"{in_words(int(part))} {small[int(part) != 1]}")
     return " and ".join(parts)
 
 
 def measure(amount, unit, power=None, per=None):
-    """(words, "km", None, "h") -> "five kilometers per hour"; power: None, "2" or "3"; amount
-    "one" takes the singular."""
-    head, *tail = UNITS[unit].split(" ", 1)
+    """("five", "km", None, "h") -> "five kilometers per hour"; power: a key of POWERS; amount "one"
+    takes the singular."""
+    head, *tail = UNITS.get(unit, "inch").split(" ", 1)
     if amount not in ("one", "negative one"):
-        head = {"foot": "feet", "hertz": "hertz"}.get(head, head + "s")
+        head = plural(head)
     if power and unit not in LENGTHS:
         raise ValueError(f"the unit {unit} with an exponent")
-    words = [amount, {None: "", "2": "square", "3": "cubic"}[power], head, *tail]
-    return " ".join(filter(None, words + (["per", UNITS.get(per, per)] if per else [])))
+    words = [amount, POWERS[power], head, *tail]
+    if per:
+        words += ["per", UNITS.get(per, per)]
+    return " ".join(filter(None, words))
+
+
+def plural(unit):
+    return {"foot": "feet", "inch": "inches", "hertz": "hertz"}.get(unit, unit + "s")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,17 +214,8 @@ def latex():
     from pylatexenc import latex2text, latexwalker
     from pylatexenc.macrospec import MacroSpec
 
-    two, one = ["dfrac", "tfrac", "cfrac", "dbinom", "tbinom", "binom"], [
-        *TEXTS,
-        *ACCENTS,
-        "mathbb",
-        "bmod",
-        "pmod",
-        "mod",
-    ]
-    ours = [MacroSpec(name, "{{") for name in two] + [
-        MacroSpec(name, "{") for name in one if name not in ("rm", "bmod")
-    ]
+    ours = [MacroSpec(name, "{{") for name in PAIRS]
+    ours += [MacroSpec(name, "{") for name in (*TEXTS, *ACCENTS, "mathbb", "pmod", "mod")]
     parsing = latexwalker.get_default_latex_context_db()
     parsing.add_context_category("spoken", macros=ours, prepend=True)
     shown = latex2text.get_default_latex_context_db()
@@ -265,18 +250,17 @@ def items_of(nodes):
             ):
                 token = match[0]
                 if token[0] in f"{DOLLAR}€£" and len(token) > 1:
-                    found.append(("t", money(*re.match(r"(.)\s*(.+)", token).groups())))
-                elif token[0].isdigit() or token[0] == "." and len(token) > 1:
+                    found.append(("t", money(token[0], token[1:].strip())))
+                elif re.fullmatch(NUMBER, token):
                     if token[0] == "." and found and found[-1][0] == "n":
                         raise ValueError(f"the number {found[-1][1]}{token}")
                     found.append(("n", token))
+                elif token in NAMED:
+                    found.append((NAMED[token], token))
+                elif is_word(token):
+                    raise ValueError(f"the word {token!r} inside a formula")
                 elif token.isascii() and token.isalpha():
-                    if token in FUNCTIONS or token in ("max", "min"):
-                        found.append(("f", token) if token in FUNCTIONS else ("b", token))
-                    elif is_word(token):
-                        raise ValueError(f"the word {token!r} inside a formula")
-                    else:
-                        found += [("v", letter) for letter in token]
+                    found += [("v", letter) for letter in token]
                 else:
                     found.append(("c", token))
         elif kind == "LatexGroupNode":
@@ -312,61 +296,36 @@ def rows_of(node):
     return [row for row in rows if row]
 
 
+def arguments_of(node):
+    """A command's arguments; none where it is itself the argument of another, without braces."""
+    return node.nodeargd.argnlist if node.nodeargd else []
+
+
 def command(node):
     """One LaTeX command -> its items."""
-    name, arguments = node.macroname, list(node.nodeargd.argnlist or []) if node.nodeargd else []
+    name, arguments = node.macroname, arguments_of(node)
     if name in ("\\", "newline"):
-        if any(
-            argument
-            and re.match(r"\[(?!-?[\d.]+ *(?:pt|em|ex|mm|cm)\])", argument.latex_verbatim())
-            for argument in arguments
-        ):
-            # \\ [0, 1], which is no distance
+        distance = "".join(argument.latex_verbatim() for argument in arguments if argument)
+        if distance.startswith("[") and not re.search(r"\d *(?:pt|em|ex|mm|cm)\]", distance):
+            # \\ [0, 1]
             raise ValueError("a bracket behind a new line")
         return [("c", "\\")]
     if name in SPACES:
         return []
     if name in TEXTS and arguments:
-        if name in ("mathrm", "operatorname", "mathop", "text", "textbf", "textit") and (
-            plain := items_or_none(arguments)
-        ):
-            return plain
-        return [("t", " ".join(say(text_of(arguments)).split()))]
+        return items_or_none(arguments) or [("t", " ".join(say(text_of(arguments)).split()))]
     if name in FUNCTIONS:
         return [("f", name)]
     if name in BIG:
         return [("b", name)]
-    if name in (
-        "frac",
-        "dfrac",
-        "tfrac",
-        "cfrac",
-        "binom",
-        "dbinom",
-        "tbinom",
-        "sqrt",
-        "pmod",
-        "mathbb",
-        *ACCENTS,
-    ):
-        # \sqrt\sqrt{2}: TeX would not take it either
-        if not arguments:
-            raise ValueError(f"a \\{name} without braces")
-        return [
-            (
-                "m",
-                name.lstrip("dtc") if name.endswith(("frac", "binom")) else name,
-                [items_of([a]) if a else [] for a in arguments],
-            )
-        ]
+    parts = [items_of([argument]) if argument else [] for argument in arguments]
     if name in ("bmod", "mod"):
-        return [("t", "mod")] + [item for a in arguments if a for item in items_of([a])]
-    if name in ("mid", "nmid"):
-        return [("c", "∣" if name == "mid" else "∤")]
-    if name in ("{", "}"):
-        return [("c", name)]
-    if name == "|":
-        return [("c", "‖")]
+        return [("t", "mod"), *sum(parts, [])]
+    if name in (*PAIRS, *ACCENTS, "sqrt", "pmod", "mathbb"):
+        # \sqrt\sqrt{2}: TeX would not take it either
+        if not parts:
+            raise ValueError(f"a \\{name} without braces")
+        return [("m", name.lstrip("dtc") if name in PAIRS else name, parts)]
     if (character := latex()[1](name)) is None:
         raise ValueError(f"the command \\{name}")
     return [("c", character)]
@@ -377,34 +336,24 @@ def text_of(nodes):
     parts = []
     for node in nodes:
         kind = type(node).__name__
+        name = getattr(node, "macroname", None)
         if kind == "LatexCharsNode":
             parts.append(node.chars)
         elif kind == "LatexGroupNode":
             parts.append(text_of(node.nodelist))
-        elif kind == "LatexMathNode" or kind == "LatexEnvironmentNode":
-            parts.append(OPEN + formula(items_of([node])) + CLOSE)
-            if kind == "LatexEnvironmentNode" or node.displaytype == "display":
-                parts.append(" , ")  # a line of its own: a pause
         elif kind == "LatexSpecialsNode":
             if node.specials_chars == "&":
                 raise ValueError("a table (&)")
-            parts.append(
-                {"~": " ", "--": "–", "---": "—", "``": '"', "''": '"'}.get(
-                    node.specials_chars, node.specials_chars
-                )
-            )
-        elif kind == "LatexMacroNode" and node.macroname in SPACES:
-            parts.append(" , " if node.macroname in ("\\", "newline") else " ")
-        elif (
-            kind == "LatexMacroNode"
-            and node.macroname in (*TEXTS, "underline")
-            and node.nodeargd
-            and node.nodeargd.argnlist
-        ):
-            parts.append(text_of(node.nodeargd.argnlist))
+            parts.append(SPECIALS.get(node.specials_chars, node.specials_chars))
+        elif name in SPACES:
+            parts.append(" , " if name in ("\\", "newline") else " ")
+        elif name in (*TEXTS, "underline") and arguments_of(node):
+            parts.append(text_of(arguments_of(node)))
         else:
-            # a formula's command outside of a formula: read it as there
+            # A formula, or its command outside of one, which is read as there
             parts.append(OPEN + formula(items_of([node])) + CLOSE)
+            if kind == "LatexEnvironmentNode" or getattr(node, "displaytype", "") == "display":
+                parts.append(" , ")  # a line of its own: a pause
     return "".join(parts)
 
 
@@ -412,7 +361,7 @@ def is_word(token):
     """Three small letters or more that are no product such as abc: a word, which has no business
     in a formula."""
     return (
-        len(token) > 2
+        re.fullmatch("[A-Za-z]{3,}", token)
         and not token.isupper()
         and list(token) != sorted(set(token))
         and token not in FUNCTIONS
@@ -422,11 +371,9 @@ def is_word(token):
 def items_or_none(arguments):
     """What \\mathrm and \\text hold, as items where it is a function, a unit or letters of a
     formula: not words."""
-    raw = "".join(a.latex_verbatim() for a in arguments).strip("{} ~")
-    if raw in FUNCTIONS:
-        return [("f", raw)]
-    if raw in ("max", "min"):
-        return [("b", raw)]
+    raw = "".join(argument.latex_verbatim() for argument in arguments).strip("{} ~")
+    if raw in NAMED:
+        return [(NAMED[raw], raw)]
     if raw in UNITS or raw == "in":
         return [("u", raw)]
     if match := re.fullmatch(rf"({'|'.join(UNITS)})\s*/\s*({PER})", raw):
@@ -436,149 +383,148 @@ def items_or_none(arguments):
     return None
 
 
+def peek(items, i):
+    """The item at place i, or a blank of the kind "end" before the first and behind the last."""
+    return items[i] if 0 <= i < len(items) else ("end", " ")
+
+
+def mark(items, i):
+    """The character at place i; a blank where there is something else, or nothing."""
+    kind, value, *_ = peek(items, i)
+    return value if kind == "c" else " "
+
+
+def inner(items):
+    """The items of a group that stands alone, or just the items."""
+    return items[0][1] if len(items) == 1 and items[0][0] == "g" else items
+
+
+def simple(items):
+    """One number, letter or character: nothing a listener could take apart wrongly."""
+    items = inner(items)
+    if len(items) == 2 and mark(items, 0) == "-":
+        return items[1][0] in "nv"
+    return len(items) == 1 and items[0][0] in "nvc"
+
+
+def digits(items):
+    """The items of a fraction's half -> its digits where it is one whole number, else None."""
+    items = inner(items)
+    whole = len(items) == 1 and items[0][0] == "n" and items[0][1].replace(",", "").isdigit()
+    return items[0][1] if whole else None
+
+
+def capital(item):
+    return item[0] == "v" and item[1].isupper()
+
+
 def formula(items):  # noqa: C901
     """Items of a formula -> words. A fraction, a root or an exponent of several parts says where
     it ends."""
-    items = [
-        (
-            ("c", "∣")
-            if item == ("c", "|")
-            and items[max(0, i - 2) : i] == [("c", "{"), items[i - 1]]
-            and items[i - 1][0] == "v"
-            else item
-        )
-        for i, item in enumerate(items)
-    ]  # {x | ...}: the bar of a set
+    items = list(items)
+    for i, item in enumerate(items):
+        # {x | ...}: the bar of a set
+        if item == ("c", "|") and mark(items, i - 2) == "{" and items[i - 1][0] == "v":
+            items[i] = ("c", "∣")
     items = conditions(items)
-    out, i, last, depth, opened = [], 0, "start", 0, False
     if items.count(("c", "|")) % 2:
         raise ValueError("a single vertical bar")
+    out, i, last, depth, opened = [], 0, "start", 0, False
     while i < len(items):
-        kind, value = items[i][:2]
-        if kind == "c" and value == "|":
+        at = i
+        kind, value = items[at][:2]
+        sign = mark(items, at)
+        i += 1
+        if sign == "|":
             opened = not opened
-            if opened and i + 1 < len(items) and items[i + 1] == ("c", "|"):
+            if opened and mark(items, i) == "|":
                 raise ValueError("vertical bars inside vertical bars")
             if opened and last == "atom":
                 raise ValueError("a vertical bar behind a letter, which may mean divides")
             out.append("the absolute value of" if opened else ", end absolute value,")
-            last, i = ("open" if opened else "atom"), i + 1
-        elif kind == "c" and value in BRACKETS:
-            if value in "([{":
+            last = "open" if opened else "atom"
+        elif sign in BRACKETS:
+            if sign in "([{":
                 depth += 1
-                out += ["times"] * (last == "part")
-            depth -= value in ")]}"
-            out.append(BRACKETS[value])
-            last, i = ("open" if value in "([{⌊⌈⟨" else "closed"), i + 1
+                if last == "part":
+                    out.append("times")
+            elif sign in ")]}":
+                depth -= 1
+            out.append(BRACKETS[sign])
+            last = "open" if sign in "([{⌊⌈⟨" else "closed"
             if last == "closed":
                 i = scripts(items, i, out, base="closed")
-        elif kind == "c" and value in "-−–":
-            if i + 1 == len(items):
+        elif sign in "-−–":
+            if i == len(items):
                 raise ValueError("a minus sign with nothing after it")
             out.append("negative" if last in ("start", "open", "operator") else "minus")
-            last, i = "operator", i + 1
-        elif kind == "c" and value == ":":
-            out.append(colon(items, i, depth))
-            last, i = "operator", i + 1
-        elif kind == "c" and value == "∣":
-            out.append(bar(items, i, depth))
-            last, i = "operator", i + 1
-        elif kind == "c" and value in ("given", "\\"):
-            if value == "\\" and (
-                depth
-                or items[i + 1 : i + 2]
-                and items[i + 1][0] == "c"
-                and items[i + 1][1] in "-−–"
-            ):
+            last = "operator"
+        elif sign in ":∣":
+            out.append(colon(items, at, depth) if sign == ":" else bar(items, at, depth))
+            last = "operator"
+        elif sign == "\\":
+            if depth or mark(items, i) in "-−–":
                 raise ValueError("a new line where a formula may go on")
-            out.append("given" if value == "given" else ",")
-            last, i = "open", i + 1
-        elif kind == "c" and value in f"{PERCENT}°∘′'":
-            if last == "start" or value == "∘":
-                raise ValueError(f"the symbol {value}")
-            out.append({PERCENT: "percent", "°": "degrees"}.get(value, "prime"))
-            last, i = "atom", i + 1
-        elif kind == "c" and value == ".":
-            if i + 1 < len(items):
+            out.append(",")
+            last = "open"
+        elif sign in f"{PERCENT}°∘′'":
+            if last == "start" or sign == "∘":
+                raise ValueError(f"the symbol {sign}")
+            out.append({PERCENT: "percent", "°": "degrees"}.get(sign, "prime"))
+            last = "atom"
+        elif sign == ".":
+            if i < len(items):
                 raise ValueError("a period inside a formula")
             out.append(".")
+        elif sign == "/" and bare_fraction(items, at):
+            out[-1] = fraction(items[at - 1][1], items[i][1])
+            last = "part"
             i += 1
-        elif kind == "c" and value in SYMBOLS:
-            if (
-                value == ","
-                and last == "number"
-                and i + 1 < len(items)
-                and items[i + 1][0] == "n"
-                and not depth
-                and sum(item == ("c", ",") for item in items) == 1
-            ):
+        elif sign in SYMBOLS:
+            lone = items.count(("c", ",")) == 1 and not depth
+            if sign == "," and lone and last == "number" and peek(items, i)[0] == "n":
                 raise ValueError("a comma between two numbers, which may be a decimal one")
-            if value == "∼" and not shapes(items, i):
+            if sign == "∼" and not shapes(items, at):
                 raise ValueError("the symbol ∼ between other things than triangles")
-            if value == "/" and last == "operator":
+            if sign == "/" and last == "operator":
                 raise ValueError("a stroke with nothing before it")
-            if (
-                value == "/"
-                and i > 0
-                and i + 1 < len(items)
-                and items[i - 1][0] == items[i + 1][0] == "n"
-                and plain(items, i - 1, i + 2)
-            ):
-                out[-1] = fraction(items[i - 1][1], items[i + 1][1])
-                last, i = "part", i + 2
-                continue
-            out.append(SYMBOLS[value])
-            last, i = "operator", i + 1
-        elif kind == "c" and value in PREFIXES:
-            out.append(PREFIXES[value])
-            last, i = "operator", i + 1
+            out.append(SYMBOLS[sign])
+            last = "operator"
+        elif sign in PREFIXES:
+            out.append(PREFIXES[sign])
+            last = "operator"
         elif kind == "t":
             out.append(value)
-            last, i = (
-                "open"
-                if value.split()[-1:] in [[w] for w in "if and or for when where is mod".split()]
-                else "text"
-            ), i + 1
+            goes_on = re.search(r"\b(?:if|and|or|for|when|where|is|mod|given)$", value)
+            last = "open" if goes_on else "text"
         elif kind == "r":
             rows = [
                 re.sub(r"[ ,]+if (?=if|when|for|otherwise|where)|[ ,]+(?=if )", " ", formula(row))
                 for row in value
             ]
             out.append(", and ".join(row.strip(" ,.") for row in rows))
-            last, i = "closed", i + 1
+            last = "closed"
         elif kind == "u":
             if last in ("start", "operator", "open"):
                 raise ValueError(f"the unit {value} without a number")
-            power = None
-            if items[i + 1 : i + 2] == [("c", "^")] and i + 2 < len(items):
-                power, i = exponent_of_unit(items[i + 2]), i + 2
-            amount = out.pop()
-            out.append(
-                "inches"
-                if value == "in"
-                else measure(amount, value, power, *items[i][2:] if power is None else ())
-            )
-            if value == "in":
-                if power:
-                    raise ValueError("square inches")
-                out.insert(-1, amount)
-            last, i = "text", i + 1
-            if (
-                items[i : i + 1] == [("c", "/")]
-                and i + 1 < len(items)
-                and items[i + 1][0] == "u"
-                and len(items[i + 1]) == 2
-            ):
-                # \mathrm{m} / \mathrm{s}^2
+            below = items[at][2:]
+            exponent = None
+            if mark(items, i) == "^" and not below:
+                exponent = exponent_of_unit(items, i)
+                i += 2
+            out.append(measure(out.pop(), value, exponent, *below))
+            last = "text"
+            # \mathrm{m} / \mathrm{s}^2
+            if mark(items, i) == "/" and peek(items, i + 1)[0] == "u":
                 out.append(f"per {UNITS.get(items[i + 1][1], 'inch')}")
                 i += 2
-                if items[i : i + 1] == [("c", "^")] and i + 1 < len(items):
-                    out.append({"2": "squared", "3": "cubed"}[exponent_of_unit(items[i + 1])])
+                if mark(items, i) == "^":
+                    out.append({"2": "squared", "3": "cubed"}[exponent_of_unit(items, i)])
                     i += 2
         else:
             if kind == "n" and "," in value and depth:
                 raise ValueError(f"the comma in {value}, which may separate two numbers")
-            i, last = atom(items, i, out, last)
+            i, last = atom(items, at, out, last)
     return " ".join(" ".join(out).split())
 
 
@@ -587,44 +533,40 @@ def conditions(items):
     given B" is said, else the parentheses as well."""
     done, i = [], 0
     while i < len(items):
-        done.append(items[i])
+        letter = items[i]
+        done.append(letter)
         i += 1
         if (
-            items[i - 1] not in (("v", "P"), ("v", "E"))
-            or items[i : i + 1] not in ([("c", "(")], [("c", "[")])
+            letter not in (("v", "P"), ("v", "E"))
+            or mark(items, i) not in "(["
             or len(done) > 1
             and done[-2][0] == "v"
         ):
             continue
         depth, end, bars = 0, i, []
         while end < len(items):
-            depth += (items[end][0] == "c" and items[end][1] in "([{") - (
-                items[end][0] == "c" and items[end][1] in ")]}"
-            )
+            depth += (mark(items, end) in "([{") - (mark(items, end) in ")]}")
             if not depth:
                 break
-            bars += [end] * (items[end] in (("c", "|"), ("c", "∣")))
+            if mark(items, end) in "|∣":
+                bars.append(end)
             end += 1
         if end == len(items) or len(bars) != 1 or bars[0] in (i + 1, end - 1):
             # None at all, or |X| inside: for the rules of bars
             continue
-        sides = items[i + 1 : bars[0]], items[bars[0] + 1 : end]
+        left, right = items[i + 1 : bars[0]], items[bars[0] + 1 : end]
         named = lambda side: any(
-            kind == "v" and value.isupper() or (kind, value) in [("c", c) for c in "=<>≤≥"]
-            for kind, value, *_ in side
+            capital(side[j]) or mark(side, j) in "=<>≤≥" for j in range(len(side))
         )
-        if not (named(sides[0]) or sides[0][0][0] != "n" and named(sides[1])):
+        if not (named(left) or left[0][0] != "n" and named(right)):
             raise ValueError("a bar that may mean divides or given")  # P(3 | n)
-        if all(map(simple, sides)) and (
-            end + 1 == len(items) or items[end + 1][0] == "c" and items[end + 1][1] not in "^([{'!/"
-        ):
-            done[-1] = (
-                "t",
-                f"{LETTER}{items[i - 1][1]} of {formula(sides[0])} given {formula(sides[1])}",
-            )
+        after = peek(items, end + 1)
+        ends = after[0] in ("c", "end") and after[1] not in "^([{'!/"
+        if ends and simple(left) and simple(right):
+            done[-1] = ("t", f"{LETTER}{letter[1]} of {formula(left)} given {formula(right)}")
             i = end + 1
         else:
-            done += [*items[i : bars[0]], ("c", "given")]
+            done += [*items[i : bars[0]], ("t", "given")]
             i = bars[0] + 1
     return done
 
@@ -632,17 +574,14 @@ def conditions(items):
 def bar(items, i, depth):
     """What \\mid says: in a set "such that", once; between numbers or small letters at the top
     "divides"; elsewhere it may be a condition."""
-    since = (
-        items[i - items[:i][::-1].index(("c", "{")) : i]
-        if depth and ("c", "{") in items[:i]
-        else None
-    )
-    if since is not None and ("c", "}") not in since:
-        if ("c", "∣") in since or ("c", ":") in since:
+    marks = "".join(mark(items, j) for j in range(i))
+    _, brace, since = marks.rpartition("{")
+    if depth and brace and "}" not in since:
+        if "∣" in since or ":" in since:
             raise ValueError("two bars in a set, one of which may mean divides")
         return "such that"
-    sides = items[i - 1 : i] + items[i + 1 : i + 2]
-    if depth or len(sides) < 2 or all(kind == "v" and value.isupper() for kind, value, *_ in sides):
+    sides = peek(items, i - 1), peek(items, i + 1)
+    if depth or ("end", " ") in sides or all(map(capital, sides)):
         raise ValueError("a bar that may mean divides or given")
     return "divides"
 
@@ -658,61 +597,44 @@ def colon(items, i, depth):
         if i == 1 and items[0][0] == "v" and items[0][1] in "CDEGLMPQSTlpqr":
             return ","
         raise ValueError("a colon that may name a curve or divide")
-    if not (0 < i < len(items) - 1 and items[i - 1][0] in "nv" and items[i + 1][0] in "nv"):
+    if peek(items, i - 1)[0] not in "nv" or peek(items, i + 1)[0] not in "nv":
         raise ValueError("a colon that is no ratio")
     return "to"
 
 
-def plain(items, before, after):
-    """Are the digits at before and after a fraction of their own: no exponent, letter or stroke
-    next to them, no decimals?"""
-    near = [items[j] for j in (before - 1, after) if 0 <= j < len(items)]
+def bare_fraction(items, i):
+    """Stands the stroke at i between whole numbers that are a fraction of their own: no exponent,
+    letter or stroke next to them, no decimals?"""
+    sides = peek(items, i - 1), peek(items, i + 1)
+    if not all(kind == "n" and value.isdigit() for kind, value, *_ in sides):
+        return False
+    before, after = peek(items, i - 2), peek(items, i + 2)
     return (
-        items[before][1].isdigit()
-        and items[after - 1][1].isdigit()
-        and not any(item in [("c", c) for c in "^_/!"] for item in near)
-        and (before == 0 or items[before - 1][0] == "c" and items[before - 1][1] not in ")]}")
-        and (after == len(items) or items[after][0] in "cut")
+        before[0] in ("c", "end")
+        and before[1] not in "^_/!)]}"
+        and after[0] in ("c", "u", "t", "end")
+        and after[1] not in ("^", "_", "/", "!")
     )
 
 
 def shapes(items, i):
     """Stands ∼ between the names of two triangles or polygons? X ∼ N(0,1) is a distribution, f ∼ g
     a limit, a ∼ b any relation."""
-    capital = lambda item: item[0] == "v" and item[1].isupper()
-    after = [item for item in items[i + 1 :] if item not in (("c", "△"), ("c", "□"))]
-    before = [item for item in items[:i] if item[0] != "c"]
+    after = [item for item in items[i + 1 :] if mark([item], 0) not in "△□"]
     return (
-        len(after) > 2
-        and capital(after[0])
-        and after[1] not in (("c", "("), ("c", "["))
-        and len(before) > 2
-        and sum(map(capital, before)) > 2
+        sum(map(capital, items[:i])) > 2
         and sum(map(capital, after)) > 2
+        and capital(after[0])
+        and mark(after, 1) not in "(["
     )
 
 
-def exponent_of_unit(item):
-    inner = item[1] if item[0] == "g" else [item]
-    if inner in ([("n", "2")], [("n", "3")]):
-        return inner[0][1]
-    raise ValueError("a unit with an exponent other than two or three")
-
-
-def simple(items):
-    """One number, letter or character: nothing a listener could take apart wrongly."""
-    items = items[0][1] if len(items) == 1 and items[0][0] == "g" else items
-    return (
-        len(items) == 1
-        and items[0][0] in "nvc"
-        or len(items) == 2
-        and items[0] == ("c", "-")
-        and items[1][0] in "nv"
-    )
-
-
-def inner(items):
-    return items[0][1] if len(items) == 1 and items[0][0] == "g" else items
+def exponent_of_unit(items, i):
+    """The exponent of the unit whose ^ stands at i."""
+    exponent = digits([peek(items, i + 1)])
+    if exponent not in ("2", "3"):
+        raise ValueError("a unit with an exponent other than two or three")
+    return exponent
 
 
 def atom(items, i, out, last):
@@ -724,28 +646,22 @@ def atom(items, i, out, last):
     if kind == "n":
         if joined:
             raise ValueError(f"the number {value} right behind another part of a formula")
-        if value.endswith(".") or i < len(items) and items[i] == ("c", ".") and i + 1 < len(items):
+        if mark(items, i) == "." and i + 1 < len(items):
             raise ValueError(f"the number {value}.")
         words = number(value)
-        if (
-            i < len(items)
-            and items[i][:2] == ("m", "frac")
-            and all(digits(part) for part in items[i][2])
-        ):
-            words, i, base = f"{words} and {fraction(*map(digits, items[i][2]))}", i + 1, "part"
+        if peek(items, i)[:2] == ("m", "frac") and all(map(digits, items[i][2])):
+            words = f"{words} and {fraction(*map(digits, items[i][2]))}"
+            i, base = i + 1, "part"
     elif kind == "v":
         words = LETTER + value
-        if (
-            value in "fghFGHPQ"
-            and items[i : i + 1] == [("c", "(")]
-            and items[i + 2 : i + 3] == [("c", ")")]
-            and items[i + 1][0] in "nv"
-        ):
-            words, i, base = f"{words} of {formula(items[i + 1:i + 2])}", i + 3, "g"
+        called = mark(items, i) == "(" and mark(items, i + 2) == ")"
+        if value in "fghFGHPQ" and called and items[i + 1][0] in "nv":
+            words = f"{words} of {formula([items[i + 1]])}"
+            i, base = i + 3, "g"
     elif kind == "f":
         words, before = FUNCTIONS[value], len(out)
         out.append(words)
-        if items[i : i + 2] in ([("c", "^"), ("g", [("c", "-"), ("n", "1")])],):
+        if items[i : i + 2] == [("c", "^"), ("g", [("c", "-"), ("n", "1")])]:
             out[before], i = f"inverse {words}", i + 2
         i = scripts(items, i, out, base="function")
         if i == len(items):
@@ -760,67 +676,54 @@ def atom(items, i, out, last):
         words, base = formula(value), ("n" if simple(value) and inner(value)[-1][0] == "n" else "g")
     elif kind == "m":
         words, base = structure(value, rest[0])
-    elif kind == "c" and value in ATOMS:
+    elif value in ATOMS:
         words = ATOMS[value]
-    elif kind == "c" and value.isalpha() and unicodedata.name(value, "").startswith("GREEK"):
-        name = unicodedata.name(value).replace(" FINAL", "").split()
-        words = {"lamda": "lambda", "xi": "zai"}.get(
-            name[-1].lower() if "SYMBOL" not in name else name[1].lower(), name[-1].lower()
-        )
-        words = f"capital {words}" if "CAPITAL" in name else words
-    elif kind == "c" and value == "√":
-        if i >= len(items) or items[i][0] not in "nv":
+    elif value.isalpha() and unicodedata.name(value, "").startswith("GREEK"):
+        name = unicodedata.name(value).removesuffix(" SYMBOL").split()
+        words = name[-1].lower()
+        if "CAPITAL" in name:
+            words = f"capital {words}"
+    elif value == "√":
+        if peek(items, i)[0] not in "nv":
             raise ValueError("a root sign with nothing certain below it")
-        words, i, base = f"the square root of {formula(items[i:i + 1])}", i + 1, "part"
-    elif kind == "c" and value in "²³":
-        out.append("squared" if value == "²" else "cubed")
-        return i, "atom"
+        words = f"the square root of {formula([items[i]])}"
+        i, base = i + 1, "part"
     else:
         raise ValueError(f"the symbol {value}")
-    if last == "part" and joined or base == "part" and joined:
+    if joined and "part" in (last, base):
         out.append("times")
     out.append(words)
     i = scripts(items, i, out, base=base, number=value if kind == "n" else None)
     return i, {"n": "number", "part": "part"}.get(base, "atom")
 
 
-def digits(items):
-    """The items of a fraction's half -> its digits where it is one whole number, else None."""
-    items = inner(items)
-    return (
-        items[0][1]
-        if len(items) == 1 and items[0][0] == "n" and items[0][1].replace(",", "").isdigit()
-        else None
-    )
-
-
 def structure(name, arguments):
     """Fractions, roots and accents -> (words, kind)."""
     if name == "mathbb":
-        found = inner(arguments[0])
-        if len(found) != 1 or found[0][0] != "v" or found[0][1] not in BLACKBOARD:
+        letter = BLACKBOARD.get(formula(arguments[0]).strip(LETTER))
+        if letter is None:
             raise ValueError("a blackboard letter that is no set of numbers")
-        return ATOMS[BLACKBOARD[found[0][1]]], "v"
+        return ATOMS[letter], "v"
     if name == "pmod":
         return f"modulo {formula(arguments[0])}", "v"
     if name in ("frac", "binom"):
         if len(arguments) != 2 or not all(map(inner, arguments)):
             raise ValueError(f"a \\{name} with an empty half")
+        above, below = map(inner, arguments)
         if (
             name == "frac"
-            and inner(arguments[0])[0] == ("v", "d") == inner(arguments[1])[0]
-            and (len(inner(arguments[0])) == 1 or inner(arguments[0])[1] == ("c", "^"))
-            and len(inner(arguments[1])) > 1
+            and above[0] == ("v", "d") == below[0]
+            and (len(above) == 1 or mark(above, 1) == "^")
+            and len(below) > 1
         ):
             raise ValueError("a derivative")
-        if name == "frac" and all(map(digits, arguments)):
-            return fraction(*map(digits, arguments)), "part"
-        above, below = map(formula, arguments)
-        word = "over" if name == "frac" else "choose"
-        if all(map(simple, arguments)):
-            return f"{above} {word} {below}", "part"
+        if name == "frac" and digits(above) and digits(below):
+            return fraction(digits(above), digits(below)), "part"
+        words = f"{formula(above)} {'over' if name == 'frac' else 'choose'} {formula(below)}"
+        if simple(above) and simple(below):
+            return words, "part"
         whole = "fraction" if name == "frac" else "binomial"
-        return f"the {whole} {above} {word} {below}, end {whole},", "part"
+        return f"the {whole} {words}, end {whole},", "part"
     if name == "sqrt":
         index, below = arguments if len(arguments) == 2 else [[], arguments[-1]]
         if not inner(below):
@@ -836,86 +739,73 @@ def structure(name, arguments):
     words = formula(arguments[0])
     if not words:
         raise ValueError(f"an empty \\{name}")
-    return (
-        f"{words} {ACCENTS[name]}"
-        if ACCENTS[name] in ("hat", "tilde")
-        else f"{ACCENTS[name]} {words}"
-    ).strip(), "g"
+    accent = ACCENTS[name]
+    parts = [words, accent] if accent in ("hat", "tilde") else [accent, words]
+    return " ".join(parts).strip(), "g"
 
 
 def scripts(items, i, out, *, base, number=None):
     """Exponents, indices, primes and factorials behind an atom. -> where to go on"""
-    while i < len(items):
-        if items[i] in (("c", "'"), ("c", "′"), ("c", "'")):
+    while mark(items, i) in "'′!_^":
+        sign = mark(items, i)
+        i += 1
+        if sign in "'′":
             out.append("prime")
+        elif sign == "!" and mark(items, i) == "!":
+            out.append("double factorial")
             i += 1
-        elif items[i] == ("c", "!"):
-            out.append("factorial" if items[i + 1 : i + 2] != [("c", "!")] else "double factorial")
-            i += 1 if out[-1] == "factorial" else 2
-        elif items[i][0] == "c" and items[i][1] in "_^":
-            if i + 1 == len(items):
-                raise ValueError(f"a {items[i][1]} with nothing behind it")
-            what, script = items[i][1], items[i + 1]
-            # LaTeX raises the first digit alone, an author may have meant both
-            if script[0] == "n" and len(script[1]) > 1:
-                raise ValueError(f"{what}{script[1]} without braces")
-            script = script[1] if script[0] == "g" else [script]
-            if not script:
-                raise ValueError(f"an empty {what}")
-            i += 2
-            if what == "_":
-                # C^2_n
-                if (
-                    out[-2:-1]
-                    and out[-2] in COUNTED
-                    and out[-1].startswith(("squared", "cubed", "to the "))
-                ):
-                    raise ValueError(
-                        "an exponent and an index, which may be a number of combinations"
-                    )
-                words = formula(script)
-                out.append(
-                    f"base {words}"
-                    if base in ("n", "function")
-                    else f"sub {words}" + ", end sub," * (not simple(script) and len(script) > 1)
-                )
-            else:
-                i = power(items, i, out, script, number, base)
+        elif sign == "!":
+            out.append("factorial")
         else:
-            return i
+            if i == len(items):
+                raise ValueError(f"a {sign} with nothing behind it")
+            # LaTeX raises the first digit alone, an author may have meant both
+            if items[i][0] == "n" and len(items[i][1]) > 1:
+                raise ValueError(f"{sign}{items[i][1]} without braces")
+            script = inner([items[i]])
+            if not script:
+                raise ValueError(f"an empty {sign}")
+            i += 1
+            if sign == "^":
+                i = power(items, i, out, script, number, base)
+                continue
+            # C^2_n
+            raised = out[-1].startswith(("squared", "cubed", "to the "))
+            if raised and out[-2:-1] and out[-2] in COUNTED:
+                raise ValueError("an exponent and an index, which may be a number of combinations")
+            words = formula(script)
+            if base in ("n", "function"):
+                out.append(f"base {words}")
+            else:
+                several = len(script) > 1 and not simple(script)
+                out.append(f"sub {words}, end sub," if several else f"sub {words}")
     return i
 
 
 def power(items, i, out, script, number, base):
-    if script == [("c", "∘")] or script == [("c", "°")]:
+    alone = mark(script, 0) if len(script) == 1 else " "
+    if alone in "∘°":
         out.append("degree" if number == "1" else "degrees")
-        if (
-            i < len(items)
-            and items[i] in (("v", "C"), ("v", "F"))
-            and (i + 1 == len(items) or items[i + 1][0] != "v")
-        ):
-            out.append("Celsius" if items[i][1] == "C" else "Fahrenheit")
-            return i + 1
-    elif script[0][0] == "c" and script[0][1] in "'′" or script == [("m", "prime")]:
+        scale = peek(items, i)
+        if scale in (("v", "C"), ("v", "F")) and peek(items, i + 1)[0] != "v":
+            out.append("Celsius" if scale[1] == "C" else "Fahrenheit")
+            i += 1
+    elif mark(script, 0) in "'′":
         out.append("prime " * len(script))
     elif out[-1].startswith("sub ") and out[-2] in COUNTED:
         raise ValueError("an index and an exponent, which may be a number of combinations")
-    elif script == [("n", "2")] or script == [("n", "3")]:
-        out.append("squared" if script[0][1] == "2" else "cubed")
+    elif digits(script) in ("2", "3"):
+        out.append("squared" if digits(script) == "2" else "cubed")
     elif (
         script[-1][0] == "t"
         and script[-1][1] in ("th", "st", "nd", "rd")
         or script in ([("v", "t"), ("v", "h")], [("v", "s"), ("v", "t")])
     ):
-        if len(out) > 1:  # n+1^{th}: of the sum, or of the one?
+        nth = ordinal(number) if number and number.isdigit() else NTH.get(out[-1][1:])
+        if len(out) > 1 or not nth:  # n+1^{th}: of the sum, or of the one?
             raise ValueError("an ordinal of several parts")
-        if number and number.isdigit():
-            out[-1] = ordinal(number)
-        elif out[-1][1:] in NTH:
-            out[-1] = NTH[out[-1][1:]]
-        else:
-            raise ValueError("an ordinal of several parts")
-    elif script in ([("c", "+")], [("c", "-")], [("c", "*")], [("v", "T")], [("c", "⊥")]):
+        out[-1] = nth
+    elif alone in "+-*⊥" or script == [("v", "T")]:
         raise ValueError(f"the exponent {script[0][1]}")
     elif script == [("c", "-"), ("n", "1")] and out[-1] in [LETTER + name for name in "fgh"]:
         out.append("inverse")
@@ -929,14 +819,8 @@ def power(items, i, out, script, number, base):
 def big(items, i, out, name):
     """Sums, integrals, limits with what stands below and above."""
     limits = {}
-    while (
-        i + 1 < len(items)
-        and items[i][0] == "c"
-        and items[i][1] in "_^"
-        and items[i][1] not in limits
-    ):
-        script = items[i + 1]
-        limits[items[i][1]] = formula(script[1] if script[0] == "g" else [script])
+    while mark(items, i) in "_^" and mark(items, i) not in limits and i + 1 < len(items):
+        limits[mark(items, i)] = formula(inner([items[i + 1]]))
         i += 2
     below, above, words = limits.get("_"), limits.get("^"), BIG[name]
     if above and not below or i == len(items):
@@ -995,11 +879,18 @@ def prose(inside):
         " ",
         inside,
     )
-    return (
-        bool(re.search(r"\n\s*\n|[.!?]\s+[A-Z]", bare))
-        or any(map(is_word, re.findall(r"[A-Za-z]+", bare)))
-        or bool(re.search(r"(?<![A-Za-z])(?:is|of|or|to|in|he|at|on)\s", bare))
-    )
+    sentence = r"\n\s*\n|[.!?]\s+[A-Z]|(?<![A-Za-z])(?:is|of|or|to|in|he|at|on)\s"
+    return re.search(sentence, bare) or any(map(is_word, re.findall(r"[A-Za-z]+", bare)))
+
+
+def raised_unit(match):
+    """cm$^2$: behind a number or a formula a unit like cm^2, else words."""
+    before, space, unit, exponent = match.groups()
+    if unit == "in":
+        raise ValueError("an exponent on its own")
+    if before:
+        return f"{before}{space}{unit}^{exponent}"
+    return space + measure("", unit, exponent)
 
 
 def protect(text):
@@ -1018,22 +909,10 @@ def protect(text):
         r"(\$?)\\underline\s*\{(?:\\q?quad|\\hspace\*?\{[^{}]*\}|[\s~_\\,;])*\}\1", " __ ", text
     )
     text = re.sub(r"(\$?)(?:\\_\s?){2,}\1", " __ ", text)
-    # cm$^2$: with a number or a formula before it a unit like cm^2, else words
     text = re.sub(
         rf"(\d\$?|\$|[)}}])?(\s?)(?<![A-Za-z])({'|'.join(LENGTHS)}|in)"
         r"\s?\$\s?\^\s?\{?([23])\}?\s?\$",
-        lambda m: (
-            f"{m[1]}{m[2]}{m[3]}^{m[4]}"
-            if m[1] and m[3] != "in"
-            else (
-                refuse("an exponent on its own")
-                if m[3] == "in"
-                else (
-                    f"{m[2]}{'square' if m[4] == '2' else 'cubic'}"
-                    f" {'feet' if m[3] == 'ft' else LENGTHS[m[3]] + 's'}"
-                )
-            )
-        ),
+        raised_unit,
         text,
     )
     text = re.sub(r"\\(?:left|right)\s*\.", "", text).replace(r"\$", DOLLAR)
@@ -1041,27 +920,16 @@ def protect(text):
     text = re.sub(r"\\?#(?=\s?\d)", HASH, text).replace(r"\&", " and ")
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ |\\;)(?=\d{3}(?!\d))", ",", text)
     done, i = [], 0
+    outside = re.compile(r"\\\[.*?\\\]|\\\(.*?\\\)|[^$]", re.DOTALL)
     while i < len(text):
-        if text[i] != "$":
-            if (
-                text.startswith(("\\[", "\\("), i)
-                and (end := text.find("\\]" if text[i + 1] == "[" else "\\)", i)) > 0
-            ):
-                done.append(text[i : end + 2])
-                i = end + 2
-                continue
-            done.append(text[i])
-            i += 1
+        if match := outside.match(text, i):
+            done.append(match[0])
+            i = match.end()
             continue
         sign = "$$" if text.startswith("$$", i) else "$"
         end = text.find(sign, i + len(sign))
         inside = text[i + len(sign) : end] if end > 0 else ""
-        pairs = (
-            inside
-            and sign == "$"
-            and not inside[-1].isspace()
-            and not text[end + 1 : end + 2].isdigit()
-        )
+        pairs = inside and not inside[-1].isspace() and not text[end + 1 : end + 2].isdigit()
         if sign == "$" and re.match(r"\.?\d", text[i + 1 :]) and (not pairs or prose(inside)):
             done.append(DOLLAR)
             i += 1
@@ -1085,9 +953,9 @@ def plain_formula(match):
     return OPEN + formula(items_of(parse(f"\\({raw}\\)"))) + CLOSE
 
 
-def amount(match):
+def before_thing(match):
     """A $20 bill is "a twenty dollar bill", but it costs "twenty dollars"."""
-    return money(*match.groups(), adjective=bool(re.match(THING, match.string[match.end() :])))
+    return bool(re.match(THING, match.string[match.end() :]))
 
 
 def between(match):
@@ -1111,23 +979,16 @@ def money_between(match):
             and not re.match(rf"[-–/][\d{DOLLAR}€£]", match.string[match.end() :])
         ):
             raise ValueError(f"{match[0]}, which may be a difference or a range")
-    value = lambda amount, scale: float(amount.replace(",", "")) * {
-        "thousand": 1e3,
-        "million": 1e6,
-        "billion": 1e9,
-        "trillion": 1e12,
-    }.get(scale, 1)
+    scales = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+    value = lambda amount, scale: float(amount.replace(",", "")) * scales.get(scale, 1)
     above = "thousand" if thousand else above
-    if minus or value(low, scale and scale.strip()) >= value(high, above):
+    if minus or value(low, (scale or "").strip()) >= value(high, above):
         if space and not minus and again:
             return match[0]
         raise ValueError(f"{match[0]}, which may be a difference")
     cents = "." in low + high and not scale and not above
     first = money(sign, low) if cents else f"{number(low)}{scale or ''}"
-    return (
-        f"{first} to"
-        f" {money(sign, high, above, adjective=bool(re.match(THING, match.string[match.end():])))}"
-    )
+    return f"{first} to {money(sign, high, above, adjective=before_thing(match))}"
 
 
 def dimensions(match):
@@ -1146,35 +1007,29 @@ def dimensions(match):
 def parts_of_unit(match):
     """1/2 lb, 3/4 km, 3 1/2 lbs -> "one half pound", "three quarters kilometer", "three and one
     half pounds"."""
-    whole, above, below, unit, exponent, per = match.groups()
-    exponent = exponent and exponent.translate(str.maketrans("²³", "23"))
+    whole, above, below, *unit = match.groups()
     part = fraction(above, below)
     # 12 1/2-lb bags: how many bags?
     if whole and "-" in match[0][match.start(3) - match.start() + len(below) :]:
         raise ValueError(f"{match[0]}, which may be a number of things")
     if not whole and int(above) <= int(below) and "over" not in part:
-        return part + measure("one", unit, exponent, per).removeprefix("one")
-    return measure(f"{number(whole)} and {part}" if whole else part, unit, exponent, per)
+        return part + measure("one", *unit).removeprefix("one")
+    return measure(f"{number(whole)} and {part}" if whole else part, *unit)
 
 
 def squares(match):
     """100 sq. ft, per sq ft, 5 cu. yd, 3 fl oz, a 100-sq-ft room."""
     before, value, joint, kind, unit = match.groups()
-    unit = (
-        {"in": "inch", "feet": "foot", "inches": "inch"}.get(unit)
-        or UNITS.get(unit)
-        or unit.removesuffix("s")
-    )
+    unit = {"in": "inch", "feet": "foot", "inches": "inch"}.get(unit, unit.removesuffix("s"))
+    unit = UNITS.get(unit, unit)
     if (kind == "fl") != (unit == "ounce"):
         raise ValueError(f"the unit {match[0]}")
-    one = before or joint == "-" or value == "1"
-    unit = unit if one else {"foot": "feet", "inch": "inches"}.get(unit, unit + "s")
+    if not before and joint != "-" and value != "1":
+        unit = plural(unit)
     words = f"{ {'sq': 'square', 'cu': 'cubic', 'fl': 'fluid'}[kind]} {unit}"
-    return (
-        f"{before} {words}"
-        if before
-        else f"{number(value)}{joint}{words.replace(' ', joint)}" if value else words
-    )
+    if before:
+        return f"{before} {words}"
+    return f"{number(value)}{joint}{words.replace(' ', joint)}" if value else words
 
 
 def clock(match):
@@ -1185,17 +1040,28 @@ def clock(match):
     # "It was 8:00", while 8:30 may be a score or a ratio
     if not minute and hour:
         before += r"|\b[Ii]t(?:'s| is| was) (?:now |already |only |about |almost |exactly )?$"
-    if (
-        not half
-        and not re.search(before, match.string[: match.start()])
-        or hour > 23
-        or minute > 59
-    ):
+    known = half or re.search(before, match.string[: match.start()])
+    if not known or hour > 23 or minute > 59:
         raise ValueError(f"{match[0].strip()}, which may be a time or a ratio")
-    words = in_words(hour) + (
-        f" {'oh ' * (minute < 10)}{in_words(minute)}" if minute else "" if half else " o'clock"
-    )
-    return words + (f" {half[0].upper().replace('A', 'eh')} M" if half else "")
+    words = in_words(hour)
+    if minute:
+        words += f" {'oh ' * (minute < 10)}{in_words(minute)}"
+    if half:
+        return f"{words} {half_of_day(half)}"
+    return words if minute else f"{words} o'clock"
+
+
+def half_of_day(half):
+    return "eh M" if half[0] in "aA" else "P M"
+
+
+def refuse(what):
+    raise ValueError(what)
+
+
+def unclear(why):
+    """For a rule: what it finds is refused."""
+    return lambda match: refuse(f"{match[0].strip()}, {why}")
 
 
 THING = (
@@ -1215,6 +1081,10 @@ UNIT = rf"({'|'.join(sorted(UNITS, key=len, reverse=True))})"
 # The period of an abbreviation, unless it ends the sentence
 STOP = r"(?:\.(?=\s?[,;a-z)]))?"
 POWER = rf"(?:\^?\{{?([23²³])\}}?)?(?:/({PER}))?(?![A-Za-z0-9'^]){STOP}"
+RAISED = (
+    rf"(?<![\w.])({'|'.join(unit for unit in LENGTHS if len(unit) == 2)})"
+    r"(?:\^\{?([23])\}?|([²³]))(?!\w)"
+)
 RULES = [  # from the special to the general; each sees what those before it left
     (r"\*\*(.+?)\*\*", r"\1"),
     (r"(?:\\?_\s?){2,}|\(\s+\)", " blank "),
@@ -1223,96 +1093,75 @@ RULES = [  # from the special to the general; each sees what those before it lef
         lambda m: f"{m[1]} degrees {'Celsius' if m[2] == 'C' else 'Fahrenheit'}",
     ),
     (rf"({N})°", r"\1 degrees"),
+    (rf"({PRICE})[kK]\b", r"\1 thousand"),
+    (rf"({PRICE})M\b", r"\1 million"),
     (
-        rf"([{DOLLAR}€£]\s?(?:{NUMBER}))([kKM])\b",
-        lambda m: m[1] + (" million" if m[2] == "M" else " thousand"),
-    ),
-    (
-        rf"(-?)([{DOLLAR}€£])\s?({NUMBER})( million|"
-        rf" thousand)?(\s?)[-–]\5(\2?)\s?({NUMBER})(?!\d|,\d|\.\d)(k\b)?"
-        r"(?:\s?(hundred|thousand|million|billion|trillion)\b)?",
+        rf"(-?)([{DOLLAR}€£])\s?({NUMBER})( million| thousand)?(\s?)[-–]\5(\2?)\s?"
+        rf"({NUMBER})(?!\d|,\d|\.\d)(k\b)?(?:\s?{SCALE}\b)?",
         money_between,
     ),
     (r"(?<![\d/.,])(\d+)/(\d+)(?:rds?|ths?)\b", lambda m: f"{m[1]}/{m[2]}"),
     (r"(?<=[\da-z])/(?=(?:sq|cu|fl)\b)", " per "),
-    (rf"{N}\s?[xX]\s?[{DOLLAR}€£]", lambda m: refuse(f"{m[0]}, which may be a product")),
+    (rf"{N}\s?[xX]\s?[{DOLLAR}€£]", unclear("which may be a product")),
     (rf"({N})(?:(?:\s[xX]\s|[xX])(?:{N}))+", dimensions),
     (
         rf"({N}\s?(?:{UNIT}\.?|feet|foot|inch|inches|yards?|meters?|centimeters?))"
-            rf"\s?[xX]\s?(?={N})",
+        rf"\s?[xX]\s?(?={N})",
         r"\1 by ",
     ),
+    (rf"({N})[xX](?= as\b)", r"\1 times"),
     (
-        rf"({N})[xX](?= (?:as|more|less|fewer|faster|larger|bigger|longer|the)\b)",
-        lambda m: (
-            f"{m[1]} times"
-            if m.string.startswith(" as", m.end())
-            else refuse(f"{m[0]}, which may be times or a variable")
-        ),
+        rf"({N})[xX](?= (?:more|less|fewer|faster|larger|bigger|longer|the)\b)",
+        unclear("which may be times or a variable"),
     ),
     (rf"(?:({N})(?: |-| and ))?(?<![\d/.,])(\d+)/(\d+)[ -]?{UNIT}{POWER}", parts_of_unit),
     (
-        (
-            rf"(?<![=+*/<>^×÷-])(?<![=+*/<>^×÷-] )({N})[-–]({N})(?=["
-            rf" -]?(?:{UNIT}|sq|cu|fl)(?![A-Za-z]))"
-        ),
+        rf"(?<![=+*/<>^×÷-])(?<![=+*/<>^×÷-] )({N})[-–]({N})"
+        rf"(?=[ -]?(?:{UNIT}|sq|cu|fl)(?![A-Za-z]))",
         between,
     ),
     (
         rf"(?:\d|\b[A-Za-z]) - {N}\s?{UNIT}(?![A-Za-z])",
-        lambda m: refuse(f"{m[0]}, which may be a difference or a range"),
+        unclear("which may be a difference or a range"),
     ),
     (
-        (
-            rf"(?:\b(per|a|each) |({N})([ -]))?\b(sq|cu|fl)\b\.?["
-            rf" -]?(ft|in|yd|mi|cm|m|km|oz|feet|foot|inch|inches|yards?|miles?|meters?)\b{STOP}"
-        ),
+        rf"(?:\b(per|a|each) |({N})([ -]))?\b(sq|cu|fl)\b\.?[ -]?"
+        rf"(ft|in|yd|mi|cm|m|km|oz|feet|foot|inch|inches|yards?|miles?|meters?)\b{STOP}",
         squares,
     ),
     # 5-m may be a difference
     (
-        rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl]"
-        rf" (?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b"
+        rf"({N})-(?=[a-zA-Z]{{2}}|L|[mhgsl] "
+        rf"(?!is|are|and|or|has|was|for|then|equals)[a-z]{{3}})({UNIT[1:-1]}|in)\b"
         rf"(?!['^/]|-(?!by|long|wide|tall|high|deep)){STOP}",
-        lambda m: f"{number(m[1])}-{'inch' if m[2] == 'in' else UNITS[m[2]].replace(' ', '-')}",
+        lambda m: f"{number(m[1])}-{UNITS.get(m[2], 'inch').replace(' ', '-')}",
     ),
-    (rf"({N})(\s?){UNIT}{POWER}", lambda m: measured(m)),
-    (
-        (
-            rf"(?<![\w.])({'|'.join(u for u in LENGTHS if len(u) == 2)})"
-            r"(?:\^\{?([23])\}?|([²³]))(?!\w)"
-        ),
-        lambda m: measure(
-            "one" if m.string.endswith("per ", 0, m.start()) else "",
-            m[1],
-            {"²": "2", "³": "3"}.get(m[3], m[2]),
-        ).removeprefix("one "),
-    ),
-    (
-        rf"{CLOSE}\s?{UNIT}{POWER}",
-        lambda m: CLOSE
-        + measure("", m[1], m[2] and m[2].translate(str.maketrans("²³", "23")), m[3]),
-    ),
+    # "5 in" is left alone
+    (rf"{N}s(?![A-Za-z0-9'^])", unclear("which may be seconds or a plural")),
+    (rf"({N})\s?{UNIT}{POWER}", lambda m: measure(number(m[1]), *m.groups()[1:])),
+    (rf"(?<=\bper ){RAISED}", lambda m: measure("one", m[1], m[2] or m[3]).removeprefix("one ")),
+    (RAISED, lambda m: measure("", m[1], m[2] or m[3])),
+    (rf"{CLOSE}\s?{UNIT}{POWER}", lambda m: CLOSE + measure("", *m.groups())),
     (
         rf"(?<![\w.,{LETTER}])[{DOLLAR}√-]*{TERM}"
-            rf"(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*{TERM})+(?!\w)",
+        rf"(?:\s*[+*=<>^×÷≤≥≠·−/-]\s*[{DOLLAR}√-]*{TERM})+(?!\w)",
         plain_formula,
     ),
     (
-        rf"(?<=\d)-\s?[{DOLLAR}€£]|[{DOLLAR}€£]\s?(?:{NUMBER})\s-(?=[{DOLLAR}€£])",
-        lambda m: refuse(f"{m[0]}, which may be a difference or a debt"),
+        rf"(?<=\d)-\s?[{DOLLAR}€£]|{PRICE}\s-(?=[{DOLLAR}€£])",
+        unclear("which may be a difference or a debt"),
     ),
     (
         rf"(?<![\w.,){CLOSE}])-(?=[{DOLLAR}€£]\s?\.?\d)|(?<![\w.,)])[{DOLLAR}]-(?=\.?\d)",
         lambda m: f"negative {m[0].strip('-')}",
     ),
-    (MONEY, amount),
+    (MONEY, lambda m: money(*m.groups(), adjective=before_thing(m))),
     # The period of "p.m." ends the sentence as well
     (r"(?<=[AaPp]\.[Mm])\.(?=\s+[A-Z]|\s*$)", ".."),
     (r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])(?:\s?([aApP](?:\.[mM]\.|[mM]\b)))?", clock),
     (
         r"\b(\d{1,2}) ?([aApP])(?:\.[mM]\.|[mM]\b)",
-        lambda m: f"{in_words(int(m[1]))} {m[2].upper().replace('A', 'eh')} M",
+        lambda m: f"{in_words(int(m[1]))} {half_of_day(m[2])}",
     ),
     (
         r"(\d+):(?=\d)",
@@ -1323,20 +1172,17 @@ RULES = [  # from the special to the general; each sees what those before it lef
         ),
     ),
     (
-        rf"\b({'|'.join(MONTHS)}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?:(,?) (\d{{4}})\b)?",
-        lambda m: f"{m[1]} {ordinal(m[2])}"
-        + (f", {in_words(int(m[4]), to='year')}" if m[4] else ""),
+        rf"\b({MONTHS}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?:(,?) (\d{{4}})\b)?",
+        lambda m: f"{m[1]} {ordinal(m[2])}" + (f", {year(m[4])}" if m[4] else ""),
     ),
     (
-        rf"\b({'|'.join(MONTHS)}),? (1[1-9]\d\d|20\d\d)\b",
-        lambda m: f"{m[1]} {in_words(int(m[2]), to='year')}",
+        rf"\b({MONTHS}),? (1[1-9]\d\d|20\d\d)\b",
+        lambda m: f"{m[1]} {year(m[2])}",
     ),
     (
-        (
-            r"\b([Yy]ears?|[Ii]n|[Ss]ince|[Bb]y|[Uu]ntil) (1[5-9]\d\d|20\d\d)(?=[,.;?!)]|$|"
-            r" (?:and|was|were|is|the|to|he|she|they|but|than)\b)"
-        ),
-        lambda m: f"{m[1]} {in_words(int(m[2]), to='year')}",
+        r"\b([Yy]ears?|[Ii]n|[Ss]ince|[Bb]y|[Uu]ntil) (1[5-9]\d\d|20\d\d)"
+        r"(?=[,.;?!)]|$| (?:and|was|were|is|the|to|he|she|they|but|than)\b)",
+        lambda m: f"{m[1]} {year(m[2])}",
     ),
     (rf"{OPEN}{LETTER}([{''.join(NTH)}]){CLOSE}\s?-?th\b", lambda m: OPEN + NTH[m[1]] + CLOSE),
     (
@@ -1346,17 +1192,12 @@ RULES = [  # from the special to the general; each sees what those before it lef
     (r"\b(\d{1,3}(?:,\d{3})*|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
     (rf"{HASH}\s?", "number "),
     (
-        (
-            r"\b(?:sq|cu|fl|sqft)\b|\d["
-            rf" -]?(?:pts?|doz|ea)\b|\d-(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})\b"
-        ),
+        r"\b(?:sq|cu|fl|sqft)\b|\d[ -]?(?:pts?|doz|ea)\b"
+        rf"|\d-(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})\b",
         lambda m: refuse(f"the unit {m[0]}"),
     ),
     (r"(^|[a-z,(] ?)No\. ?(?=\d)", r"\1number "),
-    (
-        r"\b[Nn]os?\. ?(?=\d)",
-        lambda m: refuse(f"{m[0].strip()}, which may be a number or the answer no"),
-    ),
+    (r"\b[Nn]os?\. ?(?=\d)", unclear("which may be a number or the answer no")),
     (
         rf"({N})[ -](?:and )?(\d+)/(\d+)(?![\d/])",
         lambda m: f"{number(m[1])} and {fraction(m[2], m[3])}",
@@ -1366,12 +1207,10 @@ RULES = [  # from the special to the general; each sees what those before it lef
     (rf"(?<![\w{CLOSE}]){DOLLAR}?[-−]({N})", r"negative \1"),
     (rf"(?<=\d|{CLOSE})\s?{PERCENT}", " percent"),
     (r"(\d)\s?¢", r"\1 cents"),
-    (r"\d!(?!\S*[\"')])", lambda m: refuse(f"{m[0]}, which may be a factorial")),
+    (r"\d!(?!\S*[\"')])", unclear("which may be a factorial")),
     (rf"({N})(?=([A-Za-z])?)", lambda m: number(m[1]) + " " * bool(m[2])),
-    (
-        r"\b(and|he|his|him|she|her|hers)/(or|she|her|hers|he|his|him)\b",
-        lambda m: f"{m[1]} or {m[2]}".replace("or or", "or"),
-    ),
+    (r"\band/or\b", "and or"),
+    (r"\b(he|his|him|she|her|hers)/(she|her|hers|he|his|him)\b", r"\1 or \2"),
     (
         rf"(?<=[a-z])(?<!hour)(?<!day)(?<!week)(?<!month)(?<!year)/({PER}|each|per)\b",
         lambda m: f" per {UNITS.get(m[1], m[1])}",
@@ -1384,23 +1223,9 @@ RULES = [  # from the special to the general; each sees what those before it lef
     ("&", " and "),
     ("@", " at "),
     ("[…]", "..."),
-    (r"\[|\]", lambda m: {"[": "(", "]": ")"}[m[0]]),
+    (r"\[", "("),
+    (r"\]", ")"),
 ]
-
-
-def refuse(what):
-    raise ValueError(what)
-
-
-def measured(match):
-    """A number and its unit in text. "5 in" is left alone, and "5s" too: neither need be a
-    measure."""
-    value, space, unit, exponent, per = match.groups()
-    if unit == "s" and not space:
-        raise ValueError(f"{match[0]}, which may be seconds or a plural")
-    return measure(
-        number(value), unit, exponent and exponent.translate(str.maketrans("²³", "23")), per
-    )
 
 
 def say(text):
@@ -1444,11 +1269,8 @@ def verbalise(text):
     words = re.sub(r",(?:\s*,)+", ",", words)
     words = re.sub(r",([.;:?!])|([.;:?!]),", r"\1\2", words).strip(" ,")
     for character in words:
-        if not (
-            character in " .,;:?!'\"()-"
-            or unicodedata.name(character, "").startswith("LATIN")
-            and character.isalpha()
-        ):
+        latin = character.isalpha() and unicodedata.name(character, "").startswith("LATIN")
+        if not latin and character not in " .,;:?!'\"()-":
             raise ValueError(f"the character {character!r}")
     if not re.search("[A-Za-z]", words):
         raise ValueError("no words at all")

@@ -761,9 +761,6 @@ def test_mmau(tmp_path, capsys):
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     record = {"source": source.name, "bytes": source.stat().st_size, "sha256": sha256}
     assert sha256 in printed and json.loads((tmp_path / "mmau.source.json").read_text()) == record
-    printed, lines = run(capsys, "mmau", source, out, "--drop-leaks")
-    assert "m2" not in [line["id"] for line in lines]
-    dropped(printed, "a clip of IEMOCAP (--drop-leaks)", 1, f"{source} row 3")
 
 
 def test_mmar(tmp_path, capsys):
@@ -1029,7 +1026,7 @@ def test_a_killed_import_leaves_no_manifest(tmp_path, monkeypatch):
         ("empty.jsonl", b"\n \n", "holds no rows"),
         ("empty.json", b"[]", "holds no rows"),
         ("x.parquet", b"no parquet", "is not parquet"),
-        ("cut.json", b'[{"question": "a", "answer": "#### 1"}, {"que', "after row 1"),
+        ("cut.json", b'[{"question": "a", "answer": "#### 1"}, {"que', "breaks off"),
         ("latin.json", b'[{"question": "\xe9", "answer": "#### 1"}]', "is not JSON"),
         ("junk.json", b"[{1}]", "not JSON"),
         ("text.csv", b"question,answer\na,b\n", "all 2 rows were dropped"),
@@ -1058,7 +1055,6 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 def test_flags_that_do_not_belong_and_the_source_as_out(tmp_path, capsys):
     source = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "#### 1"}])
     for flags in (
-        ["--drop-leaks"],
         ["--task", "sound"],
         ["--limit", "0"],
         ["--max-seconds", "1"],
@@ -1109,12 +1105,11 @@ def test_reasons_are_bounded(tmp_path, capsys):
     dropped(printed, "the field 'split' must be a string, not list", 2000, "a.jsonl:2", ", ...")
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_json])
-def test_memory_does_not_grow_with_the_file(tmp_path, write, capsys):
+def test_memory_does_not_grow_with_the_file(tmp_path, capsys):
     """30 MB of rows, of which a megabyte at a time may be in memory."""
     text = "Natalia sold clips to her friends. " * 600
-    source = write(
-        tmp_path / "big.json",
+    source = write_jsonl(
+        tmp_path / "big.jsonl",
         [{"question": f"{n} {text}", "answer": f"#### {n}"} for n in range(1500)],
     )
     main(["gsm8k", str(source), str(tmp_path / "warm.jsonl"), "--limit", "1"])
