@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-import layer_map
 import models
-import rollout
 import train_cord
 import train_source_layer
 from lab import shapes
@@ -37,81 +35,27 @@ SCRIPTS = {"source_layer": train_source_layer, "cord": train_cord}
 ALL = 1_000                 # layers, more than any has
 
 
-# ------------------------- 1. a step of each script, with random weights ------------------------
-# bench.py runs these steps. Here and nowhere else this file touches the training scripts.
+# ------------------------------- 1. flags, models and examples ----------------------------------
+# bench.py uses these, too.
 
-def build(args, device, flags, layers):
-    """A script's models and step module as its main() makes them, of random weights -> a namespace
-    of them; frozen: {part: its parameters}"""
-    student, processor, teacher, tokenizer = random_models(args, device, layers)
-    built = argparse.Namespace(student=student, processor=processor, teacher=teacher,
-                               tokenizer=tokenizer, snapshot=student, frozen={}, shared=None)
-    if args.script == "source_layer":
-        needs_teacher(args)
-        built.frozen["teacher"] = list(teacher.parameters())
-        if not args.lora:
-            built.snapshot = models.frozen_copy(student, torch.bfloat16)
-            built.snapshot.set_output_embeddings(torch.nn.Identity())
-            built.frozen["snapshot"] = list(built.snapshot.parameters())
-    choose_trained(args, flags, student)
-
-    if args.script == "source_layer":
-        built.shared = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
-        shared = [ids.to(device) for ids in built.shared]
-        depths = [len(models.decoder(model).layers) for model in (student, teacher)]
-        built.step = train_source_layer.SourceLayerStep(
-            student, teacher, built.snapshot, layer_map.pairs(*depths), shared, flags).to(device)
-        built.step.projections.float()
-        return built
-    banned = torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device)
-    built.step = train_cord.CordStep(student, banned, flags)
-    if not args.lora:
-        copies = built.step.teacher
-        models.cast(copies["decoder"], torch.bfloat16)
-        copies["head"].bfloat16()
-        parameters = [p for part in copies.values() for p in part.parameters()]
-        built.frozen["teacher (a copy of the decoder)"] = parameters
-    return built
+def add_shapes(parser):
+    """The flags that say which script trains which models."""
+    parser.add_argument("--script", choices=list(SCRIPTS), required=True)
+    parser.add_argument("--shapes", choices=MODELS, required=True,
+                        help="student+teacher; CORD needs no other teacher")
+    parser.add_argument("--layers", type=int, default=ALL,
+                        help="of each model's, at most so many; all the widths stay")
 
 
-def batches_of(args, built, flags, examples, device, roll_out, read):
-    """-> [arguments of the step module's forward], tokens that learn, views that are run. CORD:
-    roll_out, as rollout.roll_out; read: batches -> the teacher's hidden states of each."""
-    if args.script == "source_layer":
-        table = data.token_map(*built.shared, built.student.config.text_config.vocab_size)
-        batch = data.collate(examples, built.processor, built.tokenizer,
-                             student_to_teacher=table).to(device)
-        counts = {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)}
-        return [(batch, counts)], counts["response"], (batch.audio, batch.text)
+def with_flags(args, flags):
+    """args, and with them what the training script makes of these flags. SystemExit for paper A
+    without a teacher."""
+    if args.script == "source_layer" and "+" not in args.shapes:
+        raise SystemExit("--script source_layer needs a textual teacher: "
+                         f"--shapes {args.shapes}+qwen3-8b")
+    script = SCRIPTS[args.script].parse_flags(flags)
+    return argparse.Namespace(**vars(script) | vars(args))
 
-    words = built.processor.tokenizer
-    prompts = data.encode_prompts(examples, built.processor, words, words="transcript")
-    kinds = train_cord.rollout_kinds(flags)
-    rollouts = roll_out(built.student, built.processor, prompts, kinds, key="0",
-                        max_new_tokens=args.response_tokens)
-    # A judge would call random words all wrong; here all rollouts of the group count
-    for i, r in enumerate(rollouts):
-        r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
-    batches = train_cord.micro_batches(
-        rollouts, prompts, built.processor, flags.micro_batch, device)
-    n_kl, n_group = len(examples), len(examples) * flags.group_size
-    work = [(batch, hidden, n_kl, n_group) for batch, hidden in zip(batches, read(batches))]
-    views = []
-    for batch in batches:
-        views += [view for view in (batch.audio, batch.text) if view]
-    return work, sum(len(r.ids) for r in rollouts), views
-
-
-def calibration_tokens():
-    """Tokens that paper A's projections are fitted to before the first step."""
-    return train_source_layer.CALIBRATION_EXAMPLES * train_source_layer.CALIBRATION_TOKENS
-
-
-def default_flags(script):
-    return SCRIPTS[script].parse_flags([])
-
-
-# ---------------------------------- 2. models and examples --------------------------------------
 
 def random_models(args, device, layers):
     """-> (student, processor, teacher or None, its tokenizer) with at most so many layers: the
@@ -127,24 +71,15 @@ def random_models(args, device, layers):
     return student, processor, teacher, tokenizer
 
 
-def needs_teacher(args):
-    if args.script == "source_layer" and "+" not in args.shapes:
-        raise SystemExit("--script source_layer needs a textual teacher: "
-                         f"--shapes {args.shapes}+qwen3-8b")
-
-
 def wide(args):
     """Are the weights that learn float32 themselves? Below LoRA's adapters they never are."""
     return args.weights == "float32" and not args.lora
 
 
-def choose_trained(args, flags, student):
-    models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
-
-
-def of_use(student):
-    """What hearing.check would find by running the model: everything but Omni's vision tower."""
-    return [p for name, p in student.named_parameters() if "visual" not in name.split(".")]
+def choose_trained(args, student):
+    # What hearing.check would find by running the model: everything but Omni's vision tower
+    of_use = [p for name, p in student.named_parameters() if "visual" not in name.split(".")]
+    models.choose_trained(student, args.train, of_use, lora=args.lora)
 
 
 def write_examples(args, folder, count, kind="wav", rate=16_000):
@@ -174,20 +109,21 @@ def gigabytes(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 1e9
 
 
-# ------------------------------- 3. what is held all the time -----------------------------------
+# ------------------------------- 2. what is held all the time -----------------------------------
 
-def at_full_depth(args, flags, gpus=1, layers=ALL):
-    """{part: GB} that a step holds all the time on each of so many GPUs (--shard), or on one."""
-    student, _, teacher, _ = random_models(args, torch.device("meta"), layers)
-    choose_trained(args, flags, student)
-    return held_by(args, student, teacher, gpus)
+def at_full_depth(args):
+    """{part: GB} that a step holds all the time on one GPU."""
+    student, _, teacher, _ = random_models(args, torch.device("meta"), ALL)
+    choose_trained(args, student)
+    return held_by(args, student, teacher, 1)
 
 
 def held_by(args, student, teacher, gpus):
-    """The same of given models. Bytes a parameter: 16 for what learns in float32 (with gradient and
-    two moments), 10 in bfloat16 (plumbing/optimizer.py), 2 for what is frozen, 16 for projections
-    and adapters (but FSDP gathers what learns in one type: then they are as the weights). With DDP
-    the gradients live in its buckets, so that they are not there twice."""
+    """The same of given models, on each of so many GPUs (--shard). Bytes a parameter: 16 for what
+    learns in float32 (with gradient and two moments), 10 in bfloat16 (plumbing/optimizer.py), 2 for
+    what is frozen, 16 for projections and adapters (but FSDP gathers what learns in one type: then
+    they are as the weights). With DDP the gradients live in its buckets, so that they are not there
+    twice."""
     def share(parameters):
         # FSDP cuts the first axis; the first rank's share is never the smallest
         return sum(-(-p.shape[0] // gpus) * p[0].numel() for p in parameters) / 1e9
@@ -218,7 +154,7 @@ def held_by(args, student, teacher, gpus):
     return held
 
 
-# --------------------------------- 4. what autograd keeps ---------------------------------------
+# --------------------------------- 3. what autograd keeps ---------------------------------------
 
 class Attention(torch.autograd.Function):
     """What a fused attention keeps for its backward pass: operands, mask, result, and a number a
@@ -312,12 +248,12 @@ def lengths_of(args, processor, teacher_tokenizer):
         "text view": len(prompts.text[0]) + said}
 
 
-def shape_of(args, flags, layers):
+def shape_of(args):
     """Everything that an estimate needs, from models on the meta device: parameters in billions,
     tokens of a clip, and what autograd keeps of it."""
     meta = torch.device("meta")
-    student, processor, teacher, teacher_tokenizer = random_models(args, meta, layers)
-    choose_trained(args, flags, student)
+    student, processor, teacher, teacher_tokenizer = random_models(args, meta, args.layers)
+    choose_trained(args, student)
     decoder, blocks = models.decoder(student), models.blocks(student)
     head = models.head_weight(student)
     reader = models.decoder(teacher or student)
@@ -364,13 +300,13 @@ def shape_of(args, flags, layers):
     for float32 in {wide(args), False}:
         weights = "float32" if float32 else "bfloat16"
         typed = argparse.Namespace(**{**vars(args), "weights": weights})
-        other = random_models(typed, meta, layers)[0]
-        choose_trained(args, flags, other)
+        other = random_models(typed, meta, args.layers)[0]
+        choose_trained(args, other)
         s.kept[float32] = activations(other, s.lengths)
     return s
 
 
-# ------------------------------------- 5. the estimate ------------------------------------------
+# ------------------------------------- 4. the estimate ------------------------------------------
 
 def estimate(args, shape, gpus, clips):
     """-> {part: GB held all the time on one GPU}, {moment: {part: GB}}, what is held among them. On
@@ -473,9 +409,10 @@ def loading_moments(args, s, gpus, copies):
             "the teacher": 2 * (s.reader + s.reader_head)}
         roots, layers = max(s.snapshot_root, s.reader_root), max(s.block, s.reader_block)
         widths = each * s.width + 2 * s.reader_width + 2 * s.width
+        tokens = train_source_layer.CALIBRATION_EXAMPLES * train_source_layer.CALIBRATION_TOKENS
         moments["loading, the calibration"] = student | snapshot | teacher | copies | {
             "gathered": (2 * roots + 4 * layers) * shared,
-            "states of every layer": s.depth * calibration_tokens() * widths / 1e9}
+            "states of every layer": s.depth * tokens * widths / 1e9}
         answering |= snapshot | teacher
     else:
         answering |= copy
@@ -497,25 +434,15 @@ def most_clips(args, shape, gpus):
     return 256
 
 
-# ----------------------------------------- 6. the table -----------------------------------------
+# ----------------------------------------- 5. the table -----------------------------------------
 
 def print_estimate(args):
-    flags = default_flags(args.script)
-    args.group_size = flags.group_size if args.script == "cord" else 0
-    shape = shape_of(args, flags, args.layers or ALL)
+    shape = shape_of(args)
     helds, moments = zip(*(estimate(args, shape, n, args.micro_batch) for n in args.gpus))
-
-    settings = [f"train_{args.script}.py at the shapes of {args.shapes}"]
-    if args.layers:
-        settings.append(f"{args.layers} layer(s) of each")
-    settings.append(f"{args.weights} weights")
-    if args.lora:
-        settings.append(f"LoRA of rank {args.lora}")
-    if args.checkpoint_activations:
-        settings.append("--checkpoint-activations")
-    settings.append(f"{args.micro_batch} clip(s) of {args.seconds:g} s in a micro-batch")
     lengths = [f"{n:,} {what}" for what, n in shape.lengths.items()]
-    print(f"{', '.join(settings)}: {', '.join(lengths)}")
+    print(f"train_{args.script}.py --weights {args.weights} --lora {args.lora} at the shapes of "
+          f"{args.shapes}, {args.micro_batch} clip(s) of {args.seconds:g} s in a micro-batch: "
+          f"{', '.join(lengths)}")
     print("\nGB on each GPU: what is held all the time, then each moment; more than one GPU: "
           "--shard\n")
 
@@ -544,33 +471,26 @@ def print_estimate(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
+        epilog="Other flags (--weights, --lora, --train, --checkpoint-activations, --group-size, "
+               "--text-batch) are those of the script, and as there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_shapes(parser)
     add = parser.add_argument
-    add("--script", choices=list(SCRIPTS), required=True)
-    add("--shapes", choices=MODELS, required=True,
-        help="student+teacher; CORD needs no other teacher")
     add("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 64],
         help="how many, a column each; over 1: --shard")
-    add("--weights", choices=["float32", "bfloat16"], default="float32", help="as in the scripts")
-    add("--train", choices=["decoder", "all"], help="what learns; default: the script's")
-    add("--checkpoint-activations", action="store_true", help="as in the scripts")
-    add("--layers", type=int, help="of each model's, at most so many; all the widths stay")
-    add("--lora", type=int, default=0, help="rank of adapters; 0: the weights learn")
     add("--micro-batch", type=int, default=1,
         help="clips in one forward pass; CORD: with all their rollouts")
     add("--prompts", type=int, default=8,
         help="CORD: prompts of a step on one GPU, whose rollouts are sampled at once")
     add("--eval-batch", type=int, default=8, help="answers at once in an evaluation")
-    add("--text-batch", type=int, default=64, help="CORD: the text view's answers at once")
     add("--seconds", type=float, default=30.0, help="length of a clip")
     add("--response-tokens", type=int,
         help="tokens of a response or rollout; default: source_layer 700, cord 200")
     add("--memory", type=float, default=80.0, help="GB of one GPU")
-    args = parser.parse_args(argv)
-    needs_teacher(args)
+    args, flags = parser.parse_known_args(argv)
     if args.response_tokens is None:
         args.response_tokens = {"source_layer": 700, "cord": 200}[args.script]
-    print_estimate(args)
+    print_estimate(with_flags(args, flags))
 
 
 if __name__ == "__main__":
