@@ -72,9 +72,14 @@ def machine():
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def wait():
+    """For the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(work):
     """Seconds that work() takes, the GPU's part included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
     work()
@@ -200,9 +205,6 @@ def contenders(case, x):
         works["ours, JSD alone"] = lambda: fused.jsd_ce(*heads, ce_weight=0.0)[0]
         if chunked:
             works["TRL, JSD alone"] = lambda: trl(0.5, tokens)
-        triton = peer("liger_kernel.transformers", "LigerFusedLinearJSD") if gpu else None
-        if triton:
-            works["Liger's Triton, JSD alone"] = lambda: triton()(*heads)
         return works
 
     # Paper B: rollouts of equal length, all with the KL or all with an advantage
@@ -523,22 +525,21 @@ class Clock:
             self.peaks[name] = max(self.peaks[name], run.peak_memory_gb(self.device))
         run.forget_peak_memory(self.device)
 
-    def timed(self, name, work):
-        """-> the same callable, whose calls are counted as the part `name`."""
-
-        def timed_work(*args, **kwargs):
-            results = []
-            self.note_peak()
-            self.running.append(name)
-            taken = seconds(lambda: results.append(work(*args, **kwargs)))
-            self.note_peak()
-            self.running.pop()
-            self.seconds[name] += taken
-            if self.running:
-                self.seconds[self.running[-1]] -= taken
-            return results[0]
-
-        return timed_work
+    @contextlib.contextmanager
+    def part(self, name):
+        """What runs inside is this part; as a decorator, what a callable does."""
+        self.note_peak()
+        self.running.append(name)
+        wait()
+        start = time.perf_counter()
+        yield
+        wait()
+        taken = time.perf_counter() - start
+        self.note_peak()
+        self.running.pop()
+        self.seconds[name] += taken
+        if self.running:
+            self.seconds[self.running[-1]] -= taken
 
 
 # A training script's step -> (step module, {part: its frozen parameters}, work). work() prepares
@@ -571,7 +572,7 @@ def source_layer_step(args, device, examples, clock):
         "losses on hidden states": "hidden_divergence",
     }
     for name, method in inner.items():
-        setattr(step, method, clock.timed(name, getattr(step, method)))
+        setattr(step, method, clock.part(name)(getattr(step, method)))
     return step, frozen, lambda: ([(batch, counts)], counts["response"])
 
 
@@ -589,19 +590,21 @@ def cord_step(args, device, examples, clock):
         frozen["teacher (a copy of the decoder)"] = parameters
     prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
     kinds = train_cord.rollout_kinds(args)
-    read = clock.timed("teacher", step.read)
-    step.cord = clock.timed("losses on the response", step.cord)
+    step.cord = clock.part("losses on the response")(step.cord)
 
     def work():
-        rollouts = clock.timed("rollout", rollout.roll_out)(
-            student, processor, prompts, kinds, key="0", max_new_tokens=args.response_tokens
-        )
+        with clock.part("rollout"):
+            rollouts = rollout.roll_out(
+                student, processor, prompts, kinds, key="0", max_new_tokens=args.response_tokens
+            )
         # A judge would call random words all wrong; here all rollouts of the group count
         for i, r in enumerate(rollouts):
             r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
         batches = train_cord.micro_batches(rollouts, prompts, processor, args.micro_batch, device)
+        with clock.part("teacher"):
+            hidden = [step.read(batch) for batch in batches]
         n_kl, n_group = len(examples), len(examples) * args.group_size
-        arguments = [(batch, read(batch), n_kl, n_group) for batch in batches]
+        arguments = [(batch, h, n_kl, n_group) for batch, h in zip(batches, hidden)]
         return arguments, sum(len(r.ids) for r in rollouts)
 
     return step, frozen, work
@@ -623,18 +626,17 @@ def bench_step(args, out):
         parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98)
     )
 
-    def optimise():
-        torch.nn.utils.clip_grad_norm_(learns, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     def update(batches):
         for arguments in batches:
-            with autocast():
-                loss = clock.timed("student forward", step)(*arguments)
-                loss = loss[0] if args.script == "cord" else loss["loss"]
-            clock.timed("backward", loss.backward)()
-        clock.timed("optimizer", optimise)()
+            with autocast(), clock.part("student forward"):
+                found = step(*arguments)
+            loss = found[0] if args.script == "cord" else found["loss"]
+            with clock.part("backward"):
+                loss.backward()
+        with clock.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(learns, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(loss.item()):
             raise SystemExit(f"the loss is {loss.item()}; the figures would be worth nothing")
 

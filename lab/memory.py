@@ -259,39 +259,38 @@ def shape_of(args):
     reader = models.decoder(teacher or student)
     text = student.config.get_text_config()
 
-    def count(parameters):
+    def billions(parameters):
         return sum(p.numel() for p in parameters) / 1e9
 
-    def trained(module):
-        return [p for p in module.parameters() if p.requires_grad]
-
-    def root(parameters, blocks):           # FSDP gathers it as one: what is in no layer
-        within = {id(p) for block in blocks for p in block.parameters()}
-        return count(p for p in parameters if id(p) not in within)
+    def sizes(parameters, blocks):
+        """-> billions of parameters: all of these, those in no block (FSDP gathers them as one),
+        and those of the largest block."""
+        numbers = {p: p.numel() / 1e9 for p in parameters}
+        of_blocks = [sum(numbers.get(p, 0) for p in block.parameters()) for block in blocks]
+        whole = sum(numbers.values())
+        return whole, whole - sum(of_blocks), max(of_blocks)
 
     s = argparse.Namespace(student=student, teacher=teacher, words=len(head))
     s.depth = len(decoder.layers)
     s.width = text.hidden_size
     s.reader_width = reader.config.hidden_size
     s.projections = s.depth * s.reader_width * s.width / 1e9 if teacher else 0.0
-    s.whole = count(student.parameters())
-    s.decoder = count(decoder.parameters())
-    s.head = count([head])
-    s.largest = max(count([p]) for p in student.parameters())
-    s.learns = count(trained(student)) + s.projections
+    learns = [p for p in student.parameters() if p.requires_grad]
+    s.whole, s.root, s.block = sizes(student.parameters(), blocks)
+    s.learns, s.root_learns, s.block_learns = sizes(learns, blocks)
+    s.root += s.projections
+    s.learns += s.projections
+    s.root_learns += s.projections
+    s.reader, s.reader_root, s.reader_block = sizes(reader.parameters(), reader.layers)
+    s.decoder = billions(decoder.parameters())
+    s.head = billions([head])
+    s.snapshot_root = s.root - s.projections - s.head
+    s.largest = max(billions([p]) for p in student.parameters())
     s.head_learns = s.head * head.requires_grad
-    s.root = root(student.parameters(), blocks) + s.projections
-    s.root_learns = root(trained(student), blocks) + s.projections
-    s.snapshot_root = root((p for p in student.parameters() if p is not head), blocks)
-    s.block = max(count(block.parameters()) for block in blocks)
-    s.block_learns = max(count(trained(block)) for block in blocks)
-    s.linear = count(
+    s.linear = billions(
         m.weight for m in student.modules()
         if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and m.weight is not head)
-    s.reader = count(reader.parameters())
-    s.reader_head = count([models.head_weight(teacher or student)])
-    s.reader_root = root(reader.parameters(), reader.layers)
-    s.reader_block = count(reader.layers[0].parameters())
+    s.reader_head = billions([models.head_weight(teacher or student)])
     head_dim = getattr(text, "head_dim", None) or s.width // text.num_attention_heads
     s.cached = 4 * s.depth * text.num_key_value_heads * head_dim / 1e9              # GB a token
 

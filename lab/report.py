@@ -10,11 +10,12 @@ Both training scripts leave the same files, and this is all that is read:
     before, eval-NNNNNNN, after.json    evaluations; none with --no-eval
     step-NNNNNNN/checkpoint.json        what a checkpoint scored
 
-A run may be read while it is being written: any file may be missing, the last line may be cut, and
-any line may lack a term. The log alone says how far the run is: an evaluation beyond its last step
-is one that a resumed run will make again.
+A run may be read while it is being written: any file but config.json may be missing, the last line
+of the log may be cut, and any line may lack a term. The log alone says how far the run is: an
+evaluation beyond its last step is one that a resumed run will make again.
 """
 import argparse
+import itertools
 import json
 import math
 import textwrap
@@ -25,8 +26,8 @@ import numpy as np
 
 import data
 import evaluate
-from plumbing.files import writing
-from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw, pyplot
+from plumbing.files import complete, read_json, writing
+from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw
 
 # The terms of both scripts, and Paul Tol's colours, which the colour-blind can tell apart.
 LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")
@@ -40,26 +41,13 @@ ROWS = 20                   # evaluations in the table
 # -------------------------------------------------------------------------------------------------
 # 1. What is there
 
-def read_whole(path):
-    """A JSON object that is written at once, or None where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_lines(path):
-    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts one."""
+def read_log(path):
+    """The lines of a JSONL file, as dicts; none without the file. The last may be cut, by a kill:
+    it has no end."""
     if not path.exists():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def scores(found):
@@ -84,39 +72,30 @@ def read_run(folder):
     "steps": of how many (None: nobody knows), "finished", "evaluations": [(step, scores)],
     "checkpoints": [step], "results" or None}. Raises data.DataError for a folder without a run."""
     folder = Path(folder)
-    config = read_whole(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None or "command" not in config:           # a model's folder has one, too
         raise data.DataError(f"{folder}: holds no run, or one that has not begun to train (no "
                              "config.json of one); give the folder that a training script's --out "
                              "named")
-    lines = read_lines(folder / "log.jsonl")
-    lines = {line["step"]: line for line in lines if isinstance(line.get("step"), int)}
-    log = [lines[step] for step in sorted(lines)]
-    for line in log:
-        # older logs of train_cord.py have the seconds of a step's parts only
-        names = ("seconds_rollout", "seconds_scoring", "seconds_update")
-        parts = [line[name] for name in names if line.get(name) is not None]
-        if parts:
-            line.setdefault("seconds", sum(parts))
-
+    log = read_log(folder / "log.jsonl")
     done = log[-1]["step"] if log else 0
     steps = config.get("steps")
-    reached = config.get("dry_run", False) or (steps is not None and done >= steps)
-    finished = bool(log) and reached
-    files = [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")]
-    files = [(0, "before"), *sorted(files)]
+    finished = bool(log) and (config.get("dry_run", False) or done == steps)
+    files = sorted((int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json"))
+    files.insert(0, (0, "before"))
     if finished:
         files.append((done, "after"))
-    found = [(step, read_whole(folder / f"{name}.json")) for step, name in files if step <= done]
-
-    whole = folder.glob("step-*/checkpoint.json")
-    checkpoints = sorted(int(path.parent.name[5:]) for path in whole)
+    found = [(step, read_json(folder / f"{name}.json")) for step, name in files if step <= done]
     return {
-        "folder": folder, "config": config, "log": log,
-        "done": done, "steps": steps, "finished": finished,
+        "folder": folder,
+        "config": config,
+        "log": log,
+        "done": done,
+        "steps": steps,
+        "finished": finished,
         "evaluations": [(step, scores(results)) for step, results in found if results],
-        "checkpoints": checkpoints,
-        "results": read_whole(folder / "results.json") if finished else None,
+        "checkpoints": [int(path.name[5:]) for path in complete(folder)],
+        "results": read_json(folder / "results.json") if finished else None,
     }
 
 
@@ -141,8 +120,7 @@ def progress(run):
 
 def waits_of(log):
     """The lines that tell how long their step waited for data."""
-    lines = [line for line in log if curve([line], "seconds_waiting")[1]]
-    return [line for line in lines if curve([line], "seconds")[1] and line["seconds"] > 0]
+    return [line for line in log if "seconds_waiting" in line and line["seconds"]]
 
 
 def some(names, most=5):
@@ -182,25 +160,23 @@ def table(evaluations):
 
 def state_of(run):
     if run["config"].get("dry_run"):
-        state = ", a dry run"
-    else:
-        state = ", finished" if run["finished"] else ""
-    if run["log"] and not run["finished"]:                  # is it alive?
-        age = time.time() - (run["folder"] / "log.jsonl").stat().st_mtime
-        state = f", the last one {duration(max(0, age))} ago"
-    return progress(run) + state
+        return f"{progress(run)}, a dry run"
+    if run["finished"]:
+        return f"{progress(run)}, finished"
+    if not run["log"]:
+        return progress(run)
+    age = time.time() - (run["folder"] / "log.jsonl").stat().st_mtime       # is it alive?
+    return f"{progress(run)}, the last one {duration(max(0, age))} ago"
 
 
 def time_of(run, seconds):
-    recent = float(np.mean(seconds[-RECENT:]))
-    text = f"{duration(sum(seconds))} of steps"
-    minutes = (run["results"] or {}).get("minutes")
-    if minutes:
-        text += f", {duration(60 * minutes)} in all, the last start"
-    if run["steps"] and not run["finished"]:
-        text += f", {duration(recent * (run['steps'] - run['done']))} of them left at"
-        return f"{text} {recent:.3g} s a step"
-    return f"{text}, {recent:.3g} s a step"
+    recent = np.mean(seconds[-RECENT:])
+    text = f"{duration(sum(seconds))} of steps, "
+    if run["results"]:
+        text += f"{duration(60 * run['results']['minutes'])} in all, the last start, "
+    elif run["steps"]:
+        text += f"{duration(recent * (run['steps'] - run['done']))} of them left at "
+    return f"{text}{recent:.3g} s a step"
 
 
 def summary(run):
@@ -268,19 +244,6 @@ def summary(run):
 # -------------------------------------------------------------------------------------------------
 # 3. In pictures
 
-def plain_ticks(axis, colour="black"):
-    """0.2, not 2 x 10^-1, and on a log scale labels between the powers of ten, too."""
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    if axis.get_yscale() == "log":
-        low, high = axis.get_ylim()
-        between = range(2, 10) if high < 10 * low else (2, 5)
-        axis.yaxis.set_minor_locator(LogLocator(subs=between))
-        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.tick_params(axis="y", which="both", colors=colour)
-
-
 def two_scales(axis, log, left, right):
     """Two terms in one panel, (name, label, scale) each, each with an axis in its own colour. A
     term that nobody logged has none."""
@@ -290,9 +253,9 @@ def two_scales(axis, log, left, right):
         side = side or axis.twinx()
         draw(side, log, name, colour, scale=scale)
         side.set_ylabel(label, color=colour)
+        side.tick_params(axis="y", which="both", colors=colour)
         if scale != "log":
             side.set_ylim(bottom=0)
-        plain_ticks(side, colour)
 
 
 def plot_losses(axis, log):
@@ -310,12 +273,11 @@ def plot_losses(axis, log):
         # L_ac starts at nothing, which is not to squeeze the rest
         low = min(np.percentile(terms[name], 5) for name in positive)
         axis.set_ylim(bottom=max(TINY, 0.5 * low))
-        plain_ticks(axis)
     side = axis.twinx() if signed and positive else axis
     for name in signed:
         label = f"{name} (right)" if positive else name
         lines += draw(side, log, name, colours[name], label)
-        plain_ticks(side, colours[name])
+        side.tick_params(axis="y", colors=colours[name])
     axis.set_ylabel("loss")
     if lines:
         axis.legend(handles=lines, frameon=False, fontsize=8, ncols=3)
@@ -330,24 +292,20 @@ def plot_scores(axis, evaluations):
     if "audio" in names:
         thick = {"text": ORANGE, "audio": BLUE}
         thin = [name for name in ("average", "SER") if name in names]
-    free = [colour for colour in COLOURS if colour not in thick.values()]
-    colours = {name: free[i % len(free)] for i, name in enumerate(thin)} | {"SER": RED} | thick
+    colours = dict(zip(thin, itertools.cycle(COLOURS))) | thick
 
     for name in [name for name in (*thin, *thick) if name in names]:
         rows = [(step, *found[name]) for step, found in evaluations if name in found]
         steps, values, intervals = zip(*rows)
         style, width = ("-o", 2) if name in thick else ("--o", 1)
-        how = {"color": colours[name], "linewidth": width, "markersize": 4}
-        axis.plot(steps, values, style, label=name, **how)
+        axis.plot(steps, values, style, label=name, color=colours[name], linewidth=width,
+                  markersize=4)
         if name in thick:
             low, high = np.transpose(intervals)
             axis.fill_between(steps, low, high, color=colours[name], alpha=0.12, linewidth=0)
     axis.set(ylabel="per cent", ylim=(0, 102))
     if names:
         axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower center")
-    else:
-        middle = {"transform": axis.transAxes, "ha": "center"}
-        axis.text(0.5, 0.5, "no evaluation", color="#888888", **middle)
 
 
 def plot_memory(axis, log, gpu):
@@ -374,16 +332,16 @@ TITLES = {
 
 
 def plot_report(run):
-    """read_run's dict -> report.png in the run's folder."""
-    plt = pyplot()
-    if plt is None:
-        return
+    """read_run's dict -> Figure."""
+    from matplotlib.figure import Figure
+
     log = run["log"]
     rollouts = bool(curve(log, "kl")[1] or curve(log, "reward")[1])
     upper = ["loss", "scores", "signal"] if rollouts else ["loss", "scores"]
     lower = ["gradient", "speed", "memory"]
     mosaic = [[name for name in row for _ in range(6 // len(row))] for row in (upper, lower)]
-    figure, panels = plt.subplot_mosaic(mosaic, figsize=(15, 7.5), constrained_layout=True)
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic(mosaic)
 
     plot_losses(panels["loss"], log)
     plot_scores(panels["scores"], run["evaluations"])
@@ -415,8 +373,7 @@ def plot_report(run):
     note = f"; x: {len(left_out)} that were left out" if left_out else ""
     command = textwrap.shorten(run["config"]["command"], 150, placeholder=" ...")
     figure.suptitle(f"{command}   ({progress(run)}{note})", fontsize=10)
-    figure.savefig(run["folder"] / "report.png", dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main(argv=None):
@@ -430,7 +387,7 @@ def main(argv=None):
         raise SystemExit(f"lab.report: {error}") from None
     picture = run["folder"] / "report.png"
     with writing(picture):
-        plot_report(run)
+        plot_report(run).savefig(picture, dpi=110)
     print(*summary(run), sep="\n")
     if run["results"]:
         before = run["results"]["before"]

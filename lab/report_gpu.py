@@ -91,11 +91,12 @@ def measured(records):
         for table in record.get("printed", ()):
             if isinstance(table, str):
                 continue
-            if record["part"] == "fused losses" and table["columns"][1] == "time, over ours":
+            first, second, *_ = table["columns"]
+            if second == "time, over ours":
                 seconds = {row[0]: row[2] for row in table["rows"]}
                 if "ours" in seconds:                       # not where the part was stopped
-                    found[table["columns"][0]] = float(seconds["ours"])
-            if table["columns"][0] == "part":
+                    found[first] = float(seconds["ours"])
+            if first == "part":
                 found[record["part"]] = sum(float(row[1]) for row in table["rows"])
     return found
 
@@ -117,10 +118,6 @@ def report(records):
     """lab.gpu's records -> lines of markdown."""
     lines = []
     for record in records:
-        if record["part"] == "packages":
-            if record["missing"]:
-                lines.append(f"Not installed there: {', '.join(record['missing'])}.")
-            continue
         lines += ["", f"### {record['part']}", ""]
         if "command" not in record:
             lines.append(f"{record['ended'].capitalize()}.")
