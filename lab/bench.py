@@ -436,7 +436,8 @@ def bench_rollouts(args, out):
             with rollout.plain_decoding(student):
                 output = student.generate(
                     **{name: x.to(device) for name, x in inputs.items()},
-                    **rollout.PLAIN,
+                    do_sample=False,
+                    use_cache=True,
                     max_new_tokens=args.max_new_tokens,
                     eos_token_id=stop,
                     pad_token_id=stop[0],
@@ -583,10 +584,7 @@ def cord_step(args, device, examples, clock):
     step = train_cord.CordStep(student, banned, args)
     frozen = {}
     if not args.lora:
-        copies = step.teacher
-        models.cast(copies["decoder"], torch.bfloat16)
-        copies["head"].bfloat16()
-        parameters = [p for part in copies.values() for p in part.parameters()]
+        parameters = [p for part in step.teacher.values() for p in part.parameters()]
         frozen["teacher (a copy of the decoder)"] = parameters
     prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
     kinds = train_cord.rollout_kinds(args)
@@ -678,12 +676,10 @@ def bench_step(args, out):
         "optimizer": memory.gigabytes(*states),
         "gradients": memory.gigabytes(*learns),
     }
-    depth = f", at most {args.layers} layer(s) of each" if args.layers < memory.ALL else ""
-    learning = f"LoRA of rank {args.lora}" if args.lora else "all weights"
-    out.say(f"{machine()}; train_{args.script}.py at the shapes of {args.shapes}{depth}, bfloat16 "
-            f"weights, {learning}: {sum(p.numel() for p in learns):,} parameters learn; "
-            f"{len(examples)} clips of {args.seconds:g} s, {tokens:,} response tokens; mean of "
-            f"{args.steps} steps")
+    out.say(f"{machine()}; train_{args.script}.py --weights bfloat16 --lora {args.lora} at the "
+            f"shapes of {args.shapes}, at most {args.layers} layer(s) of each: "
+            f"{sum(p.numel() for p in learns):,} parameters learn; {len(examples)} clips of "
+            f"{args.seconds:g} s, {tokens:,} response tokens; mean of {args.steps} steps")
     out.say(f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips "
             f"an hour; {flops / 1e12:.3g} TFLOP outside the rollout, "
             f"{100 * flops / outside / top:.0f} % of what a matrix product of {side} reaches here "
@@ -698,7 +694,7 @@ def bench_step(args, out):
         return f"{', '.join(parts)}; together {sum(held.values()):.1f}"
 
     out.say(f"held all the time, GB: {listed(held)}")
-    if depth:
+    if args.layers < memory.ALL:
         out.say(f"at full depth, by arithmetic: {listed(memory.at_full_depth(args))}")
 
 

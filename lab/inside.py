@@ -114,23 +114,21 @@ def cka(ones, others):
     if n < 4:
         raise ValueError(f"{n} tokens are too few to compare layers on: give more examples")
 
-    def kernel(hidden):
-        k = hidden.double() @ hidden.double().T                     # [tokens, tokens]
-        return k.fill_diagonal_(0)
-
     def hsic(k, l):
         sums = (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2))
         return sums - 2 / (n - 2) * (k.sum(0) * l.sum(0)).sum()
 
+    def kernel(hidden):
+        k = hidden.double() @ hidden.double().T                     # [tokens, tokens]
+        k.fill_diagonal_(0)
+        return k / hsic(k, k).sqrt()                                # HSIC is linear in both
+
     kernels = [kernel(x) for x in ones]
-    norms = [hsic(k, k) for k in kernels]
-    table = torch.zeros(len(ones), len(others), dtype=torch.float64)
-    for t, hidden in enumerate(others):                             # one teacher kernel at a time
+    columns = []
+    for hidden in others:                                           # one teacher kernel at a time
         l = kernel(hidden)
-        l_norm = hsic(l, l)
-        for s, (k, k_norm) in enumerate(zip(kernels, norms)):
-            table[s, t] = hsic(k, l) / (k_norm * l_norm).clamp(min=1e-300).sqrt()
-    return table
+        columns.append(torch.stack([hsic(k, l) for k in kernels]))
+    return torch.stack(columns, 1)
 
 
 # -------------------------------------------------------------------------------------------------

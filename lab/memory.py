@@ -105,6 +105,16 @@ def write_examples(args, folder, count, kind="wav", rate=16_000):
     return data.read_manifest(folder / "noise.jsonl")
 
 
+def billions(parameters):
+    return sum(p.numel() for p in parameters) / 1e9
+
+
+def projections(student, teacher):
+    """Parameters of paper A's W_i, in billions."""
+    text = student.config.get_text_config()
+    return text.num_hidden_layers * text.hidden_size * teacher.config.hidden_size / 1e9
+
+
 def gigabytes(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 1e9
 
@@ -125,8 +135,7 @@ def held_by(args, student, teacher, gpus):
     they are as the weights). With DDP the gradients live in its buckets, so that they are not there
     twice."""
     def share(parameters):
-        # FSDP cuts the first axis; the first rank's share is never the smallest
-        return sum(-(-p.shape[0] // gpus) * p[0].numel() for p in parameters) / 1e9
+        return billions(parameters) / gpus
 
     learns = [p for p in student.parameters() if p.requires_grad]
     head = models.head_weight(student)
@@ -147,10 +156,8 @@ def held_by(args, student, teacher, gpus):
     held["teacher"] = 2 * share(teacher.parameters())
     if not args.lora:
         held["snapshot"] = 2 * share(p for p in base if p is not head)
-    text = student.config.text_config
-    projection = torch.empty(teacher.config.hidden_size, text.hidden_size, device="meta")
     bytes_each = 16 if gpus == 1 or wide(args) or args.lora else 10
-    held["projections"] = bytes_each * text.num_hidden_layers * share([projection])
+    held["projections"] = bytes_each * projections(student, teacher) / gpus
     return held
 
 
@@ -259,9 +266,6 @@ def shape_of(args):
     reader = models.decoder(teacher or student)
     text = student.config.get_text_config()
 
-    def billions(parameters):
-        return sum(p.numel() for p in parameters) / 1e9
-
     def sizes(parameters, blocks):
         """-> billions of parameters: all of these, those in no block (FSDP gathers them as one),
         and those of the largest block."""
@@ -274,7 +278,7 @@ def shape_of(args):
     s.depth = len(decoder.layers)
     s.width = text.hidden_size
     s.reader_width = reader.config.hidden_size
-    s.projections = s.depth * s.reader_width * s.width / 1e9 if teacher else 0.0
+    s.projections = projections(student, teacher) if teacher else 0.0
     learns = [p for p in student.parameters() if p.requires_grad]
     s.whole, s.root, s.block = sizes(student.parameters(), blocks)
     s.learns, s.root_learns, s.block_learns = sizes(learns, blocks)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import evaluate
 from plumbing.files import complete, read_json, writing
 from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw
@@ -70,14 +69,17 @@ def scores(found):
 def read_run(folder):
     """A training run's folder -> {"folder", "config", "log": a line a step, "done": the last step,
     "steps": of how many (None: nobody knows), "finished", "evaluations": [(step, scores)],
-    "checkpoints": [step], "results" or None}. Raises data.DataError for a folder without a run."""
+    "checkpoints": [step], "results" or None}. Raises SystemExit for a folder without a run."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if config is None or "command" not in config:           # a model's folder has one, too
-        raise data.DataError(f"{folder}: holds no run, or one that has not begun to train (no "
-                             "config.json of one); give the folder that a training script's --out "
-                             "named")
+        raise SystemExit(f"{folder}: holds no run, or one that has not begun to train (no "
+                         "config.json of one); give the folder that a training script's --out "
+                         "named")
     log = read_log(folder / "log.jsonl")
+    for line in log:
+        if line.get("seconds") and "seconds_waiting" in line:
+            line["waiting"] = 100 * line["seconds_waiting"] / line["seconds"]
     done = log[-1]["step"] if log else 0
     steps = config.get("steps")
     finished = bool(log) and (config.get("dry_run", False) or done == steps)
@@ -116,11 +118,6 @@ def tenths(values):
 
 def progress(run):
     return f"{run['done']:,} of {'?' if run['steps'] is None else format(run['steps'], ',')} steps"
-
-
-def waits_of(log):
-    """The lines that tell how long their step waited for data."""
-    return [line for line in log if "seconds_waiting" in line and line["seconds"]]
 
 
 def some(names, most=5):
@@ -208,7 +205,7 @@ def summary(run):
         _, values = curve(log, name)
         if values:
             say("speed", f"{np.median(values):,.0f} {name.replace('_', ' ')}, median")
-    waits = waits_of(log)
+    waits = [line for line in log if "waiting" in line]
     if waits:
         waiting = sum(line["seconds_waiting"] for line in waits)
         share = waiting / sum(line["seconds"] for line in waits)
@@ -309,16 +306,14 @@ def plot_scores(axis, evaluations):
 
 
 def plot_memory(axis, log, gpu):
-    peak = "GPU, peak" if gpu else "process, peak"
     for name, label, colour in (
-        ("memory_gb", peak, BLUE),
+        ("memory_gb", "GPU, peak" if gpu else "process, peak", BLUE),
         ("host_gb", "host, rank 0's process", RED),
     ):
-        steps, values = curve(log, name)
-        if values:
-            axis.plot(steps, values, color=colour, label=label, linewidth=1.5)
-            axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axis.set(ylabel="GB", ylim=(0, 1.15 * axis.get_ylim()[1]))
+        axis.plot(*curve(log, name), color=colour, label=label, linewidth=1.5)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.set_ylabel("GB")
+    axis.set_ylim(bottom=0)
 
 
 TITLES = {
@@ -337,11 +332,12 @@ def plot_report(run):
 
     log = run["log"]
     rollouts = bool(curve(log, "kl")[1] or curve(log, "reward")[1])
-    upper = ["loss", "scores", "signal"] if rollouts else ["loss", "scores"]
-    lower = ["gradient", "speed", "memory"]
-    mosaic = [[name for name in row for _ in range(6 // len(row))] for row in (upper, lower)]
+    upper = 3 * ["loss"] + 3 * ["scores"]
+    if rollouts:
+        upper = 2 * ["loss"] + 2 * ["scores"] + 2 * ["signal"]
+    lower = 2 * ["gradient"] + 2 * ["speed"] + 2 * ["memory"]
     figure = Figure(figsize=(15, 7.5), layout="constrained")
-    panels = figure.subplot_mosaic(mosaic)
+    panels = figure.subplot_mosaic([upper, lower])
 
     plot_losses(panels["loss"], log)
     plot_scores(panels["scores"], run["evaluations"])
@@ -351,11 +347,7 @@ def plot_report(run):
     two_scales(panels["gradient"], log, ("grad_norm", "gradient norm", "log"),
                ("lr", "learning rate", "exact"))
     speed = "rollout_tokens_per_second" if rollouts else "tokens_per_second"
-    waits = []
-    for line in waits_of(log):
-        share = 100 * line["seconds_waiting"] / line["seconds"]
-        waits.append({"step": line["step"], "waiting": share})
-    two_scales(panels["speed"], [*log, *waits], (speed, speed.replace("_", " "), "linear"),
+    two_scales(panels["speed"], log, (speed, speed.replace("_", " "), "linear"),
                ("waiting", "% of a step waiting for data", "linear"))
     plot_memory(panels["memory"], log, run["config"].get("gpu"))
 
@@ -381,10 +373,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="the folder that the script's --out named")
     args = parser.parse_args(argv)
-    try:
-        run = read_run(args.run)
-    except data.DataError as error:
-        raise SystemExit(f"lab.report: {error}") from None
+    run = read_run(args.run)
     picture = run["folder"] / "report.png"
     with writing(picture):
         plot_report(run).savefig(picture, dpi=110)

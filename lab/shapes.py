@@ -123,7 +123,7 @@ def _omni(text, ears, layers):
         transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor(),
         transformers.WhisperFeatureExtractor(feature_size=EARS["num_mel_bins"], chunk_length=300),
         words, chat_template=STUDENT_TEMPLATE)
-    ids = {key: words.convert_tokens_to_ids(token) for key, token in OMNI_NAMED.items()}
+    id_of = words.convert_tokens_to_ids
 
     # Rotary pairs of a head, 64, for time, height and width: 16, 24, 24
     width = text["hidden_size"]
@@ -136,12 +136,12 @@ def _omni(text, ears, layers):
         audio_config=ears | {"output_dim": width, "n_window": 100},
         vision_config=eyes,
         text_config=text | {"rope_parameters": rope},
-        audio_token_index=ids["audio_token"],
-        image_token_index=ids["image_token"],
-        video_token_index=ids["video_token"],
-        audio_start_token_id=ids["audio_bos_token"],
-        vision_start_token_id=ids["vision_bos_token"],
-        vision_end_token_id=ids["vision_eos_token"])
+        audio_token_index=id_of("<|AUDIO|>"),
+        image_token_index=id_of("<|IMAGE|>"),
+        video_token_index=id_of("<|VIDEO|>"),
+        audio_start_token_id=id_of("<|audio_bos|>"),
+        vision_start_token_id=id_of("<|vision_bos|>"),
+        vision_end_token_id=id_of("<|vision_eos|>"))
     return config, processor
 
 

@@ -141,7 +141,7 @@ def test_a_log_is_read_whatever_a_kill_left_of_it(tmp_path):
         and run["done"] == 3
         and not run["finished"]
     )
-    assert plots.curve(run["log"], "loss") == ((1, 3), (3.0, 1.0))
+    assert [*map(list, plots.curve(run["log"], "loss"))] == [[1, 3], [3.0, 1.0]]
     assert plots.curve(run["log"], "sft") == ((3,), (0.5,)) and plots.curve(run["log"], "top") == (
         (),
         (),
@@ -150,25 +150,15 @@ def test_a_log_is_read_whatever_a_kill_left_of_it(tmp_path):
     assert report.read_run(tmp_path)["done"] == 1
 
 
-NO_RUN = "holds no run, .*; give the folder that"
-BROKEN = "is not the JSON that a run wrote there"
-
-
 @pytest.mark.parametrize(
-    "content, sentence",
-    [
-        (None, NO_RUN),
-        ('{"architectures": ["Qwen2AudioForConditionalGeneration"]}', NO_RUN),
-        ("{", BROKEN),
-        ("[]", BROKEN),
-    ],
+    "content", [None, '{"architectures": ["Qwen2AudioForConditionalGeneration"]}']
 )
-def test_a_folder_without_a_run_gets_one_sentence(tmp_path, content, sentence):
+def test_a_folder_without_a_run_gets_one_sentence(tmp_path, content):
     folder = tmp_path / "run"
     if content is not None:
         folder.mkdir()
         (folder / "config.json").write_text(content)
-    with pytest.raises(SystemExit, match=sentence) as stop:
+    with pytest.raises(SystemExit, match="holds no run, .*; give the folder that") as stop:
         report.main([str(folder)])
     assert str(folder) in str(stop.value) and "\n" not in str(stop.value)
 
