@@ -543,17 +543,17 @@ class Clock:
             self.seconds[self.running[-1]] -= taken
 
 
-# A training script's step -> (step module, {part: its frozen parameters}, work). work() prepares
+# A training script's step -> (step module, {part: frozen model}, work). work() prepares
 # a step -> [arguments of the module's forward], tokens that learn
 
 def source_layer_step(args, device, examples, clock):
     student, processor, teacher, tokenizer = memory.random_models(args, device, args.layers)
     snapshot = student
-    frozen = {"teacher": list(teacher.parameters())}
+    frozen = {"teacher": teacher}
     if not args.lora:
         snapshot = models.frozen_copy(student, torch.bfloat16)
         snapshot.set_output_embeddings(torch.nn.Identity())
-        frozen["snapshot"] = list(snapshot.parameters())
+        frozen["snapshot"] = snapshot
     memory.choose_trained(args, student)
 
     shared = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
@@ -584,8 +584,7 @@ def cord_step(args, device, examples, clock):
     step = train_cord.CordStep(student, banned, args)
     frozen = {}
     if not args.lora:
-        parameters = [p for part in step.teacher.values() for p in part.parameters()]
-        frozen["teacher (a copy of the decoder)"] = parameters
+        frozen["teacher (a copy of the decoder)"] = torch.nn.ModuleDict(step.teacher)
     prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
     kinds = train_cord.rollout_kinds(args)
     step.cord = clock.part("losses on the response")(step.cord)
@@ -670,12 +669,11 @@ def bench_step(args, out):
     whole = sum(spent.values())
     outside = whole - spent["optimizer"] - spent.get("rollout", 0.0)
     states = [x for state in optimizer.state.values() for x in state.values()]
-    held = {
-        "student": memory.gigabytes(*step.student.parameters()),
-        **{name: memory.gigabytes(*parameters) for name, parameters in frozen.items()},
-        "optimizer": memory.gigabytes(*states),
-        "gradients": memory.gigabytes(*learns),
-    }
+    held = {}
+    for name, model in {"student": step.student, **frozen}.items():
+        held[name] = memory.gigabytes(*model.parameters())
+    held["optimizer"] = memory.gigabytes(*states)
+    held["gradients"] = memory.gigabytes(*learns)
     out.say(f"{machine()}; train_{args.script}.py --weights bfloat16 --lora {args.lora} at the "
             f"shapes of {args.shapes}, at most {args.layers} layer(s) of each: "
             f"{sum(p.numel() for p in learns):,} parameters learn; {len(examples)} clips of "

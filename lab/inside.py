@@ -140,16 +140,15 @@ def own_attention(projected, target, rows):
 
     -> (share, first, chance): softmax(s t' / sqrt(width)) over the teacher tokens of the same
     response, its mean weight on the paired token; the share of tokens that attend to their own
-    most; and 1 / length, what uniform attention would give."""
+    most; and the mean of 1 / length, what uniform attention would give."""
     shares = []
     firsts = []
-    chances = []
     for s, t in zip(projected.split(rows), target.split(rows)):
         attention = (s @ t.T / t.shape[1] ** 0.5).softmax(-1)       # [tokens, tokens] of it
         shares.append(attention.diagonal())
         firsts.append(attention.argmax(-1) == torch.arange(len(s)))
-        chances.append(torch.full((len(s),), 1 / len(s)))
-    return [torch.cat(x).float().mean().item() for x in (shares, firsts, chances)]
+    share, first = (torch.cat(x).float().mean().item() for x in (shares, firsts))
+    return share, first, len(rows) / sum(rows)
 
 
 def fit(pairs, found):

@@ -25,6 +25,7 @@ import models
 import train_cord
 import train_source_layer
 from lab import shapes
+from lab.printed import Printed
 
 SHAPES = {"qwen2-audio-7b": "Qwen/Qwen2-Audio-7B-Instruct",
           "qwen2.5-omni-7b": "Qwen/Qwen2.5-Omni-7B",
@@ -447,28 +448,27 @@ def print_estimate(args):
           f"{args.shapes}, {args.micro_batch} clip(s) of {args.seconds:g} s in a micro-batch: "
           f"{', '.join(lengths)}")
     print("\nGB on each GPU: what is held all the time, then each moment; more than one GPU: "
-          "--shard\n")
+          "--shard")
+    out = Printed()
+    out.table("GPUs", *args.gpus)
 
-    def row(name, values):
-        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in values]
-        print(f"| {name} | {' | '.join(cells)} |")
+    def row(name, numbers):
+        out.row(name, *(f"{x:.1f}" for x in numbers))
 
-    row("GPUs", args.gpus)
-    row("---", ["---"] * len(args.gpus))
     for part in helds[0]:
         row(part, [held[part] for held in helds])
     row("**held all the time**", [sum(held.values()) for held in helds])
     for moment in moments[0]:
         columns = [found[moment] for found in moments]
-        row(f"**{moment}**", [float(sum(parts.values())) for parts in columns])
+        row(f"**{moment}**", [sum(parts.values()) for parts in columns])
         # In the order of their first appearance
         names = dict.fromkeys(name for parts in columns for name in parts)
         for name in names:
             if name != "held" and any(parts.get(name) for parts in columns):
-                row(f"+ {name}", [float(parts.get(name, 0.0)) for parts in columns])
+                row(f"+ {name}", [parts.get(name, 0) for parts in columns])
     row("**the most**", [most(found) for found in moments])
     clips = [most_clips(args, shape, n) or "none" for n in args.gpus]
-    row(f"clips in a micro-batch, at most {args.memory:g} GB", clips)
+    out.row(f"clips in a micro-batch, at most {args.memory:g} GB", *clips)
 
 
 def main(argv=None):

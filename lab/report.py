@@ -210,17 +210,14 @@ def summary(run):
         waiting = sum(line["seconds_waiting"] for line in waits)
         share = waiting / sum(line["seconds"] for line in waits)
         say("waiting", f"{100 * share:.1f} % of the steps' time went by waiting for data")
-    parts = []
     _, memory = curve(log, "memory_gb")
     if memory:
         owner = "GPU" if config.get("gpu") else "process"
-        parts.append(f"{max(memory):.2f} GB of the {owner} at the peak")
+        say("memory", f"{max(memory):.2f} GB of the {owner} at the peak")
     host = host_growth(log)
     if host:
-        parts.append("host {:.2f} -> {:.2f} GB since the last start, {:+.0f} MB a thousand steps"
-                     .format(*host))
-    if parts:
-        say("memory", "; ".join(parts))
+        say("host", "{:.2f} -> {:.2f} GB since the last start, {:+.0f} MB a thousand steps"
+            .format(*host))
 
     # What went wrong, and what was saved
     left_out = [line for line in log if "skipped" in line]
