@@ -24,7 +24,6 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
-import os
 import re
 import statistics
 import subprocess
@@ -35,8 +34,6 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import soundfile
 import torch
@@ -56,7 +53,6 @@ from lab import memory, shapes
 from lab.printed import Printed
 from plumbing import optimizer as split_adamw
 from plumbing import run
-from plumbing.optimizer import parameter_groups
 
 
 def the_device():
@@ -67,9 +63,8 @@ def machine():
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
-    name = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
-    name = name[1] if name else "CPU"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return f"{[*names, 'CPU'][0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def wait():
@@ -198,9 +193,8 @@ def contenders(case, x):
         }
         liger = peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
         for size, name in ((1024, "1,024 (its default)"), (128, "128")) if liger else ():
-            loss = liger(
-                weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu, chunk_size=size
-            )
+            how = dict(weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu)
+            loss = liger(**how, chunk_size=size)
             works[f"Liger in chunks of {name}"] = functools.partial(loss, *heads)
         works["ours, JSD alone"] = lambda: fused.jsd_ce(*heads, ce_weight=0.0)[0]
         if chunked:
@@ -458,7 +452,7 @@ def bench_rollouts(args, out):
     times = take_turns(works, args.rounds)
     out.say(f"{machine()}; the mini world's student, {len(examples)} prompts of "
             f"{statistics.mean(map(len, prompts.audio)):.0f} tokens, {n} rollouts each of "
-            f"{statistics.mean(lengths):.0f} tokens (longest {max(lengths)}); {args.rounds} rounds")
+            f"{statistics.mean(lengths):.0f} tokens; {args.rounds} rounds")
     out.table("rollouts", "tokens/s, ours over this", "tokens/s", "same tokens")
     for name in works:
         # generate() pads behind an answer's end
@@ -514,9 +508,6 @@ class Clock:
     def __init__(self, device):
         self.device = device
         self.running = []                       # the innermost part last
-        self.clear()
-
-    def clear(self):
         self.seconds = defaultdict(float)
         self.peaks = defaultdict(float)         # GB
 
@@ -612,7 +603,7 @@ def bench_step(args, out):
     are timed."""
     device = the_device()
     clock = Clock(device)
-    args = memory.with_flags(args, ["--weights", "bfloat16", "--lora", str(args.lora)])
+    args = memory.with_flags(args)
     examples = memory.write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     make = source_layer_step if args.script == "source_layer" else cord_step
@@ -620,7 +611,7 @@ def bench_step(args, out):
         step, frozen, work = make(args, device, examples, clock)
     learns = [p for p in step.parameters() if p.requires_grad]
     optimizer = (torch.optim.AdamW if args.lora else split_adamw.SplitAdamW)(
-        parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98)
+        split_adamw.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98)
     )
 
     def update(batches):
@@ -644,12 +635,10 @@ def bench_step(args, out):
     # Warms up; what is compiled on a GPU is compiled here
     update(prepared()[0])
     batches, _ = prepared()
-    eager_losses = mock.patch.multiple(
-        fused, _compiled=lambda work: work, _rows_per_chunk=lambda *_: 128
-    )
-    eager_optimizer = mock.patch.object(
-        split_adamw, "_compiled_update", lambda: split_adamw._update
-    )
+    eager = {"_compiled": lambda work: work, "_rows_per_chunk": lambda *_: 128}
+    eager_losses = mock.patch.multiple(fused, **eager)
+    eager_update = {"_compiled_update": lambda: split_adamw._update}
+    eager_optimizer = mock.patch.multiple(split_adamw, **eager_update)
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with eager_losses, eager_optimizer, counter:
         # Counted: what learns, and the teacher; not the rollout
@@ -658,7 +647,8 @@ def bench_step(args, out):
                 for batch, *_ in batches:
                     step.read(batch)
         update(batches)
-    clock.clear()
+    clock.seconds.clear()
+    clock.peaks.clear()
     for _ in range(args.steps):
         batches, tokens = prepared()
         update(batches)
@@ -700,7 +690,7 @@ def bench_step(args, out):
 # the data's share of a step, and whether memory stays what it is
 
 # On the mini world
-RUNS = {"source_layer": ["--batch-size", "16", "--micro-batch", "8"], "cord": ["--batch-size", "4"]}
+RUNS = {"source_layer": [], "cord": ["--batch-size", "4"]}
 # Many steps, soon
 LONG = {
     "source_layer": ["--batch-size", "2", "--micro-batch", "2"],
@@ -753,9 +743,8 @@ def bench_data(args, out):
               "longest wait, seconds")
     for script, flags in RUNS.items():
         for workers in args.workers:
-            log, _ = run_script(
-                script, *flags, "--max-steps", str(args.steps), "--workers", str(workers)
-            )
+            steps = ["--max-steps", str(args.steps), "--workers", str(workers)]
+            log, _ = run_script(script, *flags, *steps)
             waits = [line["seconds_waiting"] for line in log[first:]]
             whole = sum(line["seconds"] for line in log[first:])
             out.row(script, workers, f"{whole / len(waits):.3f}",
@@ -802,18 +791,13 @@ def bench_long(args, out):
     out.table("script, process", *(f"step {mark:,}" for mark in marks),
               "more in 1,000 steps, second half")
     for script, flags in LONG.items():
-        log, workers = run_script(
-            script, *flags, "--max-steps", str(args.steps), "--workers", "1"
-        )
+        log, workers = run_script(script, *flags, "--max-steps", str(args.steps), "--workers", "1")
         training = [(line["step"], 1000 * line["host_gb"]) for line in log]
         for name, held in (("training", training), ("its data worker", workers)):
             at = [min(held, key=lambda x: abs(x[0] - mark))[1] for mark in marks]
             later = [x for x in held if x[0] >= marks[1]]
             growth = statistics.linear_regression(*zip(*later)).slope
             out.row(f"{script}, {name}", *(f"{mb:,.0f}" for mb in at), f"{1000 * growth:+.1f}")
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -832,45 +816,32 @@ def main(argv=None):
         part.add_argument(name, type=type(default), default=default, help=text)
 
     part = command("device", bench_device, "what this machine is, and its ceilings")
-    part = command(
-        "losses", bench_losses, "the fused losses against the formulas and Liger-Kernel"
-    )
+    part = command("losses", bench_losses, "the fused losses, the formulas, Liger-Kernel and TRL")
     add("--tokens", 8192 if gpu else 1024, "response tokens")
     add("--hidden", 3584 if gpu else 512, "student's width")
     add("--teacher-hidden", 4096 if gpu else 512, "teacher's width")
     add("--vocab", 151_936 if gpu else 16_384, "words of both")
     add("--rounds", 5, "rounds in which every contender runs once")
-    part = command(
-        "rollouts", bench_rollouts, "one CORD step's rollouts against plain generate()"
-    )
+    part = command("rollouts", bench_rollouts, "a CORD step's rollouts against plain generate()")
     add("--prompts", 16, "prompts of the step")
     add("--group-size", 4, "rollouts of a prompt beside the one with the KL")
     add("--max-new-tokens", 200, "longest rollout")
     add("--rounds", 3, "rounds in which every way runs once")
-    part = command(
-        "step",
-        bench_step,
-        "whole steps of a training script at a real model's shapes, with random weights",
-    )
+    part = command("step", bench_step, "whole steps at a real model's shapes, random weights")
     memory.add_shapes(part)
+    part.set_defaults(weights="bfloat16")
     add("--lora", 0, "rank of adapters, and nothing is there twice; 0: the weights learn")
     add("--prompts", 2, "clips of a step, in one micro-batch")
     add("--seconds", 10.0, "length of a clip")
     add("--response-tokens", 200, "tokens of a response or rollout")
     add("--steps", 3, "steps that are timed")
-    part = command(
-        "data",
-        bench_data,
-        "how long training waits for its data, and how many clips a worker prepares",
-    )
+    part = command("data", bench_data, "how long training waits for its data; clips a second")
     part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers")
     add("--steps", 30, "steps of a run")
     add("--clips", 32, "long clips")
     add("--seconds", 30.0, "their length")
     add("--response-tokens", 700, "tokens of their responses")
-    part = command(
-        "long", bench_long, "both scripts on the mini world: does memory stay what it is?"
-    )
+    part = command("long", bench_long, "both scripts, long: does memory stay what it is?")
     add("--steps", 2000, "steps of a run")
     args = parser.parse_args(argv)
     args.work(args, Printed(args.json))

@@ -104,8 +104,8 @@ def gpu_gigabytes():
     """Of the first GPU, asked in a process that ends; 0 without one."""
     code = ("import torch; there = torch.cuda.is_available(); "
             "print(torch.cuda.mem_get_info()[1] / 1e9 if there else 0)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else 0.0
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    return float(said.split()[-1])
 
 
 def main(argv=None):

@@ -316,9 +316,10 @@ def plot_features(report):
     figure = Figure(figsize=(10.5, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours = {"jsd": "#2f5d9b", "mse": "#d98c3f", "cosine": "#5fa55a"}
-    titles = {"natural": "the models' own features"}
-    titles["planted"] = f"one feature {PLANTED:.0f} times larger"
-    for axis, (kind, title) in zip(axes, titles.items()):
+    for axis, kind, title in (
+        (axes[0], "natural", "the models' own features"),
+        (axes[1], "planted", f"one feature {PLANTED:.0f} times larger"),
+    ):
         for name, shares in report["curves"][kind].items():
             divergence, how = name.split(", ")
             style = "-" if how == "standardised" else ":"
@@ -427,9 +428,8 @@ def plot_kl(reports):
 
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     left, middle, right = axes = figure.subplots(1, 3)
-    colours = ("#b8c4d6", "#2f5d9b") if len(reports) > 1 else ("#2f5d9b",)
     first = [row["token"] for row in reports["before"]["by_token"][:15]]
-    for (when, r), colour, thick in zip(reports.items(), colours, (0.8, 0.4)):
+    for (when, r), colour, thick in zip(reports.items(), ("#b8c4d6", "#2f5d9b"), (0.8, 0.4)):
         edges = np.array(r["histogram"]["edges"])
         counts = np.array(r["histogram"]["counts"])
         edges[0] = edges[1] / 2

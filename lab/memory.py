@@ -48,14 +48,14 @@ def add_shapes(parser):
                         help="of each model's, at most so many; all the widths stay")
 
 
-def with_flags(args, flags):
-    """args, and with them what the training script makes of these flags. SystemExit for paper A
+def with_flags(args):
+    """args, and beside them the defaults of the training script's flags. SystemExit for paper A
     without a teacher."""
     if args.script == "source_layer" and "+" not in args.shapes:
         raise SystemExit("--script source_layer needs a textual teacher: "
                          f"--shapes {args.shapes}+qwen3-8b")
-    script = SCRIPTS[args.script].parse_flags(flags)
-    return argparse.Namespace(**vars(script) | vars(args))
+    flags = SCRIPTS[args.script].parse_flags([])
+    return argparse.Namespace(**vars(flags) | vars(args))
 
 
 def random_models(args, device, layers):
@@ -117,7 +117,7 @@ def projections(student, teacher):
 
 
 def gigabytes(*tensors):
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 1e9
+    return sum(t.nbytes for t in tensors) / 1e9
 
 
 # ------------------------------- 2. what is held all the time -----------------------------------
@@ -300,13 +300,10 @@ def shape_of(args):
     s.cached = 4 * s.depth * text.num_key_value_heads * head_dim / 1e9              # GB a token
 
     # Gathered, all is bfloat16; else what the layers add up to is as wide as the embeddings
-    s.lengths, s.kept = lengths_of(args, processor, teacher_tokenizer), {}
-    for float32 in {wide(args), False}:
-        weights = "float32" if float32 else "bfloat16"
-        typed = argparse.Namespace(**{**vars(args), "weights": weights})
-        other = random_models(typed, meta, args.layers)[0]
-        choose_trained(args, other)
-        s.kept[float32] = activations(other, s.lengths)
+    s.lengths = lengths_of(args, processor, teacher_tokenizer)
+    s.kept = {wide(args): activations(student, s.lengths)}
+    if wide(args):
+        s.kept[False] = activations(student.to(torch.bfloat16), s.lengths)
     return s
 
 
@@ -474,26 +471,28 @@ def print_estimate(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="Other flags (--weights, --lora, --train, --checkpoint-activations, --group-size, "
-               "--text-batch) are those of the script, and as there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_shapes(parser)
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 64],
         help="how many, a column each; over 1: --shard")
+    add("--weights", choices=["float32", "bfloat16"], default="float32", help="as in the scripts")
+    add("--lora", type=int, default=0, help="rank of adapters; 0: the weights learn")
+    add("--checkpoint-activations", action="store_true", help="as in the scripts")
     add("--micro-batch", type=int, default=1,
         help="clips in one forward pass; CORD: with all their rollouts")
     add("--prompts", type=int, default=8,
         help="CORD: prompts of a step on one GPU, whose rollouts are sampled at once")
     add("--eval-batch", type=int, default=8, help="answers at once in an evaluation")
+    add("--text-batch", type=int, default=64, help="CORD: the text view's answers at once")
     add("--seconds", type=float, default=30.0, help="length of a clip")
     add("--response-tokens", type=int,
         help="tokens of a response or rollout; default: source_layer 700, cord 200")
     add("--memory", type=float, default=80.0, help="GB of one GPU")
-    args, flags = parser.parse_known_args(argv)
+    args = parser.parse_args(argv)
     if args.response_tokens is None:
         args.response_tokens = {"source_layer": 700, "cord": 200}[args.script]
-    print_estimate(with_flags(args, flags))
+    print_estimate(with_flags(args))
 
 
 if __name__ == "__main__":

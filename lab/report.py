@@ -26,7 +26,7 @@ import numpy as np
 
 import evaluate
 from plumbing.files import complete, read_json, writing
-from plumbing.plots import BLUE, ORANGE, RED, TINY, curve, draw
+from plumbing.plots import BLUE, RED, TINY, curve, draw
 
 # The terms of both scripts, and Paul Tol's colours, which the colour-blind can tell apart.
 LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")
@@ -83,11 +83,12 @@ def read_run(folder):
     done = log[-1]["step"] if log else 0
     steps = config.get("steps")
     finished = bool(log) and (config.get("dry_run", False) or done == steps)
-    files = sorted((int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json"))
-    files.insert(0, (0, "before"))
+    files = {0: "before"}
+    for path in sorted(folder.glob("eval-*.json")):
+        files[int(path.stem[5:])] = path.stem
     if finished:
-        files.append((done, "after"))
-    found = [(step, read_json(folder / f"{name}.json")) for step, name in files if step <= done]
+        files[done] = "after"
+    found = {step: read_json(folder / f"{name}.json") for step, name in files.items()}
     return {
         "folder": folder,
         "config": config,
@@ -95,7 +96,9 @@ def read_run(folder):
         "done": done,
         "steps": steps,
         "finished": finished,
-        "evaluations": [(step, scores(results)) for step, results in found if results],
+        "evaluations": [
+            (step, scores(results)) for step, results in found.items() if results and step <= done
+        ],
         "checkpoints": [int(path.name[5:]) for path in complete(folder)],
         "results": read_json(folder / "results.json") if finished else None,
     }
@@ -120,10 +123,10 @@ def progress(run):
     return f"{run['done']:,} of {'?' if run['steps'] is None else format(run['steps'], ',')} steps"
 
 
-def some(names, most=5):
+def some(names):
     """A few of them, and how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(str, names[:5])) + more
 
 
 def host_growth(log):
@@ -133,10 +136,9 @@ def host_growth(log):
     steps, values = curve(log, "host_gb")
     if not values:
         return None
-    falls = [i for i in range(1, len(values)) if values[i] < 0.9 * values[i - 1]]
-    start = falls[-1] if falls else 0
-    steps = steps[start:]
-    values = values[start:]
+    starts = [0] + [i for i in range(1, len(values)) if values[i] < 0.9 * values[i - 1]]
+    steps = steps[starts[-1]:]
+    values = values[starts[-1]:]
     warm = len(values) // 10
     slope = np.polyfit(steps[warm:], values[warm:], 1)[0] if len(values) - warm > 2 else 0.0
     return values[0], values[-1], 1e6 * slope
@@ -278,25 +280,17 @@ def plot_losses(axis, log):
 
 
 def plot_scores(axis, evaluations):
-    """Accuracies over the steps: thick with their intervals what counts, thin what it is made of.
-    Of a CORD run not the tasks that only audio can ask."""
+    """Accuracies over the steps, with their intervals. Of a CORD run not the tasks that only audio
+    can ask."""
     names = list(dict.fromkeys(name for _, found in evaluations for name in found))
-    thick = {"average": BLUE, "SER": RED}
-    thin = [name for name in names if name not in thick]
-    if "audio" in names:
-        thick = {"text": ORANGE, "audio": BLUE}
-        thin = [name for name in ("average", "SER") if name in names]
-    colours = dict(zip(thin, itertools.cycle(COLOURS))) | thick
-
-    for name in [name for name in (*thin, *thick) if name in names]:
+    if "text" in names:
+        names = [name for name in ("text", "audio", "average", "SER") if name in names]
+    for name, colour in zip(names, itertools.cycle(COLOURS)):
         rows = [(step, *found[name]) for step, found in evaluations if name in found]
         steps, values, intervals = zip(*rows)
-        style, width = ("-o", 2) if name in thick else ("--o", 1)
-        axis.plot(steps, values, style, label=name, color=colours[name], linewidth=width,
-                  markersize=4)
-        if name in thick:
-            low, high = np.transpose(intervals)
-            axis.fill_between(steps, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        low, high = np.transpose(intervals)
+        axis.plot(steps, values, "-o", label=name, color=colour, markersize=4)
+        axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.set(ylabel="per cent", ylim=(0, 102))
     if names:
         axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower center")

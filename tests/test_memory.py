@@ -25,9 +25,8 @@ def test_the_memory_table_is_what_the_arithmetic_gives():
     assert len(found) == 4
     for script, name, *cells in found[::2]:
         for lora, cell in zip((0, 64), cells[::2]):
-            args = argparse.Namespace(script=script, shapes=name)
-            flags = ["--weights", "bfloat16", "--lora", str(lora)]
-            held = memory.at_full_depth(memory.with_flags(args, flags))
+            args = argparse.Namespace(script=script, shapes=name, weights="bfloat16", lora=lora)
+            held = memory.at_full_depth(memory.with_flags(args))
             assert f"{sum(held.values()):.1f}" == cell, (script, name, lora)
 
 
@@ -56,6 +55,8 @@ def test_memory(script, shapes, weights, lora, monkeypatch):
     args = argparse.Namespace(
         script=script,
         shapes=shapes,
+        weights=weights,
+        lora=lora,
         layers=2,
         memory=80.0,
         response_tokens=20,
@@ -63,7 +64,7 @@ def test_memory(script, shapes, weights, lora, monkeypatch):
         prompts=2,
         eval_batch=2,
     )
-    args = memory.with_flags(args, ["--weights", weights, "--lora", str(lora)])
+    args = memory.with_flags(args)
     shape = memory.shape_of(args)
     one, two, many = (memory.estimate(args, shape, gpus, 1) for gpus in (1, 2, 64))
     assert one[0] == memory.at_full_depth(args)
@@ -266,7 +267,7 @@ def test_the_first_answers_are_counted(monkeypatch):
         eval_batch=2,
         text_batch=8,
     )
-    args = memory.with_flags(args, [])
+    args = memory.with_flags(args)
     shape = memory.shape_of(args)
     moments = [memory.estimate(args, shape, gpus, 1)[1] for gpus in (2, 64)]
     for name, count, tokens in (
