@@ -495,7 +495,7 @@ def run_layers(args, out):
     if not teacher_name:
         raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; "
                              "give --teacher")
-    examples = data.read_manifest(args.data, split=args.split)
+    examples = data.read_manifest(args.data)
     examples = [e for e in examples if e.task != evaluate.SER_TASK]
     examples = [e for e in examples if e.reasoning and e.description]
     most = min(len(examples), 80)
@@ -536,7 +536,7 @@ def run_kl(args, out):
     from is the teacher, before and after training."""
     model = Path(args.model)
     settings = settings_of(model)
-    examples = evaluate.spoken(data.read_manifest(args.data, split=args.split))
+    examples = evaluate.spoken(data.read_manifest(args.data))
     examples = examples[:200]
     if not examples:
         raise data.DataError(f"{args.data}: has no example with a transcript, so no text view can "
@@ -563,7 +563,6 @@ def main(argv=None):
     add("--data", metavar="FILE", required=True, help="a manifest (JSONL; see data.py)")
     add("--teacher", metavar="DIR",
         help="layers, features: the text LLM; default: the one that the run of --model names")
-    add("--split", help="only the manifest's examples of this split")
     add("--out", default="runs/evaluate", help="folder (default %(default)s)")
     add("--batch-size", type=int, default=16, help="kl: rollouts at once")
     add("--max-new-tokens", type=int, default=200, help="kl: tokens of a rollout (paper B: 200)")

@@ -148,13 +148,12 @@ def table(evaluations):
     """[(step, scores)] as lines, a row a step; of many every second, or third, ..., to the last."""
     evaluations = evaluations[::-math.ceil(len(evaluations) / ROWS)][::-1]
     names = list(dict.fromkeys(name for _, found in evaluations for name in found))
-    wide = {name: max(8, len(name) + 2) for name in names}
-    lines = [f"{'step':>12}" + "".join(f"{name:>{wide[name]}}" for name in names)]
+    rows = [["step", *names]]
     for step, found in evaluations:
         cells = [f"{found[name][0]:.1f}" if name in found else "-" for name in names]
-        row = "".join(f"{cell:>{wide[name]}}" for name, cell in zip(names, cells))
-        lines.append(f"{step:12,}{row}")
-    return lines
+        rows.append([f"{step:,}", *cells])
+    wide = max(12, *(len(name) + 2 for name in names))
+    return ["".join(f"{cell:>{wide}}" for cell in row) for row in rows]
 
 
 def state_of(run):
@@ -165,7 +164,7 @@ def state_of(run):
     if not run["log"]:
         return progress(run)
     age = time.time() - (run["folder"] / "log.jsonl").stat().st_mtime       # is it alive?
-    return f"{progress(run)}, the last one {duration(max(0, age))} ago"
+    return f"{progress(run)}, the last one {duration(age)} ago"
 
 
 def time_of(run, seconds):
@@ -184,7 +183,7 @@ def summary(run):
     log = run["log"]
     names = ("commit", "python", "torch", "transformers")
     versions = ", ".join(f"{name} {config[name]}" for name in names if config.get(name))
-    where = f"{config.get('ranks', 1)} x {config.get('gpu') or 'CPU'}"
+    where = f"{config['ranks']} x {config['gpu'] or 'CPU'}"
     script = config["command"].split(" ")[0]
     lines = [f"{run['folder']}: {script} on {where}, {versions}", config["command"]]
 
@@ -214,7 +213,7 @@ def summary(run):
         say("waiting", f"{100 * share:.1f} % of the steps' time went by waiting for data")
     _, memory = curve(log, "memory_gb")
     if memory:
-        owner = "GPU" if config.get("gpu") else "process"
+        owner = "GPU" if config["gpu"] else "process"
         say("memory", f"{max(memory):.2f} GB of the {owner} at the peak")
     host = host_growth(log)
     if host:
@@ -275,8 +274,7 @@ def plot_losses(axis, log):
         lines += draw(side, log, name, colours[name], label)
         side.tick_params(axis="y", colors=colours[name])
     axis.set_ylabel("loss")
-    if lines:
-        axis.legend(handles=lines, frameon=False, fontsize=8, ncols=3)
+    axis.legend(handles=lines, frameon=False, fontsize=8, ncols=3)
 
 
 def plot_scores(axis, evaluations):
@@ -340,7 +338,7 @@ def plot_report(run):
     speed = "rollout_tokens_per_second" if rollouts else "tokens_per_second"
     two_scales(panels["speed"], log, (speed, speed.replace("_", " "), "linear"),
                ("waiting", "% of a step waiting for data", "linear"))
-    plot_memory(panels["memory"], log, run["config"].get("gpu"))
+    plot_memory(panels["memory"], log, run["config"]["gpu"])
 
     left_out = [line["step"] for line in log if "skipped" in line]
     end = max(1, run["done"])
