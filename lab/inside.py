@@ -509,9 +509,9 @@ def run_layers(args, out):
 
     def look(name):
         """-> states of the examples looked at, the whole map, its fitted projections."""
-        student, processor = loaded(models.load_audio_model, name)
-        fitting, seen = (states(student, processor, teacher, tokenizer, part)
-                         for part in (examples[::2], examples[1::2]))
+        hears = loaded(models.load_audio_model, name)
+        fitting = states(*hears, teacher, tokenizer, examples[::2])
+        seen = states(*hears, teacher, tokenizer, examples[1::2])
         pairs = layer_map.pairs(len(seen["student"]), len(seen["teacher"]))
         return seen, pairs, fit(pairs, fitting)
 
@@ -536,8 +536,7 @@ def run_kl(args, out):
     from is the teacher, before and after training."""
     model = Path(args.model)
     settings = settings_of(model)
-    examples = evaluate.spoken(data.read_manifest(args.data))
-    examples = examples[:200]
+    examples = evaluate.spoken(data.read_manifest(args.data))[:200]
     if not examples:
         raise data.DataError(f"{args.data}: has no example with a transcript, so no text view can "
                              "be compared; add transcripts")
