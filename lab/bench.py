@@ -21,22 +21,18 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import json
-import math
 import multiprocessing
-import os
-import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import soundfile
 import torch
@@ -44,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 import data
 import fused
+import layer_map
 import losses
 import mini.world
 import models
@@ -51,11 +48,10 @@ import rollout
 import sampler
 import train_cord
 import train_source_layer
-from lab import memory
+from lab import memory, shapes
 from lab.printed import Printed
 from plumbing import optimizer as split_adamw
 from plumbing import run
-from plumbing.optimizer import parameter_groups
 
 
 def the_device():
@@ -66,24 +62,18 @@ def machine():
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
-    name = (
-        next(
-            (
-                line.split(":")[1].strip()
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            "",
-        )
-        if info.exists()
-        else platform.processor()
-    )
-    return f"{name or 'CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return f"{[*names, 'CPU'][0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def wait():
+    """For the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def seconds(work):
     """Seconds that work() takes, the GPU's part included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
     work()
@@ -148,84 +138,72 @@ ROLLOUT = 128  # tokens of a rollout in the cases of paper B
 WIDTH = 3584  # features of the hidden states
 
 
-def loss_inputs(args, device):
+def loss_inputs(args, device, tokens):
     """Random hidden states and heads; the student's learn. Logits of standard deviation 3, as a
     language model's."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    make = lambda rows, width, scale=1.0: (scale * torch.randn(rows, width, device=device)).to(
-        dtype
-    )
+
+    def make(rows, width, scale=1.0):
+        return (scale * torch.randn(rows, width, device=device)).to(dtype)
+
     return {
-        "hidden": make(args.tokens, args.hidden).requires_grad_(),
+        "hidden": make(tokens, args.hidden).requires_grad_(),
         "weight": make(args.vocab, args.hidden, 3 * args.hidden**-0.5).requires_grad_(),
-        "teacher": make(args.tokens, args.teacher_hidden),
+        "teacher": make(tokens, args.teacher_hidden),
         "teacher_weight": make(args.vocab, args.teacher_hidden, 3 * args.teacher_hidden**-0.5),
-        "labels": torch.randint(args.vocab, (args.tokens,), device=device),
-        "advantage": torch.randn(args.tokens // ROLLOUT, device=device),
-        "states": make(args.tokens, WIDTH).requires_grad_(),
-        "taught": make(args.tokens, WIDTH),
+        "labels": torch.randint(args.vocab, (tokens,), device=device),
+        "advantage": torch.randn(tokens // ROLLOUT, device=device),
+        "states": make(tokens, WIDTH).requires_grad_(),
+        "taught": make(tokens, WIDTH),
     }
 
 
+def peer(module, name):
+    """What another library calls so; None where it is not installed, or too old."""
+    with contextlib.suppress(ImportError):
+        return getattr(importlib.import_module(module), name)
+
+
 def contenders(case, x):
-    """{name: callable that returns the loss}; "ours" first, Liger's where it can be installed
-    (Linux). Its GRPO is worth -A, ours -A log p, with the same gradient. TRL's (the chunked JSD of
-    its DistillationTrainer) is the divergence alone. "X, PART" has the gradient of "ours, PART"."""
-    there = importlib.util.find_spec("liger_kernel") is not None
-    if there:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
-    gpu, tokens = x["hidden"].is_cuda, len(x["hidden"])
-
-    def trl(beta, count):
-        student, weight, teacher, teacher_weight, _ = heads
-        return chunked_divergence(
-            student, weight, None, teacher, teacher_weight, None, beta)[0].sum() / count
-
-    chunked_divergence = None
-    with contextlib.suppress(ImportError):                  # since TRL 1.16
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-        chunked_divergence = ChunkedDivergenceFunction.apply
-    heads = [x[name] for name in ("hidden", "weight", "teacher", "teacher_weight", "labels")]
+    """{name: callable that returns the loss}; "ours" first, Liger's and TRL's where they are
+    installed. Liger's GRPO is worth -A, ours -A log p, with the same gradient. TRL's (the chunked
+    JSD of its DistillationTrainer, since 1.16) is the divergence alone. "X, PART" has the gradient
+    of "ours, PART"."""
     if case == "states":
         how = dict(mean=x["taught"].float().mean(0), std=x["taught"].float().std(0))
         return {
             "ours": lambda: fused.hidden_jsd(x["states"], x["taught"], **how),
             "the formula": lambda: losses.hidden_jsd(x["states"], x["taught"], **how),
         }
+    gpu, tokens = x["hidden"].is_cuda, len(x["hidden"])
+    names = ("hidden", "weight", "teacher", "teacher_weight", "labels")
+    hidden, weight, teacher, teacher_weight, labels = heads = [x[name] for name in names]
+    chunked = peer("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+
+    def trl(beta, count):
+        out = chunked.apply(hidden, weight, None, teacher, teacher_weight, None, beta)
+        return out[0].sum() / count
+
     if case == "jsd_ce":
-
-        def liger(size):
-            loss = LigerFusedLinearJSDLoss(
-                weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu, chunk_size=size
-            )
-            return lambda: loss(*heads)
-
         works = {
             "ours": lambda: fused.jsd_ce(*heads)[0],
             "the formula": lambda: losses.jsd_ce(*heads)[0],
         }
-        works |= (
-            {
-                "Liger in chunks of 1,024 (its default)": liger(1024),
-                "Liger in chunks of 128": liger(128),
-            }
-            if there
-            else {}
-        )
+        liger = peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+        for size, name in ((1024, "1,024 (its default)"), (128, "128")) if liger else ():
+            how = dict(weight_hard_loss=0.5, weight_soft_loss=1.0, compiled=gpu)
+            loss = liger(**how, chunk_size=size)
+            works[f"Liger in chunks of {name}"] = functools.partial(loss, *heads)
         works["ours, JSD alone"] = lambda: fused.jsd_ce(*heads, ce_weight=0.0)[0]
-        if chunked_divergence:
+        if chunked:
             works["TRL, JSD alone"] = lambda: trl(0.5, tokens)
-        if gpu and there:
-            from liger_kernel.transformers import LigerFusedLinearJSD
-
-            works["Liger's Triton, JSD alone"] = lambda: LigerFusedLinearJSD()(*heads)
         return works
 
-    carries = torch.full((tokens,), case == "cord", device=x["hidden"].device)
+    # Paper B: rollouts of equal length, all with the KL or all with an advantage
     advantage = x["advantage"].repeat_interleave(ROLLOUT) * (case == "group")
     how = dict(
-        carries_kl=carries,
+        carries_kl=torch.full_like(labels, case == "cord", dtype=torch.bool),
         lengths=[ROLLOUT] * (tokens // ROLLOUT) if case == "cord" else [],
         advantage=advantage / tokens,
         temperature=torch.ones_like(advantage),
@@ -238,19 +216,16 @@ def contenders(case, x):
     }
     if case == "cord":
         works["ours, alpha = beta = 1"] = lambda: fused.cord(*heads, **how, alpha=1.0, beta=1.0)[0]
-        if chunked_divergence:
+        if chunked:
             works["TRL, alpha = beta = 1"] = lambda: trl(1.0, tokens // ROLLOUT)
         return works
-    if not there:
-        return works
-    grpo = LigerFusedLinearGRPOLoss(beta=0.0, compiled=gpu, use_ref_model=False, loss_type="grpo")
-    rollouts = [t.view(-1, ROLLOUT, *t.shape[1:]) for t in (heads[0], heads[4])]
-    return {
-        **works,
-        "Liger's GRPO": lambda: grpo(
-            rollouts[0], heads[1], rollouts[1], torch.ones_like(rollouts[1]), x["advantage"]
-        )[0],
-    }
+    liger = peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    if liger:
+        grpo = liger(beta=0.0, compiled=gpu, use_ref_model=False, loss_type="grpo")
+        said = labels.view(-1, ROLLOUT)
+        rows = (hidden.view(len(said), ROLLOUT, -1), weight, said, torch.ones_like(said))
+        works["Liger's GRPO"] = lambda: grpo(*rows, x["advantage"])[0]
+    return works
 
 
 def step_of(loss, x):
@@ -295,7 +270,8 @@ def peak_of(case, name, args):
     """Gigabytes that one contender needs beyond its inputs. On a CPU it wants a process of its own;
     a GPU's allocator tells."""
     device = the_device()
-    x = loss_inputs(args, device)
+    torch.cuda.empty_cache()
+    x = loss_inputs(args, device, args.tokens)
     step = step_of(contenders(case, x)[name], x)
     run.forget_peak_memory(device)
     before = run.peak_memory_gb(device)
@@ -306,7 +282,7 @@ def peak_of(case, name, args):
 def exactness(case, args, device):
     """{contender: (error of the loss, largest error of a gradient)}, relative, on two rollouts:
     against the formula in float64, from the same numbers."""
-    x = loss_inputs(argparse.Namespace(**{**vars(args), "tokens": 2 * ROLLOUT}), device)
+    x = loss_inputs(args, device, 2 * ROLLOUT)
     exact = {}
     for name, tensor in x.items():
         exact[name] = tensor.detach()
@@ -327,42 +303,36 @@ def part_of(name):
     return name.partition(", ")[2]
 
 
-def agreeing(case, x, gpu):
-    """Every contender once -> those that fit into memory, those that do not, and the seconds of
-    each one's first call, with what it compiles. Raises SystemExit where a gradient is another."""
-    works, too_large, first, ours = contenders(case, x), [], {}, {}
-    for name, loss in list(works.items()):
+def agreeing(case, x, works):
+    """Every contender once -> {name: seconds of its first call, with what it compiles} of those
+    that fit into memory. Raises SystemExit where a gradient is another."""
+    first = {}
+    ours = {}
+    for name, loss in works.items():
         try:
             first[name] = seconds(step_of(loss, x))
         # The formula's matrices of tokens x vocabulary, on 80 GB
         except torch.cuda.OutOfMemoryError:
             if name == "ours":
                 raise
-            too_large.append(name)
-            del works[name]
             continue
         gradients = [gradient.float() for gradient in gradients_of(x)]
         if name.startswith("ours"):
             ours[part_of(name)] = gradients
         off = furthest(gradients, ours[part_of(name)])
-        if off > (3e-2 if gpu else 1e-4):
+        if off > (3e-2 if x["hidden"].is_cuda else 1e-4):
             raise SystemExit(f"{CASES[case]}: the gradient of {name!r} is off ours by {off:.1e}; "
                              "nothing is worth timing")
-    return works, too_large, first
+    return first
 
 
 def bench_losses(args, out):
     device = the_device()
     gpu = device.type == "cuda"
-    sizes = {"tokens": (8192, 1024), "vocab": (151_936, 16_384), "hidden": (3584, 512),
-             "teacher_hidden": (4096, 512)}
-    for name, (on_a_gpu, on_a_cpu) in sizes.items():
-        if getattr(args, name) is None:
-            setattr(args, name, on_a_gpu if gpu else on_a_cpu)
     if args.tokens % ROLLOUT:
         raise SystemExit(f"--tokens {args.tokens} is no multiple of {ROLLOUT}, the length of a "
                          "rollout here; change it")
-    fresh = None
+    peak = peak_of
     if not gpu:
         # a clean process for each, with the libraries loaded once
         processes = multiprocessing.get_context("forkserver")
@@ -370,42 +340,42 @@ def bench_losses(args, out):
             ["torch", "plumbing.run", "losses", "liger_kernel.chunked_loss",
              "trl.kernels.chunked_divergence"])
         fresh = ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1)
+        peak = lambda *a: fresh.submit(peak_of, *a).result()
 
     out.say(f"{machine()}; {args.tokens:,} tokens, hidden {args.hidden:,}, teacher "
             f"{args.teacher_hidden:,}, vocabulary {args.vocab:,}, "
             f"{'bfloat16' if gpu else 'float32'}; forward and backward, head and hidden states "
             f"learn; {args.rounds} rounds")
     for case, title in CASES.items():
-        x = loss_inputs(args, device)
-        works, too_large, first = agreeing(case, x, gpu)
-        steps = {name: step_of(loss, x) for name, loss in works.items()}
+        x = loss_inputs(args, device, args.tokens)
+        works = contenders(case, x)
+        first = agreeing(case, x, works)
+        steps = {name: step_of(works[name], x) for name in first}
         if case != "states":
             steps["floor"] = floor(case, x)
         times = take_turns(steps, args.rounds)
-        del steps, x
+        names = list(works)
+        del works, steps, x
 
         out.table(title, "time, over ours", "seconds", "memory, over ours", "GB",
                   "floor over this", *["first call"] * gpu)
-        peaks = {}
-        for name in works:
-            if gpu:
-                torch.cuda.empty_cache()
-            peak = fresh.submit(peak_of, case, name, args).result() if fresh else peak_of(
-                case, name, args)
-            peaks[name] = peak
+        ours = peak(case, "ours", args)
+        for name in names:
+            if name not in first:
+                out.row(name, "out of memory")
+                continue
+            gigabytes = ours if name == "ours" else peak(case, name, args)
             share = ""
             if "floor" in times:
                 share = f"{100 * paired(times, 'floor', name):.0f} %"
-            ratio = f"{peak / peaks['ours']:.2f}" if peaks["ours"] else ""
             out.row(name, f"{paired(times, name, 'ours'):.2f}",
-                    f"{statistics.median(times[name]):.3f}", ratio, f"{peak:.2f}", share,
+                    f"{statistics.median(times[name]):.3f}",
+                    f"{gigabytes / ours:.2f}" if ours else "", f"{gigabytes:.2f}", share,
                     *[f"{first[name]:.1f}"] * gpu)
-        for name in too_large:
-            out.row(name, "out of memory", "", "", "", "", *[""] * gpu)
         if "floor" in times:
             out.row(f"the {3 if case == 'group' else 4} matrix products alone",
                     f"{paired(times, 'floor', 'ours'):.2f}",
-                    f"{statistics.median(times['floor']):.3f}", "", "", "", *[""] * gpu)
+                    f"{statistics.median(times['floor']):.3f}")
 
     out.table("against the formula in float64", "loss", "gradients", "")
     for case, title in CASES.items():
@@ -425,114 +395,98 @@ def bench_rollouts(args, out):
     device = the_device()
     student, processor = models.load_audio_model(mini.world.MINI / "student")
     student.to(device)
-    examples = data.read_manifest(mini.world.spoken(0, small=True)[0], require=("transcript",))[
-        : args.prompts
-    ]
+    manifest = mini.world.spoken(0, small=True)[0]
+    examples = data.read_manifest(manifest, require=("transcript",))[:args.prompts]
     prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
-    plan = [rollout.Kind(1.0, kl=True)] + [rollout.Kind(1.5, group=True)] * args.group_size
-    n, stop, banned = (
-        len(plan),
-        rollout.stop_ids(processor.tokenizer),
-        rollout.banned_ids(student, processor.tokenizer),
-    )
+    kinds = [rollout.Kind(1.0, kl=True)] + [rollout.Kind(1.5, group=True)] * args.group_size
+    n = len(kinds)
+    rows = [(i, k) for i in range(len(examples)) for k in range(n)]     # prompt, its rollout
+    stop = rollout.stop_ids(processor.tokenizer)
+    banned = rollout.banned_ids(student, processor.tokenizer)
 
     def ours():
-        return [
-            r.ids
-            for r in rollout.roll_out(
-                student, processor, prompts, plan, key="0 0", max_new_tokens=args.max_new_tokens
-            )
-        ]
-
-    def generate(rows):
-        """transformers' generate for rollouts rows = [(prompt, which of its rollouts)], each with
-        its sound and prompt."""
-        at = [prompt for prompt, _ in rows]
-        inputs = {
-            **data.pad_left([prompts.audio[i] for i in at], processor.tokenizer),
-            **{k: v[torch.tensor(at)] for k, v in prompts.features.items()},
-        }
-        length = inputs["input_ids"].shape[1]
-        choose = sampler.chooser(
-            [f"0 0 {examples[i].id} {k}" for i, k in rows],
-            length,
-            banned,
-            max_new_tokens=args.max_new_tokens,
-            temperature=[plan[k].temperature for _, k in rows],
+        rollouts = rollout.roll_out(
+            student, processor, prompts, kinds, key="0 0", max_new_tokens=args.max_new_tokens
         )
-        with rollout.plain_decoding(student):
-            said = student.generate(
-                **{k: v.to(device) for k, v in inputs.items()},
+        return [r.ids for r in rollouts]
+
+    def generate(size):
+        """transformers' generate(), so many rollouts at once, each with its sound and prompt."""
+        said = []
+        for start in range(0, len(rows), size):
+            batch = rows[start:start + size]
+            at = [i for i, _ in batch]
+            inputs = data.pad_left([prompts.audio[i] for i in at], processor.tokenizer)
+            inputs |= {name: x[at] for name, x in prompts.features.items()}
+            length = inputs["input_ids"].shape[1]
+            choose = sampler.chooser(
+                [f"0 0 {examples[i].id} {k}" for i, k in batch],
+                length,
+                banned,
                 max_new_tokens=args.max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=stop,
-                pad_token_id=stop[0],
-                logits_processor=[choose],
-            )[:, length:].tolist()
-        return [
-            row[: next((k for k, token in enumerate(row) if token in stop), len(row)) + 1]
-            for row in said
-        ]
+                temperature=[kinds[k].temperature for _, k in batch],
+            )
+            with rollout.plain_decoding(student):
+                output = student.generate(
+                    **{name: x.to(device) for name, x in inputs.items()},
+                    do_sample=False,
+                    use_cache=True,
+                    max_new_tokens=args.max_new_tokens,
+                    eos_token_id=stop,
+                    pad_token_id=stop[0],
+                    logits_processor=[choose],
+                )
+            said += output[:, length:].tolist()
+        return said
 
-    def by_prompt():
-        return [ids for i in range(len(examples)) for ids in generate([(i, k) for k in range(n)])]
-
-    def one_by_one():
-        return [ids for i in range(len(examples)) for k in range(n) for ids in generate([(i, k)])]
-
+    first = "ours: all in one call, sound and prompt once"
     works = {
-        "ours: all in one call, sound and prompt once": ours,
-        "generate(), prompt by prompt": by_prompt,
-        "generate(), one by one": one_by_one,
+        first: ours,
+        "generate(), prompt by prompt": lambda: generate(n),
+        "generate(), one by one": lambda: generate(1),
     }
     said = {name: work() for name, work in works.items()}
-    lengths = [len(ids) for ids in said["ours: all in one call, sound and prompt once"]]
+    answers = said[first]
+    lengths = [len(ids) for ids in answers]
     times = take_turns(works, args.rounds)
     out.say(f"{machine()}; the mini world's student, {len(examples)} prompts of "
-            f"{sum(map(len, prompts.audio)) / len(examples):.0f} tokens, {n} rollouts each of "
-            f"{sum(lengths) / len(lengths):.0f} tokens (longest {max(lengths)}); {args.rounds} "
-            "rounds")
+            f"{statistics.mean(map(len, prompts.audio)):.0f} tokens, {n} rollouts each of "
+            f"{statistics.mean(lengths):.0f} tokens; {args.rounds} rounds")
     out.table("rollouts", "tokens/s, ours over this", "tokens/s", "same tokens")
     for name in works:
-        same = sum(a == b for a, b in zip(said[name], next(iter(said.values()))))
-        out.row(name, f"{paired(times, name, next(iter(works))):.2f}",
+        # generate() pads behind an answer's end
+        same = sum(row[:len(ids)] == ids for row, ids in zip(said[name], answers))
+        out.row(name, f"{paired(times, name, first):.2f}",
                 f"{sum(lengths) / statistics.median(times[name]):,.0f}",
                 f"{same} of {len(lengths)}")
 
     # The update: neighbours with one prompt share its sequence (data.audio_view), so an order in
     # which neighbours differ shares nothing.
-    rows, ids = [i for i in range(len(examples)) for _ in range(n)], next(iter(said.values()))
+    first = "ours: a prompt's rollouts in one sequence"
     orders = {
-        "ours: a prompt's rollouts in one sequence": range(len(rows)),
-        "one sequence a rollout": [i * n + k for k in range(n) for i in range(len(examples))],
+        first: range(len(rows)),
+        "one sequence a rollout": sorted(range(len(rows)), key=lambda j: rows[j][1]),
     }
-    views = {
-        name: (
-            data.audio_view(
-                prompts, [rows[i] for i in order], [ids[i] for i in order], processor
-            ).to(device)
-        )
-        for name, order in orders.items()
-    }
+    views = {}
+    for name, order in orders.items():
+        at = [rows[j][0] for j in order]
+        view = data.audio_view(prompts, at, [answers[j] for j in order], processor)
+        views[name] = view.to(device)
 
     def hidden(view):
-        return student.model(**view.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[
-            view.predict_positions
-        ]
+        last = student.model(**view.inputs, use_cache=False).last_hidden_state
+        return last.flatten(0, 1)[view.predict_positions]
+
+    def update(view):
+        hidden(view).sum().backward()
+        student.zero_grad()
 
     sums = [hidden(view).sum(0) for view in views.values()]
-    times = take_turns(
-        {
-            name: lambda view=view: (hidden(view).sum().backward(), student.zero_grad())
-            for name, view in views.items()
-        },
-        args.rounds,
-    )
+    works = {name: functools.partial(update, view) for name, view in views.items()}
+    times = take_turns(works, args.rounds)
     out.table("update, forward and backward", "seconds, over ours", "seconds", "tokens run")
     for name, view in views.items():
-        out.row(name, f"{paired(times, name, next(iter(views))):.2f}",
-                f"{statistics.median(times[name]):.2f}",
+        out.row(name, f"{paired(times, name, first):.2f}", f"{statistics.median(times[name]):.2f}",
                 f"{view.inputs['input_ids'].numel():,}")
     off = ((sums[0] - sums[1]).norm() / sums[1].norm()).item()
     out.say(f"hidden states differ by {off:.0e}")
@@ -547,166 +501,193 @@ FLOPS = dict.fromkeys(
 )
 
 
+class Clock:
+    """Seconds and peak memory of a step's parts. What a part within a part takes is its own."""
+
+    def __init__(self, device):
+        self.device = device
+        self.running = []                       # the innermost part last
+        self.seconds = defaultdict(float)
+        self.peaks = defaultdict(float)         # GB
+
+    def note_peak(self):
+        if self.running:
+            name = self.running[-1]
+            self.peaks[name] = max(self.peaks[name], run.peak_memory_gb(self.device))
+        run.forget_peak_memory(self.device)
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """What runs inside is this part; as a decorator, what a callable does."""
+        self.note_peak()
+        self.running.append(name)
+        wait()
+        start = time.perf_counter()
+        yield
+        wait()
+        taken = time.perf_counter() - start
+        self.note_peak()
+        self.running.pop()
+        self.seconds[name] += taken
+        if self.running:
+            self.seconds[self.running[-1]] -= taken
+
+
+# A training script's step -> (step module, {part: frozen model}, work). work() prepares
+# a step -> [arguments of the module's forward], tokens that learn
+
+def source_layer_step(args, device, examples, clock):
+    student, processor, teacher, tokenizer = memory.random_models(args, device, args.layers)
+    snapshot = student
+    frozen = {"teacher": teacher}
+    if not args.lora:
+        snapshot = models.frozen_copy(student, torch.bfloat16)
+        snapshot.set_output_embeddings(torch.nn.Identity())
+        frozen["snapshot"] = snapshot
+    memory.choose_trained(args, student)
+
+    shared = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
+    pairs = layer_map.pairs(*(len(models.decoder(m).layers) for m in (student, teacher)))
+    step = train_source_layer.SourceLayerStep(
+        student, teacher, snapshot, pairs, [ids.to(device) for ids in shared], args
+    ).to(device)
+    step.projections.float()
+    table = data.token_map(*shared, student.config.text_config.vocab_size)
+    batch = data.collate(examples, processor, tokenizer, student_to_teacher=table).to(device)
+    step.calibrate([batch])
+    counts = {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)}
+    inner = {
+        "teacher": "read",
+        "snapshot": "remember",
+        "losses on the response": "jsd_ce",
+        "losses on hidden states": "hidden_divergence",
+    }
+    for name, method in inner.items():
+        setattr(step, method, clock.part(name)(getattr(step, method)))
+    return step, frozen, lambda: ([(batch, counts)], counts["response"])
+
+
+def cord_step(args, device, examples, clock):
+    student, processor, _, _ = memory.random_models(args, device, args.layers)
+    memory.choose_trained(args, student)
+    banned = torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device)
+    step = train_cord.CordStep(student, banned, args)
+    frozen = {}
+    if not args.lora:
+        frozen["teacher (a copy of the decoder)"] = torch.nn.ModuleDict(step.teacher)
+    prompts = data.encode_prompts(examples, processor, processor.tokenizer, words="transcript")
+    kinds = train_cord.rollout_kinds(args)
+    step.cord = clock.part("losses on the response")(step.cord)
+
+    def work():
+        with clock.part("rollout"):
+            rollouts = rollout.roll_out(
+                student, processor, prompts, kinds, key="0", max_new_tokens=args.response_tokens
+            )
+        # A judge would call random words all wrong; here all rollouts of the group count
+        for i, r in enumerate(rollouts):
+            r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
+        batches = train_cord.micro_batches(rollouts, prompts, processor, args.micro_batch, device)
+        with clock.part("teacher"):
+            hidden = [step.read(batch) for batch in batches]
+        n_kl, n_group = len(examples), len(examples) * args.group_size
+        arguments = [(batch, h, n_kl, n_group) for batch, h in zip(batches, hidden)]
+        return arguments, sum(len(r.ids) for r in rollouts)
+
+    return step, frozen, work
+
+
 def bench_step(args, out):
     """Real steps of the real step modules: one warms up, in one the FLOPs are counted, the others
     are timed."""
-    device, spent, peak, running = the_device(), {}, {}, []
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def timed(name, work):
-        # Of the innermost part that runs; then it starts afresh
-        def note_peak():
-            if running:
-                peak[running[-1]] = max(peak.get(running[-1], 0.0), run.peak_memory_gb(device))
-            run.forget_peak_memory(device)
-
-        def timed_work(*a, **k):
-            wait()
-            note_peak()
-            running.append(name)
-            start = time.perf_counter()
-            out = work(*a, **k)
-            wait()
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-            note_peak()
-            running.pop()
-            return out
-
-        return timed_work
-
-    flags = {"source_layer": train_source_layer, "cord": train_cord}[args.script].parse_flags(
-        ["--weights", args.weights, "--lora", str(args.lora)]
-    )
-    built = memory.build(args, device, flags, args.layers or memory.ALL)
-    student, step, frozen = built.student, built.step, built.frozen
-    parts = {
-        "source_layer": {
-            "teacher": "read",
-            "snapshot": "remember",
-            "losses on the response": "jsd_ce",
-            "losses on hidden states": "hidden_divergence",
-        },
-        "cord": {"teacher": "read", "losses on the response": "cord"},
-    }[args.script]
+    device = the_device()
+    clock = Clock(device)
+    args = memory.with_flags(args)
     examples = memory.write_examples(args, Path(tempfile.mkdtemp()), args.prompts)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
+    make = source_layer_step if args.script == "source_layer" else cord_step
+    with autocast():
+        step, frozen, work = make(args, device, examples, clock)
     learns = [p for p in step.parameters() if p.requires_grad]
     optimizer = (torch.optim.AdamW if args.lora else split_adamw.SplitAdamW)(
-        parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98)
+        split_adamw.parameter_groups(step, lr=1e-5, weight_decay=0.01), betas=(0.9, 0.98)
     )
-    wraps = {attribute: timed(name, getattr(step, attribute)) for name, attribute in parts.items()}
 
-    def batches():
+    def update(batches):
+        for arguments in batches:
+            with autocast(), clock.part("student forward"):
+                found = step(*arguments)
+            loss = found[0] if args.script == "cord" else found["loss"]
+            with clock.part("backward"):
+                loss.backward()
+        with clock.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(learns, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def prepared():
         with autocast():
-            return memory.batches_of(
-                args,
-                built,
-                flags,
-                examples,
-                device,
-                timed("rollout", rollout.roll_out),
-                lambda chunks: [wraps["read"](chunk) for chunk in chunks],
-            )
+            return work()
 
-    def update(work):
-        for arguments in work:
-            with autocast():
-                loss = timed("forward", step)(*arguments)
-                loss = loss[0] if args.script == "cord" else loss["loss"]
-            timed("backward", loss.backward)()
-        timed(
-            "optimizer",
-            lambda: (
-                torch.nn.utils.clip_grad_norm_(learns, 1.0),
-                optimizer.step(),
-                optimizer.zero_grad(set_to_none=True),
-            ),
-        )()
-        if not math.isfinite(loss.item()):
-            raise SystemExit(f"the loss is {loss.item()}; the figures would be worth nothing")
-
-    work, tokens, views = batches()
-    if args.script == "source_layer":
-        with autocast():
-            step.calibrate([work[0][0]])
     # Warms up; what is compiled on a GPU is compiled here
-    update(work)
-    work, tokens, views = batches()
-    eager = mock.patch.multiple(
-        fused, _compiled=lambda work: work, _rows_per_chunk=lambda *_: 128
-    ), mock.patch.multiple(split_adamw, _compiled_update=lambda: split_adamw._update)
-    with eager[0], eager[1], FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    update(prepared()[0])
+    batches, _ = prepared()
+    eager = {"_compiled": lambda work: work, "_rows_per_chunk": lambda *_: 128}
+    eager_losses = mock.patch.multiple(fused, **eager)
+    eager_update = {"_compiled_update": lambda: split_adamw._update}
+    eager_optimizer = mock.patch.multiple(split_adamw, **eager_update)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+    with eager_losses, eager_optimizer, counter:
         # Counted: what learns, and the teacher; not the rollout
         if args.script == "cord":
             with autocast():
-                for chunk, *_ in work:
-                    step.read(chunk)
-        update(work)
-    for attribute, wrapped in wraps.items():
-        setattr(step, attribute, wrapped)
-    spent.clear(), peak.clear()
+                for batch, *_ in batches:
+                    step.read(batch)
+        update(batches)
+    clock.seconds.clear()
+    clock.peaks.clear()
     for _ in range(args.steps):
-        work, tokens, views = batches()
-        update(work)
+        batches, tokens = prepared()
+        update(batches)
 
     top, side = ceiling(device)
-    inner = [
-        name
-        for name in spent
-        if name in parts and not (name == "teacher" and args.script == "cord")
-    ]
-    spent["student forward"] = spent.pop("forward") - sum(spent[name] for name in inner)
-    peak["student forward"] = peak.pop("forward")
-    spent = {name: value / args.steps for name, value in spent.items()}
-    whole, outside = sum(spent.values()), sum(
-        value for name, value in spent.items() if name not in ("rollout", "optimizer")
-    )
+    flops = counter.get_total_flops()
+    spent = {name: value / args.steps for name, value in clock.seconds.items()}
+    whole = sum(spent.values())
+    outside = whole - spent["optimizer"] - spent.get("rollout", 0.0)
     states = [x for state in optimizer.state.values() for x in state.values()]
-    held = {
-        "student": memory.gigabytes(*student.parameters()),
-        **{name: memory.gigabytes(*them) for name, them in frozen.items()},
-        "optimizer": memory.gigabytes(*states),
-        "gradients": memory.gigabytes(*learns),
-    }
-    padding = 1 - sum(
-        (
-            view.inputs["attention_mask"].any(1).any(-2)
-            if view.inputs["attention_mask"].dim() == 4
-            else view.inputs["attention_mask"]
-        )
-        .sum()
-        .item()
-        for view in views
-    ) / sum(view.inputs["input_ids"].numel() for view in views)
-    depth = f", {args.layers} layer(s) of each" if args.layers else ""
-    learning = f"LoRA of rank {args.lora}" if args.lora else "all weights"
-    out.say(f"{machine()}; train_{args.script}.py at the shapes of {args.shapes}{depth}, bfloat16 "
-            f"weights, {learning}: {sum(p.numel() for p in learns):,} parameters learn; "
-            f"{len(examples)} clips of {args.seconds:g} s, {tokens:,} response tokens, "
-            f"{100 * padding:.0f} % padding; mean of {args.steps} steps")
+    held = {}
+    for name, model in {"student": step.student, **frozen}.items():
+        held[name] = memory.gigabytes(*model.parameters())
+    held["optimizer"] = memory.gigabytes(*states)
+    held["gradients"] = memory.gigabytes(*learns)
+    out.say(f"{machine()}; train_{args.script}.py --weights bfloat16 --lora {args.lora} at the "
+            f"shapes of {args.shapes}, at most {args.layers} layer(s) of each: "
+            f"{sum(p.numel() for p in learns):,} parameters learn; {len(examples)} clips of "
+            f"{args.seconds:g} s, {tokens:,} response tokens; mean of {args.steps} steps")
     out.say(f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips "
-            f"an hour; {counter.get_total_flops() / 1e12:.3g} TFLOP outside the rollout, "
-            f"{100 * counter.get_total_flops() / outside / top:.0f} % of what a matrix product "
-            f"of {side} reaches here ({top / 1e12:.1f} TFLOP/s in bfloat16)")
+            f"an hour; {flops / 1e12:.3g} TFLOP outside the rollout, "
+            f"{100 * flops / outside / top:.0f} % of what a matrix product of {side} reaches here "
+            f"({top / 1e12:.1f} TFLOP/s in bfloat16)")
     out.table("part", "seconds", "share", "peak GB")
     for name in sorted(spent, key=spent.get, reverse=True):
         out.row(name, f"{spent[name]:.3f}", f"{100 * spent[name] / whole:.0f} %",
-                f"{peak[name]:.1f}")
+                f"{clock.peaks[name]:.1f}")
 
     def listed(held):
         parts = [f"{name} {value:.1f}" for name, value in held.items()]
         return f"{', '.join(parts)}; together {sum(held.values()):.1f}"
 
     out.say(f"held all the time, GB: {listed(held)}")
-    if args.layers:
-        out.say(f"at full depth, by arithmetic: {listed(memory.at_full_depth(args, flags))}")
+    if args.layers < memory.ALL:
+        out.say(f"at full depth, by arithmetic: {listed(memory.at_full_depth(args))}")
 
 
 # ------------------------------------------------------------------------------------------------
 # the data's share of a step, and whether memory stays what it is
 
 # On the mini world
-RUNS = {"source_layer": ["--batch-size", "16", "--micro-batch", "8"], "cord": ["--batch-size", "4"]}
+RUNS = {"source_layer": [], "cord": ["--batch-size", "4"]}
 # Many steps, soon
 LONG = {
     "source_layer": ["--batch-size", "2", "--micro-batch", "2"],
@@ -718,20 +699,18 @@ def run_script(script, *flags):
     """A training script as a user starts it, on the mini world, in a folder that is not kept ->
     its log.jsonl, a list of dicts; and [(step, MB that its data workers hold)], looked at twice a
     second."""
-    held, here = [], Path(__file__).resolve().parent.parent
+    held = []
+    here = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+") as said:
         log = Path(out, "run", "log.jsonl")
-        process = subprocess.Popen(
-            [sys.executable, here / f"train_{script}.py", "--no-eval", "--out", log.parent, *flags],
-            cwd=here,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
+        command = [sys.executable, f"train_{script}.py", "--no-eval", "--out", log.parent, *flags]
+        process = subprocess.Popen(command, cwd=here, stdout=said, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 time.sleep(0.5)
                 steps = log.read_text().count("\n") if log.exists() else 0
-                if steps and (workers := sum(map(resident_mb, children(process.pid)))):
+                workers = children_mb(process.pid)
+                if steps and workers:
                     held.append((steps, workers))
         finally:
             process.kill()
@@ -741,16 +720,14 @@ def run_script(script, *flags):
         return [json.loads(line) for line in log.read_text().splitlines()], held
 
 
-def children(pid):
-    """The processes that one has started, where the system tells (Linux)."""
-    known = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in known.read_text().split()] if known.exists() else []
-
-
-def resident_mb(pid):
-    with contextlib.suppress(OSError, IndexError):  # it has just ended
-        return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1e3
-    return 0.0
+def children_mb(pid):
+    """What the processes that one has started hold, where the system tells (Linux)."""
+    held = 0.0
+    with contextlib.suppress(OSError, IndexError):          # one has just ended
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            status = Path(f"/proc/{child}/status").read_text()
+            held += int(status.split("VmRSS:")[1].split()[0]) / 1e3
+    return held
 
 
 def bench_data(args, out):
@@ -761,49 +738,46 @@ def bench_data(args, out):
             f"{first} are left out")
     out.table("script", "--workers", "seconds a step", "waited for data, share of the time",
               "longest wait, seconds")
-    for script in RUNS:
+    for script, flags in RUNS.items():
         for workers in args.workers:
-            log = run_script(
-                script, *RUNS[script], "--max-steps", str(args.steps), "--workers", str(workers)
-            )[0][first:]
-            waits = [line["seconds_waiting"] for line in log]
-            whole = sum(line["seconds"] for line in log)
-            out.row(script, workers, f"{whole / len(log):.3f}",
+            steps = ["--max-steps", str(args.steps), "--workers", str(workers)]
+            log, _ = run_script(script, *flags, *steps)
+            waits = [line["seconds_waiting"] for line in log[first:]]
+            whole = sum(line["seconds"] for line in log[first:])
+            out.row(script, workers, f"{whole / len(waits):.3f}",
                     f"{100 * sum(waits) / whole:.2f} %", f"{max(waits):.3f}")
 
-    processor = memory.random_models(args, torch.device("meta"), 1)[1]
-    out.say(f"clips of {args.seconds:g} s at 44.1 kHz for the processor of {args.shapes} "
-            f"({data.extractor(processor).feature_size} mel bins), responses of "
-            f"{args.response_tokens} tokens; mean of {args.clips}")
+    with torch.device("meta"):
+        _, processor = shapes.random_student("Qwen/Qwen2-Audio-7B-Instruct", 1, torch.bfloat16)
+    extract = data.extractor(processor)
+    out.say(f"clips of {args.seconds:g} s at 44.1 kHz for the processor of Qwen2-Audio "
+            f"({extract.feature_size} mel bins), responses of {args.response_tokens} tokens; mean "
+            f"of {args.clips}")
     out.table("clips", "decode, ms", "to 16 kHz, ms", "features, ms", "the rest, ms",
               "clips/s, one worker's work")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                # as in a worker
+
+    def each(work, inputs):
+        """Milliseconds, in the mean."""
+        return 1000 * statistics.mean(seconds(lambda: work(x)) for x in inputs)
+
     for kind in ("wav", "flac", "mp3"):
         with tempfile.TemporaryDirectory() as folder:
             examples = memory.write_examples(args, Path(folder), args.clips, kind, 44_100)
-            collate = lambda some: data.collate(some, processor, processor.tokenizer)
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # as in a worker
-            collate(examples[:1])
-            each = lambda work, over: sum(seconds(lambda: work(x)) for x in over) / len(examples)
+            collate = lambda e: data.collate([e], processor, processor.tokenizer)
+            collate(examples[0])
             waves = [
-                data.load_audio(example.audio, cut=data.longest(processor)).numpy()
-                for example in examples
+                data.load_audio(e.audio, cut=data.longest(processor)).numpy() for e in examples
             ]
-            spent = [
-                each(lambda e: soundfile.read(e.audio, dtype="float32"), examples),
-                each(lambda e: data.load_audio(e.audio), examples),
-                each(
-                    lambda w: data.extractor(processor)(
-                        w, sampling_rate=data.SAMPLE_RATE, return_tensors="pt"
-                    ),
-                    waves,
-                ),
-                each(lambda e: collate([e]), examples),
-            ]
-            torch.set_num_threads(threads)
-        decode, load, features, whole = (1000 * x for x in spent)
+            decode = each(lambda e: soundfile.read(e.audio, dtype="float32"), examples)
+            load = each(lambda e: data.load_audio(e.audio), examples)
+            how = dict(sampling_rate=data.SAMPLE_RATE, return_tensors="pt")
+            features = each(lambda wave: extract(wave, **how), waves)
+            whole = each(collate, examples)
         out.row(kind, f"{decode:.0f}", f"{load - decode:.0f}", f"{features:.0f}",
                 f"{max(0.0, whole - load - features):.0f}", f"{1000 / whole:.1f}")
+    torch.set_num_threads(threads)
 
 
 def bench_long(args, out):
@@ -813,119 +787,61 @@ def bench_long(args, out):
             "MB")
     out.table("script, process", *(f"step {mark:,}" for mark in marks),
               "more in 1,000 steps, second half")
-    for script in args.script:
-        log, workers = run_script(
-            script, *LONG[script], "--max-steps", str(args.steps), "--workers", "1"
-        )
-        of = {
-            "training": [(line["step"], 1000 * line["host_gb"]) for line in log],
-            "its data worker": workers,
-        }
-        for name, held in of.items():
+    for script, flags in LONG.items():
+        log, workers = run_script(script, *flags, "--max-steps", str(args.steps), "--workers", "1")
+        training = [(line["step"], 1000 * line["host_gb"]) for line in log]
+        for name, held in (("training", training), ("its data worker", workers)):
             at = [min(held, key=lambda x: abs(x[0] - mark))[1] for mark in marks]
-            out.row(f"{script}, {name}", *(f"{mb:,.0f}" for mb in at),
-                    f"{slope([x for x in held if x[0] >= marks[1]]):+.1f}")
-
-
-def slope(points):
-    """[(step, MB)] -> MB in 1,000 steps, by the line of least squares."""
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in zip(*points))
-    x, y = x - x.mean(), y - y.mean()
-    return 1000 * ((x * y).sum() / x.square().sum().clamp(min=1e-9)).item()
-
-
-# ------------------------------------------------------------------------------------------------
+            later = [x for x in held if x[0] >= marks[1]]
+            growth = statistics.linear_regression(*zip(*later)).slope
+            out.row(f"{script}, {name}", *(f"{mb:,.0f}" for mb in at), f"{1000 * growth:+.1f}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    part = functools.partial(
-        commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    part("device", help="what this machine is, and its ceilings")
-    losses_part = part("losses", help="the fused losses against the formulas and Liger-Kernel")
-    for name, text in (
-        ("tokens", "response tokens (CPU: 1,024; GPU: 8,192)"),
-        ("hidden", "student's width (512; 3,584)"),
-        ("teacher-hidden", "teacher's width (512; 4,096)"),
-        ("vocab", "words of both (16,384; 151,936)"),
-    ):
-        losses_part.add_argument(f"--{name}", type=int, help=text)
-    losses_part.add_argument(
-        "--rounds", type=int, default=5, help="rounds in which every contender runs once"
-    )
-    rollouts_part = part("rollouts", help="one CORD step's rollouts against plain generate()")
-    for name, default, text in (
-        ("prompts", 16, "prompts of the step"),
-        ("group-size", 4, "rollouts of a prompt beside the one with the KL"),
-        ("max-new-tokens", 200, "longest rollout"),
-        ("rounds", 3, "rounds in which every way runs once"),
-    ):
-        rollouts_part.add_argument(f"--{name}", type=int, default=default, help=text)
-    step_part = part(
-        "step",
-        help="whole steps of a training script at a real model's shapes, with random weights",
-    )
-    step_part.set_defaults(weights="bfloat16")
-    step_part.add_argument("--script", choices=["source_layer", "cord"], required=True)
-    step_part.add_argument(
-        "--shapes",
-        choices=memory.MODELS,
-        required=True,
-        help="student+teacher; CORD needs no other teacher",
-    )
-    step_part.add_argument(
-        "--layers", type=int, help="of each model's, at most so many; all the widths stay"
-    )
-    step_part.add_argument(
-        "--train", choices=["decoder", "all"], help="what learns; default: the script's"
-    )
-    step_part.add_argument(
-        "--lora",
-        type=int,
-        default=0,
-        metavar="RANK",
-        help="adapters learn, and nothing is there twice; 0: the weights",
-    )
-    for name, kind, default, text in (
-        ("prompts", int, 2, "clips of a step, in one micro-batch"),
-        ("seconds", float, 10.0, "length of a clip"),
-        ("response-tokens", int, 200, "tokens of a response or rollout"),
-        ("steps", int, 3, "steps that are timed"),
-    ):
-        step_part.add_argument(f"--{name}", type=kind, default=default, help=text)
-    data_part = part(
-        "data", help="how long training waits for its data, and how many clips a worker prepares"
-    )
-    data_part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers")
-    long_part = part(
-        "long", help="2,000 steps of both scripts on the mini world: does memory stay what it is?"
-    )
-    long_part.add_argument("--script", nargs="+", choices=list(LONG), default=list(LONG))
-    for where, name, kind, default, text in (
-        (data_part, "steps", int, 30, "steps of a run"),
-        (data_part, "clips", int, 32, "long clips"),
-        (data_part, "seconds", float, 30.0, "their length"),
-        (data_part, "response-tokens", int, 700, "tokens of their responses"),
-        (long_part, "steps", int, 2000, "steps of a run"),
-    ):
-        where.add_argument(f"--{name}", type=kind, default=default, help=text)
-    data_part.set_defaults(shapes="qwen2-audio-7b", weights="bfloat16", lora=0)
-    for one in commands.choices.values():
-        one.add_argument("--json", metavar="FILE", help="write there what is printed, too")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(required=True)
+    gpu = torch.cuda.is_available()
+
+    def command(name, work, text):
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        part = commands.add_parser(name, help=text, formatter_class=shown)
+        part.set_defaults(work=work)
+        part.add_argument("--json", metavar="FILE", help="write there what is printed, too")
+        return part
+
+    def add(name, default, text):
+        part.add_argument(name, type=type(default), default=default, help=text)
+
+    part = command("device", bench_device, "what this machine is, and its ceilings")
+    part = command("losses", bench_losses, "the fused losses, the formulas, Liger-Kernel and TRL")
+    add("--tokens", 8192 if gpu else 1024, "response tokens")
+    add("--hidden", 3584 if gpu else 512, "student's width")
+    add("--teacher-hidden", 4096 if gpu else 512, "teacher's width")
+    add("--vocab", 151_936 if gpu else 16_384, "words of both")
+    add("--rounds", 5, "rounds in which every contender runs once")
+    part = command("rollouts", bench_rollouts, "a CORD step's rollouts against plain generate()")
+    add("--prompts", 16, "prompts of the step")
+    add("--group-size", 4, "rollouts of a prompt beside the one with the KL")
+    add("--max-new-tokens", 200, "longest rollout")
+    add("--rounds", 3, "rounds in which every way runs once")
+    part = command("step", bench_step, "whole steps at a real model's shapes, random weights")
+    memory.add_shapes(part)
+    part.set_defaults(weights="bfloat16")
+    add("--lora", 0, "rank of adapters, and nothing is there twice; 0: the weights learn")
+    add("--prompts", 2, "clips of a step, in one micro-batch")
+    add("--seconds", 10.0, "length of a clip")
+    add("--response-tokens", 200, "tokens of a response or rollout")
+    add("--steps", 3, "steps that are timed")
+    part = command("data", bench_data, "how long training waits for its data; clips a second")
+    part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers")
+    add("--steps", 30, "steps of a run")
+    add("--clips", 32, "long clips")
+    add("--seconds", 30.0, "their length")
+    add("--response-tokens", 700, "tokens of their responses")
+    part = command("long", bench_long, "both scripts, long: does memory stay what it is?")
+    add("--steps", 2000, "steps of a run")
     args = parser.parse_args(argv)
-    work = {
-        "device": bench_device,
-        "losses": bench_losses,
-        "rollouts": bench_rollouts,
-        "step": bench_step,
-        "data": bench_data,
-        "long": bench_long,
-    }[args.command]
-    work(args, Printed(args.json))
+    args.work(args, Printed(args.json))
 
 
 if __name__ == "__main__":

@@ -43,25 +43,28 @@ def sets_of(results):
     return {results.get("set", EVERYTHING): results, **results.get("splits", {})}
 
 
-def namesake(others, name, path):
-    """The other's results of the manifest `name`. Raises SystemExit where it was not asked."""
-    if name not in others and EVERYTHING not in others:
-        raise SystemExit(f"{path} has no manifest called {name}, only {', '.join(others)}; ask "
-                         "both models the same manifests")
-    return others.get(name) or others[EVERYTHING]
-
-
-def check_questions(results, other, name, path, *, all_of_them):
-    """Raises SystemExit where the other was asked one of these questions in other words or, of a
-    gap, which is about all_of_them, not at all."""
-    missing = []
-    for i, key in results["keys"].items():
-        if other["keys"].get(i, None if all_of_them else key) != key:
-            missing.append(i)
-    if missing:
-        raise SystemExit(f"{path} lacks {len(missing):,} of the {len(results['keys']):,} questions "
-                         f"of {name}, or had them in other words ({missing[0]} is the first); ask "
-                         "both models the same manifests")
+def paired(results, other, path):
+    """-> [(manifest, its results, the other's of its namesake)]. Raises SystemExit where the other
+    was not asked it, had one of its questions in other words or, of a gap, which is about all of
+    them, not at all."""
+    others = sets_of(other)
+    pairs = []
+    for name, part in sets_of(results).items():
+        before = others.get(name) or others.get(EVERYTHING)
+        if before is None:
+            raise SystemExit(f"{path} has no manifest called {name}, only {', '.join(others)}; ask "
+                             "both models the same manifests")
+        missing = []
+        for i, key in part["keys"].items():
+            absent = None if "text_accuracy" in results else key
+            if before["keys"].get(i, absent) != key:
+                missing.append(i)
+        if missing:
+            raise SystemExit(f"{path} lacks {len(missing):,} of the {len(part['keys']):,} "
+                             f"questions of {name}, or had them in other words ({missing[0]} is "
+                             "the first); ask both models the same manifests")
+        pairs.append((name, part, before))
+    return pairs
 
 
 def on_the_same_questions(table, other):
@@ -74,13 +77,11 @@ def on_the_same_questions(table, other):
     return evaluate.table_of(correct)
 
 
-def compare_gaps(results, other, path):
+def compare_gaps(pairs):
     """The gaps of both, per manifest and together, as lines."""
     nows, befores = {}, {}
-    for name, table in sets_of(results).items():
+    for name, table, before in pairs:
         nows[name] = table
-        before = namesake(sets_of(other), name, path)
-        check_questions(table, before, name, path, all_of_them=True)
         befores[name] = on_the_same_questions(table, before)
     if len(nows) > 1:
         nows["all files"] = evaluate.together(nows)
@@ -88,12 +89,10 @@ def compare_gaps(results, other, path):
     return [f"-- {name}\n{evaluate.report_gap(nows[name], befores[name])}" for name in nows]
 
 
-def compare_scores(results, other, path):
+def compare_scores(pairs):
     """Multiple choice and emotions of both, per manifest, as lines."""
     lines = []
-    for name, part in sets_of(results).items():
-        before = namesake(sets_of(other), name, path)
-        check_questions(part, before, name, path, all_of_them=False)
+    for name, part, before in pairs:
         lines.append(f"-- {name}")
         differences = evaluate.compare(part, before)
         if not differences:
@@ -117,7 +116,7 @@ def main(argv=None):
     if decoded:
         print(f"note: {args.other} was decoded with {decoded}")
     compare = compare_gaps if "text_accuracy" in results else compare_scores
-    print(*compare(results, other, args.other), sep="\n")
+    print(*compare(paired(results, other, args.other)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ downloaded. What a machine with torch, transformers and peft may lack travels as
 """
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +25,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing.files import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.0               # for all parts together
 PATIENCE = 3                # a rehearsal may take so many times as long
-NEEDED = ("torch", "torchaudio", "transformers", "safetensors", "peft", "soundfile", "tqdm",
-          "espeakng_loader", "num2words", "text_to_num", "matplotlib", "liger_kernel", "trl",
-          "pytest")
 
 
 @dataclass
@@ -107,42 +104,34 @@ def gpu_gigabytes():
     """Of the first GPU, asked in a process that ends; 0 without one."""
     code = ("import torch; there = torch.cuda.is_available(); "
             "print(torch.cuda.mem_get_info()[1] / 1e9 if there else 0)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else 0.0
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    return float(said.split()[-1])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for gpu.json")
+    parser.add_argument("--out", required=True, help="a new folder for gpu.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine")
     args = parser.parse_args(argv)
     begun = time.time()
     out = Path(args.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("a", "b"):                     # the runs of an earlier time
-        shutil.rmtree(out / name, ignore_errors=True)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    records = [{"part": "packages", "missing": missing}]
-    if missing:
-        print(f"not installed here: {', '.join(missing)}; parts that need them will fail")
-
+    out.mkdir(parents=True)
+    records = []
     memory = gpu_gigabytes()
     patience = PATIENCE if args.rehearse else 1
     for part in parts(args.rehearse, out):
         left = patience * MINUTES * 60 - (time.time() - begun)
         limit = min(patience * part.seconds, left)
         if part.gigabytes > memory and not args.rehearse:
-            record = {"part": part.name,
-                      "ended": f"not begun: it needs {part.gigabytes:g} GB of GPU memory"}
+            ended = f"not begun: it needs {part.gigabytes:g} GB of GPU memory"
+            record = {"part": part.name, "ended": ended}
         elif limit < 10:
             record = {"part": part.name, "ended": "not begun: no time was left"}
         else:
             record = run(part, limit, out)
         records.append(record)
-        partial = out / "gpu.json.part"
-        partial.write_text(json.dumps(records, indent=1))
-        partial.replace(out / "gpu.json")
+        write_json(out / "gpu.json", records)
         print(f"{time.time() - begun:5.0f} s  {part.name}: {record['ended']}", flush=True)
 
 

@@ -16,6 +16,7 @@ kl        CORD's Figure 3: where along a rollout, and on which tokens, is D_t la
 """
 import argparse
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ import models
 import rollout
 from plumbing import hearing
 from plumbing.files import make_folder, newest_checkpoint, read_json, write_json, writing
-from plumbing.plots import pyplot
 
 IMPROBABLE = 1e-4           # what the teacher gives less than this, it finds improbable
 MOST_TOKENS = 2000          # CKA compares every two tokens: 32 MB a layer
@@ -51,16 +51,12 @@ def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
     student_ids, teacher_ids, _ = data.shared_vocabulary(processor.tokenizer, tokenizer)
     vocab = student.config.text_config.vocab_size
     to_teacher = data.token_map(student_ids, teacher_ids, vocab)
-    sides = {
-        "student": (student, models.hear, student_ids),
-        "teacher": (teacher, models.read, teacher_ids),
-    }
     taps = {}
-    hidden_states = {}
-    for side, (model, _, _) in sides.items():
+    found = {}
+    for side, model in (("student", student), ("teacher", teacher)):
         layers = models.decoder(model).layers
         taps[side] = layer_map.Tap(layers, {"response": range(1, len(layers) + 1)})
-        hidden_states[side] = {layer: [] for layer in range(1, len(layers) + 1)}
+        found[side] = defaultdict(list)
 
     rows = []
     jsd = []
@@ -74,23 +70,24 @@ def states(student, processor, teacher, tokenizer, examples, *, batch_size=8):
             rows.append(len(data.encode_response(processor.tokenizer, data.response_text(e))))
 
         logits = []
-        for side, view in (("student", batch.audio), ("teacher", batch.text)):
-            model, forward, ids = sides[side]
+        for side, model, forward, view, ids in (
+            ("student", student, models.hear, batch.audio, student_ids),
+            ("teacher", teacher, models.read, batch.text, teacher_ids),
+        ):
             with taps[side].at(response=view.predict_positions) as hidden:
                 last = forward(model, **view.inputs)
             last = last.flatten(0, 1)[view.predict_positions]       # [tokens, hidden]
             z = last @ models.head_weight(model).T                  # [tokens, vocab]
             logits.append(z.index_select(-1, ids.to(z.device)))     # [tokens, shared]
             for layer, tensor in hidden["response"].items():
-                hidden_states[side][layer].append(tensor.float().cpu())
+                found[side][layer].append(tensor.float().cpu())
         jsd.append(losses.token_divergence(*logits).cpu())
         q, p = (z.float().softmax(-1) for z in logits)
         stray.append((q * (p < IMPROBABLE)).sum(-1).cpu())
 
-    found = {"rows": rows, "jsd": torch.cat(jsd), "stray": torch.cat(stray)}
-    for side, layers in hidden_states.items():
+    for side, layers in found.items():
         found[side] = {layer: torch.cat(parts) for layer, parts in layers.items()}
-    return found
+    return {**found, "rows": rows, "jsd": torch.cat(jsd), "stray": torch.cat(stray)}
 
 
 def standardise(hidden):
@@ -117,23 +114,21 @@ def cka(ones, others):
     if n < 4:
         raise ValueError(f"{n} tokens are too few to compare layers on: give more examples")
 
-    def kernel(hidden):
-        k = hidden.double() @ hidden.double().T                     # [tokens, tokens]
-        return k.fill_diagonal_(0)
-
     def hsic(k, l):
         sums = (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2))
         return sums - 2 / (n - 2) * (k.sum(0) * l.sum(0)).sum()
 
+    def kernel(hidden):
+        k = hidden.double() @ hidden.double().T                     # [tokens, tokens]
+        k.fill_diagonal_(0)
+        return k / hsic(k, k).sqrt()                                # HSIC is linear in both
+
     kernels = [kernel(x) for x in ones]
-    norms = [hsic(k, k) for k in kernels]
-    table = torch.zeros(len(ones), len(others), dtype=torch.float64)
-    for t, hidden in enumerate(others):                             # one teacher kernel at a time
+    columns = []
+    for hidden in others:                                           # one teacher kernel at a time
         l = kernel(hidden)
-        l_norm = hsic(l, l)
-        for s, (k, k_norm) in enumerate(zip(kernels, norms)):
-            table[s, t] = hsic(k, l) / (k_norm * l_norm).clamp(min=1e-300).sqrt()
-    return table
+        columns.append(torch.stack([hsic(k, l) for k in kernels]))
+    return torch.stack(columns, 1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -145,16 +140,15 @@ def own_attention(projected, target, rows):
 
     -> (share, first, chance): softmax(s t' / sqrt(width)) over the teacher tokens of the same
     response, its mean weight on the paired token; the share of tokens that attend to their own
-    most; and 1 / length, what uniform attention would give."""
+    most; and the mean of 1 / length, what uniform attention would give."""
     shares = []
     firsts = []
-    chances = []
     for s, t in zip(projected.split(rows), target.split(rows)):
         attention = (s @ t.T / t.shape[1] ** 0.5).softmax(-1)       # [tokens, tokens] of it
         shares.append(attention.diagonal())
         firsts.append(attention.argmax(-1) == torch.arange(len(s)))
-        chances.append(torch.full((len(s),), 1 / len(s)))
-    return [torch.cat(x).float().mean().item() for x in (shares, firsts, chances)]
+    share, first = (torch.cat(x).float().mean().item() for x in (shares, firsts))
+    return share, first, len(rows) / sum(rows)
 
 
 def fit(pairs, found):
@@ -170,12 +164,11 @@ def fit(pairs, found):
 def trained(path, pairs, fitted):
     """A run's saved projections for the pairs that it distilled; for the others, the `fitted`."""
     saved = load_file(path)
-    rows = {tuple(pair): i for i, pair in enumerate(saved["layers"].tolist())}
-    for i, pair in enumerate(pairs):
-        if pair in rows:
-            fitted.weights[i].copy_(saved[f"weights.{rows[pair]}"])
-            fitted.mean[i] = saved["mean"][rows[pair]]
-            fitted.std[i] = saved["std"][rows[pair]]
+    for row, pair in enumerate(saved["layers"].tolist()):
+        i = pairs.index(tuple(pair))
+        fitted.weights[i].copy_(saved[f"weights.{row}"])
+        fitted.mean[i] = saved["mean"][row]
+        fitted.std[i] = saved["std"][row]
     return fitted
 
 
@@ -220,16 +213,19 @@ def layers_lines(report):
     return lines
 
 
-def plot_layers(before, after, pairs, path):
-    """CKA before and after as heat maps with the map drawn on, and the attention on the own token
-    for each pair."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True,
-                                width_ratios=[1, 1, 1.1])
+def plot_layers(before, after, pairs):
+    """-> Figure: CKA before and after as heat maps with the map drawn on, and the attention on the
+    own token for each pair."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    *maps, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
+    at = torch.arange(len(pairs))
     everything = torch.tensor([before["cka"], after["cka"]])
-    for axis, report, title in ((axes[0], before, "CKA before"), (axes[1], after, "CKA after")):
+    for axis, name, report, shift, colour in (
+        (maps[0], "before", before, -0.2, "#b8c4d6"),
+        (maps[1], "after", after, 0.2, "#2f5d9b"),
+    ):
         table = torch.tensor(report["cka"])                         # [student, teacher layers]
         depth, teacher_depth = table.shape
         image = axis.imshow(table, origin="lower", cmap="viridis", aspect="auto",
@@ -240,19 +236,14 @@ def plot_layers(before, after, pairs, path):
         best = (table.argmax(1) + 1).tolist()
         axis.plot(best, range(1, depth + 1), "x", color="#e4572e", markersize=8,
                   markeredgewidth=2, label="most alike")
-        axis.set(xlabel="teacher layer (reads)", ylabel="student layer (hears)", title=title)
+        axis.set(xlabel="teacher layer (reads)", ylabel="student layer (hears)")
+        axis.set(title=f"CKA {name}")
         axis.set_xticks(range(1, teacher_depth + 1), minor=True)
-    axes[0].legend(loc="upper left", fontsize=8)
-    figure.colorbar(image, ax=axes[1])
-
-    at = torch.arange(len(pairs))
-    bars = axes[2]
-    for shift, name, report, colour in (
-        (-0.2, "before", before, "#b8c4d6"),
-        (0.2, "after", after, "#2f5d9b"),
-    ):
         own = [row["own"] for row in report["attention"]]
         bars.bar(at + shift, own, 0.38, color=colour, label=name)
+    maps[0].legend(loc="upper left", fontsize=8)
+    figure.colorbar(image, ax=maps[1])
+
     chance = after["attention"][0]["chance"]
     bars.axhline(chance, color="#555555", linestyle="--", linewidth=1, label="chance")
     labels = [f"{s}\u2190{t}" for s, t in pairs]
@@ -261,8 +252,7 @@ def plot_layers(before, after, pairs, path):
              ylim=(0, 1), title="through W: does it find its token?")
     bars.legend(frameon=False)
     bars.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 # -------------------------------------------------------------------------------------------------
@@ -286,21 +276,23 @@ def features_report(found, pairs, projections):
     report = {"curves": {}}
     for kind, factor in (("natural", 1.0), ("planted", PLANTED)):
         scale[0] = factor
-        rows = {}
+        rows = defaultdict(list)
         for i, (s, t) in enumerate(pairs):
             student = projections(i, found["student"][s]).detach() * scale
             teacher = found["teacher"][t] * scale
             mean, std = layer_map.feature_statistics(teacher)
             for name in ("jsd", "mse", "cosine"):
-                for how, given in (("raw", {}), ("standardised", {"mean": mean, "std": std})):
-                    shares = gradient_shares(losses.HIDDEN[name], student, teacher, **given)
-                    shares = shares.sort(descending=True).values
-                    rows.setdefault(f"{name}, {how}", []).append(shares)
+                loss = losses.HIDDEN[name]
+                raw = gradient_shares(loss, student, teacher)
+                standardised = gradient_shares(loss, student, teacher, mean=mean, std=std)
+                rows[f"{name}, raw"].append(raw)
+                rows[f"{name}, standardised"].append(standardised)
 
         report[kind] = {}
         report["curves"][kind] = {}
         for name, shares in rows.items():
-            share = torch.stack(shares).mean(0)                     # [width], sorted
+            ranked = torch.stack(shares).sort(-1, descending=True).values       # [pairs, width]
+            share = ranked.mean(0)
             cumulative = share.cumsum(0)
             half = ((cumulative < 0.5).sum().item() + 1) / len(share)
             report[kind][name] = {"largest": share[0].item(), "half": half}
@@ -317,39 +309,37 @@ def features_lines(report):
     return lines
 
 
-def plot_features(report, path):
-    """Cumulative share of the gradient over the features, largest first."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), constrained_layout=True, sharey=True)
+def plot_features(report):
+    """-> Figure: cumulative share of the gradient over the features, largest first."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     colours = {"jsd": "#2f5d9b", "mse": "#d98c3f", "cosine": "#5fa55a"}
-    titles = {"natural": "the models' own features"}
-    titles["planted"] = f"one feature {PLANTED:.0f} times larger"
-    for axis, kind in zip(axes, titles):
+    for axis, kind, title in (
+        (axes[0], "natural", "the models' own features"),
+        (axes[1], "planted", f"one feature {PLANTED:.0f} times larger"),
+    ):
         for name, shares in report["curves"][kind].items():
             divergence, how = name.split(", ")
             style = "-" if how == "standardised" else ":"
-            at = range(1, len(shares) + 1)
+            at = np.arange(1, len(shares) + 1)
             axis.plot(at, shares, color=colours[divergence], linestyle=style, label=name)
-        even = [k / len(shares) for k in at]
-        axis.plot(at, even, color="#999999", linewidth=1, label="all features alike")
-        axis.set(xlabel="features, largest share first", title=titles[kind])
+        axis.plot(at, at / len(at), color="#999999", linewidth=1, label="all features alike")
+        axis.set(xlabel="features, largest share first", title=title)
         axis.set(xscale="log", ylim=(0, 1.02))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="share of L_layer's gradient, cumulative")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 # -------------------------------------------------------------------------------------------------
 # 5. CORD: where do hearing and reading part ways?
 
 @torch.no_grad()
-def divergences(student, processor, teacher, examples, *, batch_size=32, max_new_tokens=200,
-                seed=0):
+def divergences(student, processor, teacher, examples, *, batch_size=32, max_new_tokens=200):
     """One rollout at temperature 1 to each example's audio -> [(its token ids, D_t of each against
     what `teacher` says reading the transcript)]."""
     tokenizer = processor.tokenizer
@@ -359,7 +349,7 @@ def divergences(student, processor, teacher, examples, *, batch_size=32, max_new
         chunk = examples[start:start + batch_size]
         prompts = data.encode_prompts(chunk, processor, tokenizer, words="transcript")
         rollouts = rollout.roll_out(student, processor, prompts, [rollout.Kind(1.0, kl=True)],
-                                    key=f"{seed} kl", max_new_tokens=max_new_tokens)
+                                    key="0 kl", max_new_tokens=max_new_tokens)
         answers = [r.ids for r in rollouts]
         rows = range(len(answers))
         audio = data.audio_view(prompts, rows, answers, processor)
@@ -388,37 +378,34 @@ def kl_report(pairs, tokenizer, *, bins=20, least=5):
     edges = np.concatenate([[0], np.logspace(-6, 2, 33)])
     counts, _ = np.histogram(kl.clip(0, edges[-1]), edges)
 
-    of_token = {}
+    of_token = defaultdict(list)
     for ids, row in pairs:
         for token, d in zip(ids, row):
-            of_token.setdefault(token, []).append(d)
-    frequent = [token for token, values in of_token.items() if len(values) >= least]
-    ranked = sorted([(float(np.mean(of_token[t])), t) for t in frequent], reverse=True)
+            of_token[token].append(d)
     by_token = []
-    for mean, token in ranked:
-        values = of_token[token]
-        share = sum(values) / max(kl.sum(), 1e-12)
-        word = tokenizer.decode([token])
-        by_token.append({"token": word, "mean": mean, "count": len(values), "share": share})
+    for token, values in of_token.items():
+        if len(values) >= least:
+            word = tokenizer.decode([token])
+            by_token.append({"token": word, "mean": np.mean(values), "count": len(values)})
+    by_token.sort(key=lambda row: row["mean"], reverse=True)
 
     largest = np.sort(kl)[-math.ceil(len(kl) / 10):]
     by_position = [kl[slot == b] for b in range(bins)]
-    varies = kl.std() and place.std()
     return {
         "rollouts": len(pairs),
         "tokens": len(kl),
-        "mean": float(kl.mean()),
-        "percentiles": {str(p): float(np.percentile(kl, p)) for p in (50, 80, 90, 95, 99)},
-        "tenth": float(largest.sum() / max(kl.sum(), 1e-12)),
-        "by_position": [float(part.mean()) if part.size else None for part in by_position],
-        "correlation": float(np.corrcoef(kl, place)[0, 1]) if varies else 0.0,
+        "mean": kl.mean(),
+        "percentiles": {str(p): np.percentile(kl, p) for p in (50, 80, 90, 95, 99)},
+        "tenth": largest.sum() / kl.sum(),
+        "by_position": [part.mean() if part.size else None for part in by_position],
+        "correlation": np.corrcoef(kl, place)[0, 1],
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         "by_token": by_token,
     }
 
 
-def word_of(row):
-    return row["token"].strip() or repr(row["token"])
+def word_of(token):
+    return token.strip() or repr(token)
 
 
 def kl_lines(reports):
@@ -430,21 +417,19 @@ def kl_lines(reports):
                      f"{p['80']:.2g}, 95 % below {p['95']:.2g}; the largest tenth holds "
                      f"{100 * r['tenth']:.0f} % of it; correlation with position "
                      f"{r['correlation']:+.3f} ({r['rollouts']} rollouts)")
-        words = [f"{word_of(row)} {row['mean']:.2f}" for row in r["by_token"][:10]]
+        words = [f"{word_of(row['token'])} {row['mean']:.2f}" for row in r["by_token"][:10]]
         lines.append("    largest on: " + ", ".join(words))
     return lines
 
 
-def plot_kl(reports, path):
-    """How D_t is spread, where along the rollout it lies, and on which tokens."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    left, middle, right = axes
-    colours = ("#b8c4d6", "#2f5d9b") if len(reports) > 1 else ("#2f5d9b",)
-    first = next(iter(reports.values()))["by_token"][:15]
-    for (when, r), colour, thick in zip(reports.items(), colours, (0.8, 0.4)):
+def plot_kl(reports):
+    """-> Figure: how D_t is spread, where along the rollout it lies, and on which tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    left, middle, right = axes = figure.subplots(1, 3)
+    first = [row["token"] for row in reports["before"]["by_token"][:15]]
+    for (when, r), colour, thick in zip(reports.items(), ("#b8c4d6", "#2f5d9b"), (0.8, 0.4)):
         edges = np.array(r["histogram"]["edges"])
         counts = np.array(r["histogram"]["counts"])
         edges[0] = edges[1] / 2
@@ -453,26 +438,25 @@ def plot_kl(reports, path):
         most = r["percentiles"]["80"]
         left.axvline(most, color=colour, linestyle="--", linewidth=1.2,
                      label=f"80 % below {most:.2g}")
-        values = [np.nan if v is None else v for v in r["by_position"]]
+        values = np.array(r["by_position"], dtype=float)            # None becomes nan
         at = (np.arange(len(values)) + 0.5) / len(values)
         middle.plot(at, values, "-o", markersize=3, color=colour,
                     label=f"{when}: correlation {r['correlation']:+.2f}")
         means = {row["token"]: row["mean"] for row in r["by_token"]}
-        widths = [means.get(row["token"], 0) for row in first]
+        widths = [means.get(token, 0) for token in first]
         right.barh(range(len(first)), widths, thick, color=colour, label=when)
 
     left.set(xscale="log", xlabel="D_t (nats)", ylabel="tokens (%)")
     left.set_title("most tokens agree, few do not")
     middle.set(xlabel="position in the rollout (0 first token, 1 last)", ylabel="mean D_t (nats)")
     middle.set(title="where", ylim=(0, None))
-    right.set_yticks(range(len(first)), [word_of(row) for row in first])
+    right.set_yticks(range(len(first)), list(map(word_of, first)))
     right.invert_yaxis()
     right.set(xlabel="mean D_t (nats)", title="on which tokens")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 # -------------------------------------------------------------------------------------------------
@@ -485,92 +469,88 @@ def settings_of(model):
     return read_json(model.parent / "config.json") or {}
 
 
-def load(name):
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32
-    student, processor = models.load_audio_model(str(name), dtype=dtype)
-    return student.to("cuda" if gpu else "cpu"), processor
+def loaded(load, name):
+    """A model and its processor or tokenizer, on the GPU in bfloat16 if there is one."""
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
+    model, reader = load(str(name), dtype=dtype)
+    return model.to(device), reader
+
+
+def save(out, name, report, figure):
+    write_json(out / f"{name}.json", report)
+    with writing(out / f"{name}.png"):
+        figure.savefig(out / f"{name}.png", dpi=120)
+    print(f"{out}: {name}.json, {name}.png")
 
 
 def run_layers(args, out):
     """layers and features: JSON, a PNG and a few lines. A checkpoint's run names its teacher and
-    the student that it started from. Every second example fits W_i, the others are looked at."""
+    the student that it started from. Of 80 examples every second fits W_i, the others are looked
+    at."""
     model = Path(args.model)
     settings = settings_of(model)
     teacher_name = args.teacher or settings.get("teacher")
     if not teacher_name:
         raise data.DataError(f"{model}: is no checkpoint of a run, so nobody knows its teacher; "
                              "give --teacher")
-    examples = data.read_manifest(args.data, split=args.split)
+    examples = data.read_manifest(args.data)
     examples = [e for e in examples if e.task != evaluate.SER_TASK]
     examples = [e for e in examples if e.reasoning and e.description]
-    most = min(len(examples), args.limit or 80)
+    most = min(len(examples), 80)
     if most < 4:
         raise data.DataError(f"{args.data}: has {most} examples with reasoning and description; at "
                              "least 4 are needed")
     # spread over the file, so that every task is there however it is sorted
     examples = [examples[i * len(examples) // most] for i in range(most)]
+    teacher, tokenizer = loaded(models.load_text_model, teacher_name)
+    hearing.check_teacher(teacher)
 
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32
-    teacher, tokenizer = models.load_text_model(teacher_name, dtype=dtype)
-    hearing.check_teacher(teacher.to("cuda" if gpu else "cpu"))
+    def look(name):
+        """-> states of the examples looked at, the whole map, its fitted projections."""
+        hears = loaded(models.load_audio_model, name)
+        fitting = states(*hears, teacher, tokenizer, examples[::2])
+        seen = states(*hears, teacher, tokenizer, examples[1::2])
+        pairs = layer_map.pairs(len(seen["student"]), len(seen["teacher"]))
+        return seen, pairs, fit(pairs, fitting)
 
-    def states_of(name):
-        student, processor = load(name)
-        parts = examples[::2], examples[1::2]
-        return [states(student, processor, teacher, tokenizer, part) for part in parts]
-
-    start = settings.get("student", model) if args.task == "layers" else model
-    fitting, seen = states_of(start)
-    pairs = layer_map.pairs(len(seen["student"]), len(seen["teacher"]))     # the whole map
-    projections = fit(pairs, fitting)
     if args.task == "features":
-        report = features_report(seen, pairs, projections)
-        with writing(out / "features.png"):
-            plot_features(report, out / "features.png")
+        report = features_report(*look(model))
         print(*features_lines(report), sep="\n")
-    else:
-        before = layers_report(seen, pairs, projections)
-        fitting, seen = states_of(model)
-        projections = fit(pairs, fitting)                   # for pairs that the run did not distil
-        saved = model / "projections.safetensors"
-        if saved.exists():
-            projections = trained(saved, pairs, projections)
-        after = layers_report(seen, pairs, projections)
-        report = {"pairs": pairs, "before": before, "after": after}
-        report["vocabulary"] = after["vocabulary"]
-        with writing(out / "layers.png"):
-            plot_layers(before, after, pairs, out / "layers.png")
-        print(*layers_lines(report), sep="\n")
-    write_json(out / f"{args.task}.json", report)
-    print(f"{out}: {args.task}.json, {args.task}.png")
+        save(out, "features", report, plot_features(report))
+        return
+    before = layers_report(*look(settings.get("student", model)))
+    seen, pairs, projections = look(model)
+    saved = model / "projections.safetensors"
+    if saved.exists():
+        projections = trained(saved, pairs, projections)
+    after = layers_report(seen, pairs, projections)
+    report = {"pairs": pairs, "before": before, "after": after}
+    print(*layers_lines(report), sep="\n")
+    save(out, "layers", report, plot_layers(before, after, pairs))
 
 
 def run_kl(args, out):
-    """The spread of D_t over rollouts. The student that a run started from is the teacher, before
-    and after training."""
+    """The spread of D_t over the rollouts of the first 200 examples. The student that a run started
+    from is the teacher, before and after training."""
     model = Path(args.model)
     settings = settings_of(model)
-    examples = evaluate.spoken(data.read_manifest(args.data, split=args.split))
-    examples = examples[:args.limit or 200]
+    examples = evaluate.spoken(data.read_manifest(args.data))[:200]
     if not examples:
         raise data.DataError(f"{args.data}: has no example with a transcript, so no text view can "
                              "be compared; add transcripts")
-    teacher, processor = load(settings.get("student", model))
+    teacher, processor = loaded(models.load_audio_model, settings.get("student", model))
     students = {"before": teacher}
     if settings:
-        students["after"], _ = load(model)
+        students["after"], _ = loaded(models.load_audio_model, model)
     reports = {}
     for when, student in students.items():
-        how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-        pairs = divergences(student, processor, teacher, examples, seed=args.seed, **how)
+        pairs = divergences(student, processor, teacher, examples, batch_size=args.batch_size,
+                            max_new_tokens=args.max_new_tokens)
         reports[when] = kl_report(pairs, processor.tokenizer)
-    write_json(out / "kl.json", reports)
-    with writing(out / "kl.png"):
-        plot_kl(reports, out / "kl.png")
     print(*kl_lines(reports), sep="\n")
-    print(f"{out}: kl.json, kl.png")
+    save(out, "kl", reports, plot_kl(reports))
 
 
 def main(argv=None):
@@ -582,12 +562,9 @@ def main(argv=None):
     add("--data", metavar="FILE", required=True, help="a manifest (JSONL; see data.py)")
     add("--teacher", metavar="DIR",
         help="layers, features: the text LLM; default: the one that the run of --model names")
-    add("--split", help="only the manifest's examples of this split")
-    add("--limit", type=int, help="layers, features: 80 examples, spread over the file; kl: 200")
     add("--out", default="runs/evaluate", help="folder (default %(default)s)")
     add("--batch-size", type=int, default=16, help="kl: rollouts at once")
     add("--max-new-tokens", type=int, default=200, help="kl: tokens of a rollout (paper B: 200)")
-    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     out = make_folder(args.out)
     try:

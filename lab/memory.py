@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 
 import data
-import layer_map
 import models
-import rollout
 import train_cord
 import train_source_layer
 from lab import shapes
+from lab.printed import Printed
 
 SHAPES = {"qwen2-audio-7b": "Qwen/Qwen2-Audio-7B-Instruct",
           "qwen2.5-omni-7b": "Qwen/Qwen2.5-Omni-7B",
@@ -37,81 +36,27 @@ SCRIPTS = {"source_layer": train_source_layer, "cord": train_cord}
 ALL = 1_000                 # layers, more than any has
 
 
-# ------------------------- 1. a step of each script, with random weights ------------------------
-# bench.py runs these steps. Here and nowhere else this file touches the training scripts.
+# ------------------------------- 1. flags, models and examples ----------------------------------
+# bench.py uses these, too.
 
-def build(args, device, flags, layers):
-    """A script's models and step module as its main() makes them, of random weights -> a namespace
-    of them; frozen: {part: its parameters}"""
-    student, processor, teacher, tokenizer = random_models(args, device, layers)
-    built = argparse.Namespace(student=student, processor=processor, teacher=teacher,
-                               tokenizer=tokenizer, snapshot=student, frozen={}, shared=None)
-    if args.script == "source_layer":
-        needs_teacher(args)
-        built.frozen["teacher"] = list(teacher.parameters())
-        if not args.lora:
-            built.snapshot = models.frozen_copy(student, torch.bfloat16)
-            built.snapshot.set_output_embeddings(torch.nn.Identity())
-            built.frozen["snapshot"] = list(built.snapshot.parameters())
-    choose_trained(args, flags, student)
-
-    if args.script == "source_layer":
-        built.shared = data.shared_vocabulary(processor.tokenizer, tokenizer)[:2]
-        shared = [ids.to(device) for ids in built.shared]
-        depths = [len(models.decoder(model).layers) for model in (student, teacher)]
-        built.step = train_source_layer.SourceLayerStep(
-            student, teacher, built.snapshot, layer_map.pairs(*depths), shared, flags).to(device)
-        built.step.projections.float()
-        return built
-    banned = torch.tensor(rollout.banned_ids(student, processor.tokenizer), device=device)
-    built.step = train_cord.CordStep(student, banned, flags)
-    if not args.lora:
-        copies = built.step.teacher
-        models.cast(copies["decoder"], torch.bfloat16)
-        copies["head"].bfloat16()
-        parameters = [p for part in copies.values() for p in part.parameters()]
-        built.frozen["teacher (a copy of the decoder)"] = parameters
-    return built
+def add_shapes(parser):
+    """The flags that say which script trains which models."""
+    parser.add_argument("--script", choices=list(SCRIPTS), required=True)
+    parser.add_argument("--shapes", choices=MODELS, required=True,
+                        help="student+teacher; CORD needs no other teacher")
+    parser.add_argument("--layers", type=int, default=ALL,
+                        help="of each model's, at most so many; all the widths stay")
 
 
-def batches_of(args, built, flags, examples, device, roll_out, read):
-    """-> [arguments of the step module's forward], tokens that learn, views that are run. CORD:
-    roll_out, as rollout.roll_out; read: batches -> the teacher's hidden states of each."""
-    if args.script == "source_layer":
-        table = data.token_map(*built.shared, built.student.config.text_config.vocab_size)
-        batch = data.collate(examples, built.processor, built.tokenizer,
-                             student_to_teacher=table).to(device)
-        counts = {"response": len(batch.labels), "audio": len(batch.audio.audio_positions)}
-        return [(batch, counts)], counts["response"], (batch.audio, batch.text)
+def with_flags(args):
+    """args, and beside them the defaults of the training script's flags. SystemExit for paper A
+    without a teacher."""
+    if args.script == "source_layer" and "+" not in args.shapes:
+        raise SystemExit("--script source_layer needs a textual teacher: "
+                         f"--shapes {args.shapes}+qwen3-8b")
+    flags = SCRIPTS[args.script].parse_flags([])
+    return argparse.Namespace(**vars(flags) | vars(args))
 
-    words = built.processor.tokenizer
-    prompts = data.encode_prompts(examples, built.processor, words, words="transcript")
-    kinds = train_cord.rollout_kinds(flags)
-    rollouts = roll_out(built.student, built.processor, prompts, kinds, key="0",
-                        max_new_tokens=args.response_tokens)
-    # A judge would call random words all wrong; here all rollouts of the group count
-    for i, r in enumerate(rollouts):
-        r.advantage = 0.0 if r.kl else (0.5, -0.5)[i % 2]
-    batches = train_cord.micro_batches(
-        rollouts, prompts, built.processor, flags.micro_batch, device)
-    n_kl, n_group = len(examples), len(examples) * flags.group_size
-    work = [(batch, hidden, n_kl, n_group) for batch, hidden in zip(batches, read(batches))]
-    views = []
-    for batch in batches:
-        views += [view for view in (batch.audio, batch.text) if view]
-    return work, sum(len(r.ids) for r in rollouts), views
-
-
-def calibration_tokens():
-    """Tokens that paper A's projections are fitted to before the first step."""
-    return train_source_layer.CALIBRATION_EXAMPLES * train_source_layer.CALIBRATION_TOKENS
-
-
-def default_flags(script):
-    return SCRIPTS[script].parse_flags([])
-
-
-# ---------------------------------- 2. models and examples --------------------------------------
 
 def random_models(args, device, layers):
     """-> (student, processor, teacher or None, its tokenizer) with at most so many layers: the
@@ -127,24 +72,15 @@ def random_models(args, device, layers):
     return student, processor, teacher, tokenizer
 
 
-def needs_teacher(args):
-    if args.script == "source_layer" and "+" not in args.shapes:
-        raise SystemExit("--script source_layer needs a textual teacher: "
-                         f"--shapes {args.shapes}+qwen3-8b")
-
-
 def wide(args):
     """Are the weights that learn float32 themselves? Below LoRA's adapters they never are."""
     return args.weights == "float32" and not args.lora
 
 
-def choose_trained(args, flags, student):
-    models.choose_trained(student, args.train or flags.train, of_use(student), lora=args.lora)
-
-
-def of_use(student):
-    """What hearing.check would find by running the model: everything but Omni's vision tower."""
-    return [p for name, p in student.named_parameters() if "visual" not in name.split(".")]
+def choose_trained(args, student):
+    # What hearing.check would find by running the model: everything but Omni's vision tower
+    of_use = [p for name, p in student.named_parameters() if "visual" not in name.split(".")]
+    models.choose_trained(student, args.train, of_use, lora=args.lora)
 
 
 def write_examples(args, folder, count, kind="wav", rate=16_000):
@@ -170,27 +106,37 @@ def write_examples(args, folder, count, kind="wav", rate=16_000):
     return data.read_manifest(folder / "noise.jsonl")
 
 
+def billions(parameters):
+    return sum(p.numel() for p in parameters) / 1e9
+
+
+def projections(student, teacher):
+    """Parameters of paper A's W_i, in billions."""
+    text = student.config.get_text_config()
+    return text.num_hidden_layers * text.hidden_size * teacher.config.hidden_size / 1e9
+
+
 def gigabytes(*tensors):
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 1e9
+    return sum(t.nbytes for t in tensors) / 1e9
 
 
-# ------------------------------- 3. what is held all the time -----------------------------------
+# ------------------------------- 2. what is held all the time -----------------------------------
 
-def at_full_depth(args, flags, gpus=1, layers=ALL):
-    """{part: GB} that a step holds all the time on each of so many GPUs (--shard), or on one."""
-    student, _, teacher, _ = random_models(args, torch.device("meta"), layers)
-    choose_trained(args, flags, student)
-    return held_by(args, student, teacher, gpus)
+def at_full_depth(args):
+    """{part: GB} that a step holds all the time on one GPU."""
+    student, _, teacher, _ = random_models(args, torch.device("meta"), ALL)
+    choose_trained(args, student)
+    return held_by(args, student, teacher, 1)
 
 
 def held_by(args, student, teacher, gpus):
-    """The same of given models. Bytes a parameter: 16 for what learns in float32 (with gradient and
-    two moments), 10 in bfloat16 (plumbing/optimizer.py), 2 for what is frozen, 16 for projections
-    and adapters (but FSDP gathers what learns in one type: then they are as the weights). With DDP
-    the gradients live in its buckets, so that they are not there twice."""
+    """The same of given models, on each of so many GPUs (--shard). Bytes a parameter: 16 for what
+    learns in float32 (with gradient and two moments), 10 in bfloat16 (plumbing/optimizer.py), 2 for
+    what is frozen, 16 for projections and adapters (but FSDP gathers what learns in one type: then
+    they are as the weights). With DDP the gradients live in its buckets, so that they are not there
+    twice."""
     def share(parameters):
-        # FSDP cuts the first axis; the first rank's share is never the smallest
-        return sum(-(-p.shape[0] // gpus) * p[0].numel() for p in parameters) / 1e9
+        return billions(parameters) / gpus
 
     learns = [p for p in student.parameters() if p.requires_grad]
     head = models.head_weight(student)
@@ -211,14 +157,12 @@ def held_by(args, student, teacher, gpus):
     held["teacher"] = 2 * share(teacher.parameters())
     if not args.lora:
         held["snapshot"] = 2 * share(p for p in base if p is not head)
-    text = student.config.text_config
-    projection = torch.empty(teacher.config.hidden_size, text.hidden_size, device="meta")
     bytes_each = 16 if gpus == 1 or wide(args) or args.lora else 10
-    held["projections"] = bytes_each * text.num_hidden_layers * share([projection])
+    held["projections"] = bytes_each * projections(student, teacher) / gpus
     return held
 
 
-# --------------------------------- 4. what autograd keeps ---------------------------------------
+# --------------------------------- 3. what autograd keeps ---------------------------------------
 
 class Attention(torch.autograd.Function):
     """What a fused attention keeps for its backward pass: operands, mask, result, and a number a
@@ -312,65 +256,58 @@ def lengths_of(args, processor, teacher_tokenizer):
         "text view": len(prompts.text[0]) + said}
 
 
-def shape_of(args, flags, layers):
+def shape_of(args):
     """Everything that an estimate needs, from models on the meta device: parameters in billions,
     tokens of a clip, and what autograd keeps of it."""
     meta = torch.device("meta")
-    student, processor, teacher, teacher_tokenizer = random_models(args, meta, layers)
-    choose_trained(args, flags, student)
+    student, processor, teacher, teacher_tokenizer = random_models(args, meta, args.layers)
+    choose_trained(args, student)
     decoder, blocks = models.decoder(student), models.blocks(student)
     head = models.head_weight(student)
     reader = models.decoder(teacher or student)
     text = student.config.get_text_config()
 
-    def count(parameters):
-        return sum(p.numel() for p in parameters) / 1e9
-
-    def trained(module):
-        return [p for p in module.parameters() if p.requires_grad]
-
-    def root(parameters, blocks):           # FSDP gathers it as one: what is in no layer
-        within = {id(p) for block in blocks for p in block.parameters()}
-        return count(p for p in parameters if id(p) not in within)
+    def sizes(parameters, blocks):
+        """-> billions of parameters: all of these, those in no block (FSDP gathers them as one),
+        and those of the largest block."""
+        numbers = {p: p.numel() / 1e9 for p in parameters}
+        of_blocks = [sum(numbers.get(p, 0) for p in block.parameters()) for block in blocks]
+        whole = sum(numbers.values())
+        return whole, whole - sum(of_blocks), max(of_blocks)
 
     s = argparse.Namespace(student=student, teacher=teacher, words=len(head))
     s.depth = len(decoder.layers)
     s.width = text.hidden_size
     s.reader_width = reader.config.hidden_size
-    s.projections = s.depth * s.reader_width * s.width / 1e9 if teacher else 0.0
-    s.whole = count(student.parameters())
-    s.decoder = count(decoder.parameters())
-    s.head = count([head])
-    s.largest = max(count([p]) for p in student.parameters())
-    s.learns = count(trained(student)) + s.projections
+    s.projections = projections(student, teacher) if teacher else 0.0
+    learns = [p for p in student.parameters() if p.requires_grad]
+    s.whole, s.root, s.block = sizes(student.parameters(), blocks)
+    s.learns, s.root_learns, s.block_learns = sizes(learns, blocks)
+    s.root += s.projections
+    s.learns += s.projections
+    s.root_learns += s.projections
+    s.reader, s.reader_root, s.reader_block = sizes(reader.parameters(), reader.layers)
+    s.decoder = billions(decoder.parameters())
+    s.head = billions([head])
+    s.snapshot_root = s.root - s.projections - s.head
+    s.largest = max(billions([p]) for p in student.parameters())
     s.head_learns = s.head * head.requires_grad
-    s.root = root(student.parameters(), blocks) + s.projections
-    s.root_learns = root(trained(student), blocks) + s.projections
-    s.snapshot_root = root((p for p in student.parameters() if p is not head), blocks)
-    s.block = max(count(block.parameters()) for block in blocks)
-    s.block_learns = max(count(trained(block)) for block in blocks)
-    s.linear = count(
+    s.linear = billions(
         m.weight for m in student.modules()
         if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and m.weight is not head)
-    s.reader = count(reader.parameters())
-    s.reader_head = count([models.head_weight(teacher or student)])
-    s.reader_root = root(reader.parameters(), reader.layers)
-    s.reader_block = count(reader.layers[0].parameters())
+    s.reader_head = billions([models.head_weight(teacher or student)])
     head_dim = getattr(text, "head_dim", None) or s.width // text.num_attention_heads
     s.cached = 4 * s.depth * text.num_key_value_heads * head_dim / 1e9              # GB a token
 
     # Gathered, all is bfloat16; else what the layers add up to is as wide as the embeddings
-    s.lengths, s.kept = lengths_of(args, processor, teacher_tokenizer), {}
-    for float32 in {wide(args), False}:
-        weights = "float32" if float32 else "bfloat16"
-        typed = argparse.Namespace(**{**vars(args), "weights": weights})
-        other = random_models(typed, meta, layers)[0]
-        choose_trained(args, flags, other)
-        s.kept[float32] = activations(other, s.lengths)
+    s.lengths = lengths_of(args, processor, teacher_tokenizer)
+    s.kept = {wide(args): activations(student, s.lengths)}
+    if wide(args):
+        s.kept[False] = activations(student.to(torch.bfloat16), s.lengths)
     return s
 
 
-# ------------------------------------- 5. the estimate ------------------------------------------
+# ------------------------------------- 4. the estimate ------------------------------------------
 
 def estimate(args, shape, gpus, clips):
     """-> {part: GB held all the time on one GPU}, {moment: {part: GB}}, what is held among them. On
@@ -473,9 +410,10 @@ def loading_moments(args, s, gpus, copies):
             "the teacher": 2 * (s.reader + s.reader_head)}
         roots, layers = max(s.snapshot_root, s.reader_root), max(s.block, s.reader_block)
         widths = each * s.width + 2 * s.reader_width + 2 * s.width
+        tokens = train_source_layer.CALIBRATION_EXAMPLES * train_source_layer.CALIBRATION_TOKENS
         moments["loading, the calibration"] = student | snapshot | teacher | copies | {
             "gathered": (2 * roots + 4 * layers) * shared,
-            "states of every layer": s.depth * calibration_tokens() * widths / 1e9}
+            "states of every layer": s.depth * tokens * widths / 1e9}
         answering |= snapshot | teacher
     else:
         answering |= copy
@@ -497,65 +435,50 @@ def most_clips(args, shape, gpus):
     return 256
 
 
-# ----------------------------------------- 6. the table -----------------------------------------
+# ----------------------------------------- 5. the table -----------------------------------------
 
 def print_estimate(args):
-    flags = default_flags(args.script)
-    args.group_size = flags.group_size if args.script == "cord" else 0
-    shape = shape_of(args, flags, args.layers or ALL)
+    shape = shape_of(args)
     helds, moments = zip(*(estimate(args, shape, n, args.micro_batch) for n in args.gpus))
-
-    settings = [f"train_{args.script}.py at the shapes of {args.shapes}"]
-    if args.layers:
-        settings.append(f"{args.layers} layer(s) of each")
-    settings.append(f"{args.weights} weights")
-    if args.lora:
-        settings.append(f"LoRA of rank {args.lora}")
-    if args.checkpoint_activations:
-        settings.append("--checkpoint-activations")
-    settings.append(f"{args.micro_batch} clip(s) of {args.seconds:g} s in a micro-batch")
     lengths = [f"{n:,} {what}" for what, n in shape.lengths.items()]
-    print(f"{', '.join(settings)}: {', '.join(lengths)}")
+    print(f"train_{args.script}.py --weights {args.weights} --lora {args.lora} at the shapes of "
+          f"{args.shapes}, {args.micro_batch} clip(s) of {args.seconds:g} s in a micro-batch: "
+          f"{', '.join(lengths)}")
     print("\nGB on each GPU: what is held all the time, then each moment; more than one GPU: "
-          "--shard\n")
+          "--shard")
+    out = Printed()
+    out.table("GPUs", *args.gpus)
 
-    def row(name, values):
-        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in values]
-        print(f"| {name} | {' | '.join(cells)} |")
+    def row(name, numbers):
+        out.row(name, *(f"{x:.1f}" for x in numbers))
 
-    row("GPUs", args.gpus)
-    row("---", ["---"] * len(args.gpus))
     for part in helds[0]:
         row(part, [held[part] for held in helds])
     row("**held all the time**", [sum(held.values()) for held in helds])
     for moment in moments[0]:
         columns = [found[moment] for found in moments]
-        row(f"**{moment}**", [float(sum(parts.values())) for parts in columns])
+        row(f"**{moment}**", [sum(parts.values()) for parts in columns])
         # In the order of their first appearance
         names = dict.fromkeys(name for parts in columns for name in parts)
         for name in names:
             if name != "held" and any(parts.get(name) for parts in columns):
-                row(f"+ {name}", [float(parts.get(name, 0.0)) for parts in columns])
+                row(f"+ {name}", [parts.get(name, 0) for parts in columns])
     row("**the most**", [most(found) for found in moments])
     clips = [most_clips(args, shape, n) or "none" for n in args.gpus]
-    row(f"clips in a micro-batch, at most {args.memory:g} GB", clips)
+    out.row(f"clips in a micro-batch, at most {args.memory:g} GB", *clips)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_shapes(parser)
     add = parser.add_argument
-    add("--script", choices=list(SCRIPTS), required=True)
-    add("--shapes", choices=MODELS, required=True,
-        help="student+teacher; CORD needs no other teacher")
     add("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 64],
         help="how many, a column each; over 1: --shard")
     add("--weights", choices=["float32", "bfloat16"], default="float32", help="as in the scripts")
-    add("--train", choices=["decoder", "all"], help="what learns; default: the script's")
-    add("--checkpoint-activations", action="store_true", help="as in the scripts")
-    add("--layers", type=int, help="of each model's, at most so many; all the widths stay")
     add("--lora", type=int, default=0, help="rank of adapters; 0: the weights learn")
+    add("--checkpoint-activations", action="store_true", help="as in the scripts")
     add("--micro-batch", type=int, default=1,
         help="clips in one forward pass; CORD: with all their rollouts")
     add("--prompts", type=int, default=8,
@@ -567,10 +490,9 @@ def main(argv=None):
         help="tokens of a response or rollout; default: source_layer 700, cord 200")
     add("--memory", type=float, default=80.0, help="GB of one GPU")
     args = parser.parse_args(argv)
-    needs_teacher(args)
     if args.response_tokens is None:
         args.response_tokens = {"source_layer": 700, "cord": 200}[args.script]
-    print_estimate(args)
+    print_estimate(with_flags(args))
 
 
 if __name__ == "__main__":

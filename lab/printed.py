@@ -17,20 +17,22 @@ class Printed:
         self.path = path
         self.parts = []                 # a sentence, or {"columns": [...], "rows": [[...], ...]}
 
-    def say(self, text=""):
-        self._add(text, [text])
+    def say(self, text):
+        self.parts.append(text)
+        self._print(text)
 
     def table(self, *columns):
-        self._add({"columns": columns, "rows": []}, table_lines({"columns": columns, "rows": []}))
+        self.parts.append({"columns": columns, "rows": []})
+        self._print(*table_lines(self.parts[-1]))
 
     def row(self, *cells):
-        """One of the last table. An empty cell is ""."""
-        self.parts[-1]["rows"].append(cells)
-        self._add(None, [row_line(cells)])
+        """One of the last table. Cells that are missing at its end are empty."""
+        table = self.parts[-1]
+        cells += ("",) * (len(table["columns"]) - len(cells))
+        table["rows"].append(cells)
+        self._print(row_line(cells))
 
-    def _add(self, part, lines):
-        if part is not None:
-            self.parts.append(part)
+    def _print(self, *lines):
         print(*lines, sep="\n", flush=True)
         if self.path:
             partial = Path(f"{self.path}.part")
@@ -40,8 +42,9 @@ class Printed:
 
 def table_lines(table):
     """A table's dict as markdown, behind an empty line."""
-    lines = ["", row_line(table["columns"]), row_line(["---"] * len(table["columns"]))]
-    return lines + [row_line(cells) for cells in table["rows"]]
+    columns = table["columns"]
+    rows = [columns, ["---"] * len(columns), *table["rows"]]
+    return ["", *map(row_line, rows)]
 
 
 def row_line(cells):

@@ -10,11 +10,12 @@ Both training scripts leave the same files, and this is all that is read:
     before, eval-NNNNNNN, after.json    evaluations; none with --no-eval
     step-NNNNNNN/checkpoint.json        what a checkpoint scored
 
-A run may be read while it is being written: any file may be missing, the last line may be cut, and
-any line may lack a term. The log alone says how far the run is: an evaluation beyond its last step
-is one that a resumed run will make again.
+A run may be read while it is being written: any file but config.json may be missing, the last line
+of the log may be cut, and any line may lack a term. The log alone says how far the run is: an
+evaluation beyond its last step is one that a resumed run will make again.
 """
 import argparse
+import itertools
 import json
 import math
 import textwrap
@@ -23,14 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import evaluate
 from plumbing import tables
-from plumbing.files import writing
-from plumbing.plots import COLOURS, TINY, curve, draw, pyplot
+from plumbing.files import complete, read_json, writing
+from plumbing.plots import COLOURS, TINY, curve, draw
 
 LOSSES = ("loss", "sft", "top", "layer", "acoustic", "token", "group")      # of both scripts
-BLUE, RED, ORANGE = "#2f5d9b", "#b04a5a", "#d98c3f"
+BLUE, RED = "#2f5d9b", "#b04a5a"
 RECENT = 50                 # steps that the time left is judged by
 ROWS = 20                   # evaluations in the table
 
@@ -38,26 +38,13 @@ ROWS = 20                   # evaluations in the table
 # -------------------------------------------------------------------------------------------------
 # 1. What is there
 
-def read_whole(path):
-    """A JSON object that is written at once, or None where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_lines(path):
-    """The whole lines of a JSONL file, as dicts; none without the file. A kill cuts one."""
+def read_log(path):
+    """The lines of a JSONL file, as dicts; none without the file. The last may be cut, by a kill:
+    it has no end."""
     if not path.exists():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def scores(found):
@@ -72,41 +59,38 @@ def scores(found):
 def read_run(folder):
     """A training run's folder -> {"folder", "config", "log": a line a step, "done": the last step,
     "steps": of how many (None: nobody knows), "finished", "evaluations": [(step, scores)],
-    "checkpoints": [step], "results" or None}. Raises data.DataError for a folder without a run."""
+    "checkpoints": [step], "results" or None}. Raises SystemExit for a folder without a run."""
     folder = Path(folder)
-    config = read_whole(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None or "command" not in config:           # a model's folder has one, too
-        raise data.DataError(f"{folder}: holds no run, or one that has not begun to train (no "
-                             "config.json of one); give the folder that a training script's --out "
-                             "named")
-    lines = read_lines(folder / "log.jsonl")
-    lines = {line["step"]: line for line in lines if isinstance(line.get("step"), int)}
-    log = [lines[step] for step in sorted(lines)]
+        raise SystemExit(f"{folder}: holds no run, or one that has not begun to train (no "
+                         "config.json of one); give the folder that a training script's --out "
+                         "named")
+    log = read_log(folder / "log.jsonl")
     for line in log:
-        # older logs of train_cord.py have the seconds of a step's parts only
-        names = ("seconds_rollout", "seconds_scoring", "seconds_update")
-        parts = [line[name] for name in names if line.get(name) is not None]
-        if parts:
-            line.setdefault("seconds", sum(parts))
-
+        if line.get("seconds") and "seconds_waiting" in line:
+            line["waiting"] = 100 * line["seconds_waiting"] / line["seconds"]
     done = log[-1]["step"] if log else 0
     steps = config.get("steps")
-    reached = config.get("dry_run", False) or (steps is not None and done >= steps)
-    finished = bool(log) and reached
-    files = [(int(path.stem[5:]), path.stem) for path in folder.glob("eval-*.json")]
-    files = [(0, "before"), *sorted(files)]
+    finished = bool(log) and (config.get("dry_run", False) or done == steps)
+    files = {0: "before"}
+    for path in sorted(folder.glob("eval-*.json")):
+        files[int(path.stem[5:])] = path.stem
     if finished:
-        files.append((done, "after"))
-    found = [(step, read_whole(folder / f"{name}.json")) for step, name in files if step <= done]
-
-    whole = folder.glob("step-*/checkpoint.json")
-    checkpoints = sorted(int(path.parent.name[5:]) for path in whole)
+        files[done] = "after"
+    found = {step: read_json(folder / f"{name}.json") for step, name in files.items()}
     return {
-        "folder": folder, "config": config, "log": log,
-        "done": done, "steps": steps, "finished": finished,
-        "evaluations": [(step, scores(results)) for step, results in found if results],
-        "checkpoints": checkpoints,
-        "results": read_whole(folder / "results.json") if finished else None,
+        "folder": folder,
+        "config": config,
+        "log": log,
+        "done": done,
+        "steps": steps,
+        "finished": finished,
+        "evaluations": [
+            (step, scores(results)) for step, results in found.items() if results and step <= done
+        ],
+        "checkpoints": [int(path.name[5:]) for path in complete(folder)],
+        "results": read_json(folder / "results.json") if finished else None,
     }
 
 
@@ -129,16 +113,10 @@ def progress(run):
     return f"{run['done']:,} of {'?' if run['steps'] is None else format(run['steps'], ',')} steps"
 
 
-def waits_of(log):
-    """The lines that tell how long their step waited for data."""
-    lines = [line for line in log if curve([line], "seconds_waiting")[1]]
-    return [line for line in lines if curve([line], "seconds")[1] and line["seconds"] > 0]
-
-
-def some(names, most=5):
+def some(names):
     """A few of them, and how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(str, names[:5])) + more
 
 
 def host_growth(log):
@@ -148,10 +126,9 @@ def host_growth(log):
     steps, values = curve(log, "host_gb")
     if not values:
         return None
-    falls = [i for i in range(1, len(values)) if values[i] < 0.9 * values[i - 1]]
-    start = falls[-1] if falls else 0
-    steps = steps[start:]
-    values = values[start:]
+    starts = [0] + [i for i in range(1, len(values)) if values[i] < 0.9 * values[i - 1]]
+    steps = steps[starts[-1]:]
+    values = values[starts[-1]:]
     warm = len(values) // 10
     slope = np.polyfit(steps[warm:], values[warm:], 1)[0] if len(values) - warm > 2 else 0.0
     return values[0], values[-1], 1e6 * slope
@@ -161,36 +138,33 @@ def table(evaluations):
     """[(step, scores)] as lines, a row a step; of many every second, or third, ..., to the last."""
     evaluations = evaluations[::-math.ceil(len(evaluations) / ROWS)][::-1]
     names = list(dict.fromkeys(name for _, found in evaluations for name in found))
-    wide = {name: max(8, len(name) + 2) for name in names}
-    lines = [f"{'step':>12}" + "".join(f"{name:>{wide[name]}}" for name in names)]
+    rows = [["step", *names]]
     for step, found in evaluations:
         cells = [f"{found[name][0]:.1f}" if name in found else "-" for name in names]
-        row = "".join(f"{cell:>{wide[name]}}" for name, cell in zip(names, cells))
-        lines.append(f"{step:12,}{row}")
-    return lines
+        rows.append([f"{step:,}", *cells])
+    wide = max(12, *(len(name) + 2 for name in names))
+    return ["".join(f"{cell:>{wide}}" for cell in row) for row in rows]
 
 
 def state_of(run):
     if run["config"].get("dry_run"):
-        state = ", a dry run"
-    else:
-        state = ", finished" if run["finished"] else ""
-    if run["log"] and not run["finished"]:                  # is it alive?
-        age = time.time() - (run["folder"] / "log.jsonl").stat().st_mtime
-        state = f", the last one {duration(max(0, age))} ago"
-    return progress(run) + state
+        return f"{progress(run)}, a dry run"
+    if run["finished"]:
+        return f"{progress(run)}, finished"
+    if not run["log"]:
+        return progress(run)
+    age = time.time() - (run["folder"] / "log.jsonl").stat().st_mtime       # is it alive?
+    return f"{progress(run)}, the last one {duration(age)} ago"
 
 
 def time_of(run, seconds):
-    recent = float(np.mean(seconds[-RECENT:]))
-    text = f"{duration(sum(seconds))} of steps"
-    minutes = (run["results"] or {}).get("minutes")
-    if minutes:
-        text += f", {duration(60 * minutes)} in all, the last start"
-    if run["steps"] and not run["finished"]:
-        text += f", {duration(recent * (run['steps'] - run['done']))} of them left at"
-        return f"{text} {recent:.3g} s a step"
-    return f"{text}, {recent:.3g} s a step"
+    recent = np.mean(seconds[-RECENT:])
+    text = f"{duration(sum(seconds))} of steps, "
+    if run["results"]:
+        text += f"{duration(60 * run['results']['minutes'])} in all, the last start, "
+    elif run["steps"]:
+        text += f"{duration(recent * (run['steps'] - run['done']))} of them left at "
+    return f"{text}{recent:.3g} s a step"
 
 
 def summary(run):
@@ -199,7 +173,7 @@ def summary(run):
     log = run["log"]
     names = ("commit", "python", "torch", "transformers")
     versions = ", ".join(f"{name} {config[name]}" for name in names if config.get(name))
-    where = f"{config.get('ranks', 1)} x {config.get('gpu') or 'CPU'}"
+    where = f"{config['ranks']} x {config['gpu'] or 'CPU'}"
     script = config["command"].split(" ")[0]
     lines = [f"{run['folder']}: {script} on {where}, {versions}", config["command"]]
 
@@ -222,22 +196,19 @@ def summary(run):
         _, values = curve(log, name)
         if values:
             say("speed", f"{np.median(values):,.0f} {name.replace('_', ' ')}, median")
-    waits = waits_of(log)
+    waits = [line for line in log if "waiting" in line]
     if waits:
         waiting = sum(line["seconds_waiting"] for line in waits)
         share = waiting / sum(line["seconds"] for line in waits)
         say("waiting", f"{100 * share:.1f} % of the steps' time went by waiting for data")
-    parts = []
     _, memory = curve(log, "memory_gb")
     if memory:
-        owner = "GPU" if config.get("gpu") else "process"
-        parts.append(f"{max(memory):.2f} GB of the {owner} at the peak")
+        owner = "GPU" if config["gpu"] else "process"
+        say("memory", f"{max(memory):.2f} GB of the {owner} at the peak")
     host = host_growth(log)
     if host:
-        parts.append("host {:.2f} -> {:.2f} GB since the last start, {:+.0f} MB a thousand steps"
-                     .format(*host))
-    if parts:
-        say("memory", "; ".join(parts))
+        say("host", "{:.2f} -> {:.2f} GB since the last start, {:+.0f} MB a thousand steps"
+            .format(*host))
 
     # What went wrong, and what was saved
     left_out = [line for line in log if "skipped" in line]
@@ -258,19 +229,6 @@ def summary(run):
 # -------------------------------------------------------------------------------------------------
 # 3. In pictures
 
-def plain_ticks(axis, colour="black"):
-    """0.2, not 2 x 10^-1, and on a log scale labels between the powers of ten, too."""
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    if axis.get_yscale() == "log":
-        low, high = axis.get_ylim()
-        between = range(2, 10) if high < 10 * low else (2, 5)
-        axis.yaxis.set_minor_locator(LogLocator(subs=between))
-        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.tick_params(axis="y", which="both", colors=colour)
-
-
 def two_scales(axis, log, left, right):
     """Two terms in one panel, (name, label, scale) each, each with an axis in its own colour. A
     term that nobody logged has none."""
@@ -281,9 +239,9 @@ def two_scales(axis, log, left, right):
         side.set_yscale(scale)
         draw(side, log, name, colour)
         side.set_ylabel(label, color=colour)
+        side.tick_params(axis="y", which="both", colors=colour)
         if scale != "log":
             side.set_ylim(bottom=0)
-        plain_ticks(side, colour)
 
 
 def plot_losses(axis, log):
@@ -302,57 +260,41 @@ def plot_losses(axis, log):
         # L_ac starts at nothing, which is not to squeeze the rest
         low = min(np.percentile(terms[name], 5) for name in positive)
         axis.set_ylim(bottom=max(TINY, 0.5 * low))
-        plain_ticks(axis)
     side = axis.twinx() if signed and positive else axis
     for name in signed:
         label = f"{name} (right)" if positive else name
         lines += draw(side, log, name, colours[name], label)
-        plain_ticks(side, colours[name])
+        side.tick_params(axis="y", colors=colours[name])
     axis.set_ylabel("loss")
-    if lines:
-        axis.legend(handles=lines, frameon=False, fontsize=8, ncols=3)
+    axis.legend(handles=lines, frameon=False, fontsize=8, ncols=3)
 
 
 def plot_scores(axis, evaluations):
-    """Accuracies over the steps: thick with their intervals what counts, thin what it is made of.
-    Of a CORD run not the tasks that only audio can ask."""
+    """Accuracies over the steps, with their intervals. Of a CORD run not the tasks that only audio
+    can ask."""
     names = list(dict.fromkeys(name for _, found in evaluations for name in found))
-    thick = {"average": BLUE, "SER": RED}
-    thin = [name for name in names if name not in thick]
-    if "audio" in names:
-        thick = {"text": ORANGE, "audio": BLUE}
-        thin = [name for name in ("average", "SER") if name in names]
-    free = [colour for colour in COLOURS if colour not in thick.values()]
-    colours = {name: free[i % len(free)] for i, name in enumerate(thin)} | {"SER": RED} | thick
-
-    for name in [name for name in (*thin, *thick) if name in names]:
+    if "text" in names:
+        names = [name for name in ("text", "audio", "average", "SER") if name in names]
+    for name, colour in zip(names, itertools.cycle(COLOURS)):
         rows = [(step, *found[name]) for step, found in evaluations if name in found]
         steps, values, intervals = zip(*rows)
-        style, width = ("-o", 2) if name in thick else ("--o", 1)
-        how = {"color": colours[name], "linewidth": width, "markersize": 4}
-        axis.plot(steps, values, style, label=name, **how)
-        if name in thick:
-            low, high = np.transpose(intervals)
-            axis.fill_between(steps, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        low, high = np.transpose(intervals)
+        axis.plot(steps, values, "-o", label=name, color=colour, markersize=4)
+        axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.set(ylabel="per cent", ylim=(0, 102))
     if names:
         axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower center")
-    else:
-        middle = {"transform": axis.transAxes, "ha": "center"}
-        axis.text(0.5, 0.5, "no evaluation", color="#888888", **middle)
 
 
 def plot_memory(axis, log, gpu):
-    peak = "GPU, peak" if gpu else "process, peak"
     for name, label, colour in (
-        ("memory_gb", peak, BLUE),
+        ("memory_gb", "GPU, peak" if gpu else "process, peak", BLUE),
         ("host_gb", "host, rank 0's process", RED),
     ):
-        steps, values = curve(log, name)
-        if values:
-            axis.plot(steps, values, color=colour, label=label, linewidth=1.5)
-            axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axis.set(ylabel="GB", ylim=(0, 1.15 * axis.get_ylim()[1]))
+        axis.plot(*curve(log, name), color=colour, label=label, linewidth=1.5)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.set_ylabel("GB")
+    axis.set_ylim(bottom=0)
 
 
 TITLES = {
@@ -366,16 +308,17 @@ TITLES = {
 
 
 def plot_report(run):
-    """read_run's dict -> report.png in the run's folder."""
-    plt = pyplot()
-    if plt is None:
-        return
+    """read_run's dict -> Figure."""
+    from matplotlib.figure import Figure
+
     log = run["log"]
     rollouts = bool(curve(log, "kl")[1] or curve(log, "reward")[1])
-    upper = ["loss", "scores", "signal"] if rollouts else ["loss", "scores"]
-    lower = ["gradient", "speed", "memory"]
-    mosaic = [[name for name in row for _ in range(6 // len(row))] for row in (upper, lower)]
-    figure, panels = plt.subplot_mosaic(mosaic, figsize=(15, 7.5), constrained_layout=True)
+    upper = 3 * ["loss"] + 3 * ["scores"]
+    if rollouts:
+        upper = 2 * ["loss"] + 2 * ["scores"] + 2 * ["signal"]
+    lower = 2 * ["gradient"] + 2 * ["speed"] + 2 * ["memory"]
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([upper, lower])
 
     plot_losses(panels["loss"], log)
     plot_scores(panels["scores"], run["evaluations"])
@@ -385,13 +328,9 @@ def plot_report(run):
     two_scales(panels["gradient"], log, ("grad_norm", "gradient norm", "log"),
                ("lr", "learning rate", "linear"))
     speed = "rollout_tokens_per_second" if rollouts else "tokens_per_second"
-    waits = []
-    for line in waits_of(log):
-        share = 100 * line["seconds_waiting"] / line["seconds"]
-        waits.append({"step": line["step"], "waiting": share})
-    two_scales(panels["speed"], [*log, *waits], (speed, speed.replace("_", " "), "linear"),
+    two_scales(panels["speed"], log, (speed, speed.replace("_", " "), "linear"),
                ("waiting", "% of a step waiting for data", "linear"))
-    plot_memory(panels["memory"], log, run["config"].get("gpu"))
+    plot_memory(panels["memory"], log, run["config"]["gpu"])
 
     left_out = [line["step"] for line in log if "skipped" in line]
     end = max(1, run["done"])
@@ -407,8 +346,7 @@ def plot_report(run):
     note = f"; x: {len(left_out)} that were left out" if left_out else ""
     command = textwrap.shorten(run["config"]["command"], 150, placeholder=" ...")
     figure.suptitle(f"{command}   ({progress(run)}{note})", fontsize=10)
-    figure.savefig(run["folder"] / "report.png", dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main(argv=None):
@@ -416,13 +354,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="the folder that the script's --out named")
     args = parser.parse_args(argv)
-    try:
-        run = read_run(args.run)
-    except data.DataError as error:
-        raise SystemExit(f"lab.report: {error}") from None
+    run = read_run(args.run)
     picture = run["folder"] / "report.png"
     with writing(picture):
-        plot_report(run)
+        plot_report(run).savefig(picture, dpi=110)
     print(*summary(run), sep="\n")
     if run["results"]:
         before = run["results"]["before"]

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lab.printed import as_markdown, row_line
+from lab.printed import as_markdown, table_lines
 
 CHIPS = {"H100, 80 GB": (989e12, 3.35e12), "H200, 141 GB": (989e12, 4.8e12)}    # FLOP/s, bytes/s
 
@@ -64,10 +64,10 @@ def step_bounds(flops, bandwidth):
     responses = PROMPTS * RESPONSES * ROLLOUT
     with_kl = PROMPTS * ROLLOUT
     rollout = ROLLOUT * 2 * (decoder + head) / bandwidth
-    for kind, backward in (("LoRA", 2), ("all weights", 4)):
+    for kind, backward, adamw in (("LoRA", 2, 0), ("all weights", 4, 18)):
         work = (2 + backward) * decoder * heard + 2 * decoder * read
         work += head * ((2 + backward) * (responses + TWICE * with_kl) + 2 * (1 + TWICE) * with_kl)
-        optimizer = 18 * (decoder + head) / bandwidth if kind == "all weights" else 0
+        optimizer = adamw * (decoder + head) / bandwidth
         bounds[f"a CORD step, {kind}"] = rollout + work / flops + optimizer
 
     # Paper A, Omni and Qwen3-8B; the snapshot hears the clip again
@@ -75,11 +75,11 @@ def step_bounds(flops, bandwidth):
     teacher, teacher_head = layers_of(4096, 12_288, 36, 1 / 4), 151_936 * 4096
     heard, read = PROMPTS * (AUDIO + BESIDE + TRACE), PROMPTS * (READ + TRACE)
     responses = PROMPTS * TRACE
-    for kind, backward in (("LoRA", 2), ("all weights", 4)):
+    for kind, backward, adamw in (("LoRA", 2, 0), ("all weights", 4, 18)):
         work = (2 + backward) * decoder * heard + 2 * teacher * read
         work += 2 * decoder * PROMPTS * AUDIO
         work += responses * ((2 + backward) * head + 2 * teacher_head)
-        optimizer = 18 * (decoder + head) / bandwidth if kind == "all weights" else 0
+        optimizer = adamw * (decoder + head) / bandwidth
         bounds[f"a paper A step, {kind}"] = work / flops + optimizer
     return bounds
 
@@ -91,11 +91,12 @@ def measured(records):
         for table in record.get("printed", ()):
             if isinstance(table, str):
                 continue
-            if record["part"] == "fused losses" and table["columns"][1] == "time, over ours":
+            first, second, *_ = table["columns"]
+            if second == "time, over ours":
                 seconds = {row[0]: row[2] for row in table["rows"]}
                 if "ours" in seconds:                       # not where the part was stopped
-                    found[table["columns"][0]] = float(seconds["ours"])
-            if table["columns"][0] == "part":
+                    found[first] = float(seconds["ours"])
+            if first == "part":
                 found[record["part"]] = sum(float(row[1]) for row in table["rows"])
     return found
 
@@ -105,22 +106,17 @@ def bounds_table(records):
     bounds = {chip: {**loss_bounds(*rates), **step_bounds(*rates)}
               for chip, rates in CHIPS.items()}
     found = measured(records)
-    lines = [row_line(["at least, milliseconds", *CHIPS, "measured"]), row_line(["---"] * 4)]
+    rows = []
     for name in next(iter(bounds.values())):
         allowed = [f"{1000 * bounds[chip][name]:,.0f}" for chip in CHIPS]
-        value = f"{1000 * found[name]:,.0f}" if name in found else ""
-        lines.append(row_line([name, *allowed, value]))
-    return lines
+        rows.append([name, *allowed, f"{1000 * found[name]:,.0f}" if name in found else ""])
+    return table_lines({"columns": ["at least, milliseconds", *CHIPS, "measured"], "rows": rows})
 
 
 def report(records):
     """lab.gpu's records -> lines of markdown."""
     lines = []
     for record in records:
-        if record["part"] == "packages":
-            if record["missing"]:
-                lines.append(f"Not installed there: {', '.join(record['missing'])}.")
-            continue
         lines += ["", f"### {record['part']}", ""]
         if "command" not in record:
             lines.append(f"{record['ended'].capitalize()}.")
@@ -140,7 +136,7 @@ def main(argv=None):
     parser.add_argument("file", nargs="?", help="gpu.json; without it the bounds alone")
     args = parser.parse_args(argv)
     records = json.loads(Path(args.file).read_text()) if args.file else []
-    print(*report(records), "", *bounds_table(records), sep="\n")
+    print(*report(records), *bounds_table(records), sep="\n")
 
 
 if __name__ == "__main__":

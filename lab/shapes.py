@@ -84,8 +84,8 @@ def word_tokenizer(specials, template, named=None, words=151_600):
 
 def random_student(name, layers, dtype):
     """-> (audio language model with at most so many layers in decoder, tower and vision tower, its
-    processor). Raises SystemExit for a name it does not know."""
-    text = _text_shape(STUDENTS, name, layers)
+    processor). name: one of STUDENTS."""
+    text = _text_shape(STUDENTS[name], layers)
     ears = EARS | {"encoder_layers": min(layers, EARS["encoder_layers"])}
     make = _omni if "Omni" in name else _qwen2_audio
     config, processor = make(text, ears, layers)
@@ -94,18 +94,13 @@ def random_student(name, layers, dtype):
 
 
 def random_teacher(name, layers, dtype):
-    """-> (text LLM with at most so many layers, its tokenizer). Raises SystemExit for a name it
-    does not know."""
-    config = transformers.Qwen3Config(**_text_shape(TEACHERS, name, layers))
+    """-> (text LLM with at most so many layers, its tokenizer). name: one of TEACHERS."""
+    config = transformers.Qwen3Config(**_text_shape(TEACHERS[name], layers))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval(), word_tokenizer(TEACHER_SPECIALS, TEACHER_TEMPLATE)
 
 
-def _text_shape(table, name, layers):
-    if name not in table:
-        raise SystemExit(f"the shapes known here are those of {', '.join(table)}, not of {name}; "
-                         "give one of these")
-    shape = table[name]
+def _text_shape(shape, layers):
     return shape | {"num_hidden_layers": min(layers, shape["num_hidden_layers"]),
                     "tie_word_embeddings": False, "max_position_embeddings": 32_768}
 
@@ -128,7 +123,7 @@ def _omni(text, ears, layers):
         transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor(),
         transformers.WhisperFeatureExtractor(feature_size=EARS["num_mel_bins"], chunk_length=300),
         words, chat_template=STUDENT_TEMPLATE)
-    ids = {key: words.convert_tokens_to_ids(token) for key, token in OMNI_NAMED.items()}
+    id_of = words.convert_tokens_to_ids
 
     # Rotary pairs of a head, 64, for time, height and width: 16, 24, 24
     width = text["hidden_size"]
@@ -141,12 +136,12 @@ def _omni(text, ears, layers):
         audio_config=ears | {"output_dim": width, "n_window": 100},
         vision_config=eyes,
         text_config=text | {"rope_parameters": rope},
-        audio_token_index=ids["audio_token"],
-        image_token_index=ids["image_token"],
-        video_token_index=ids["video_token"],
-        audio_start_token_id=ids["audio_bos_token"],
-        vision_start_token_id=ids["vision_bos_token"],
-        vision_end_token_id=ids["vision_eos_token"])
+        audio_token_index=id_of("<|AUDIO|>"),
+        image_token_index=id_of("<|IMAGE|>"),
+        video_token_index=id_of("<|VIDEO|>"),
+        audio_start_token_id=id_of("<|audio_bos|>"),
+        vision_start_token_id=id_of("<|vision_bos|>"),
+        vision_end_token_id=id_of("<|vision_eos|>"))
     return config, processor
 
 

@@ -98,9 +98,9 @@ def test_the_flops_of_a_loss_are_those_of_its_four_products():
 
 
 def test_without_liger_its_rows_are_left_out(monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    args = argparse.Namespace(tokens=128, hidden=8, teacher_hidden=8, vocab=50)
-    x = bench.loss_inputs(args, torch.device("cpu"))
+    monkeypatch.setattr(bench, "peer", lambda module, name: None)
+    args = argparse.Namespace(hidden=8, teacher_hidden=8, vocab=50)
+    x = bench.loss_inputs(args, torch.device("cpu"), 128)
     for case in ("jsd_ce", "group"):
         names = list(bench.contenders(case, x))
         assert names[:2] == ["ours", "the formula"] and not any("Liger" in name for name in names)
@@ -261,12 +261,9 @@ def short_runs(tmp_path, monkeypatch):
     """Both scripts on four clips of noise."""
     bench.memory.write_examples(argparse.Namespace(seconds=0.5, response_tokens=20), tmp_path, 4)
     small = ["--data", str(tmp_path / "noise.jsonl"), "--batch-size", "2", "--micro-batch", "2"]
-    for name in ("RUNS", "LONG"):
-        monkeypatch.setattr(
-            bench,
-            name,
-            {"source_layer": small, "cord": [*small, "--group-size", "2", "--max-new-tokens", "4"]},
-        )
+    cord = [*small, "--group-size", "2", "--max-new-tokens", "4"]
+    monkeypatch.setattr(bench, "RUNS", {"source_layer": small, "cord": cord})
+    monkeypatch.setattr(bench, "LONG", {"source_layer": small})
 
 
 @pytest.mark.slow
@@ -304,7 +301,7 @@ def test_data(short_runs, capsys):
 
 @pytest.mark.slow
 def test_long_runs(short_runs, capsys):
-    bench.main(["long", "--steps", "20", "--script", "source_layer"])
+    bench.main(["long", "--steps", "20"])
     table = rows(capsys.readouterr().out)
     assert list(table) == [
         "script, process",
@@ -319,10 +316,3 @@ def test_long_runs(short_runs, capsys):
         SystemExit, match="train_cord.py .*--nonsense failed(.|\n)*unrecognized arguments"
     ):
         bench.run_script("cord", "--nonsense")
-
-
-def test_growth_is_told_from_noise():
-    assert bench.slope(
-        [(step, 500 + step / 100 + step % 2) for step in range(1000, 2001)]
-    ) == pytest.approx(10, abs=0.1)
-    assert bench.slope([(step, 500.0) for step in range(1000, 2001)]) == 0

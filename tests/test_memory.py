@@ -25,15 +25,8 @@ def test_the_memory_table_is_what_the_arithmetic_gives():
     assert len(found) == 4
     for script, name, *cells in found[::2]:
         for lora, cell in zip((0, 64), cells[::2]):
-            flags = {"cord": memory.train_cord, "source_layer": memory.train_source_layer}[
-                script
-            ].parse_flags([])
-            held = memory.at_full_depth(
-                argparse.Namespace(
-                    script=script, shapes=name, lora=lora, train=None, weights="bfloat16"
-                ),
-                flags,
-            )
+            args = argparse.Namespace(script=script, shapes=name, weights="bfloat16", lora=lora)
+            held = memory.at_full_depth(memory.with_flags(args))
             assert f"{sum(held.values()):.1f}" == cell, (script, name, lora)
 
 
@@ -58,27 +51,23 @@ def test_memory(script, shapes, weights, lora, monkeypatch):
     """Sums are sums, the most is the largest moment, shares shrink with the GPUs, and one GPU holds
     what `step` says of full depth."""
     shrink(monkeypatch.setitem)
+    monkeypatch.setattr(memory, "ALL", 2)
     args = argparse.Namespace(
         script=script,
         shapes=shapes,
         weights=weights,
         lora=lora,
-        train=None,
+        layers=2,
         memory=80.0,
-        checkpoint_activations=False,
-        group_size=4 * (script == "cord"),
         response_tokens=20,
         seconds=1.0,
         prompts=2,
         eval_batch=2,
-        text_batch=2,
     )
-    flags = {"cord": memory.train_cord, "source_layer": memory.train_source_layer}[
-        script
-    ].parse_flags([])
-    shape = memory.shape_of(args, flags, 2)
+    args = memory.with_flags(args)
+    shape = memory.shape_of(args)
     one, two, many = (memory.estimate(args, shape, gpus, 1) for gpus in (1, 2, 64))
-    assert one[0] == memory.at_full_depth(args, flags, layers=2)
+    assert one[0] == memory.at_full_depth(args)
     for part in one[0]:
         assert two[0][part] == pytest.approx(
             one[0][part] / 2 * (10 / 16 if part == "projections" and weights == "bfloat16" else 1),
@@ -157,7 +146,7 @@ def test_what_autograd_keeps_is_what_a_real_run_keeps(name, monkeypatch):
         meta = shapes.random_student(name, 2, torch.bfloat16)[0]
     real = shapes.random_student(name, 2, torch.bfloat16)[0]
     for student in (meta, real):
-        models.choose_trained(student, "all", memory.of_use(student))
+        memory.choose_trained(argparse.Namespace(train="all", lora=0), student)
     counted, weights, kept = (
         memory.activations(meta, lengths),
         {p.data_ptr() for p in real.parameters()},
@@ -236,7 +225,7 @@ def test_the_command_of_each_opening_fits_into_72_gb(script):
             "script": script,
             "seconds": 30.0,
             "memory": 80.0,
-            "train": None,
+            "layers": memory.ALL,
             **(
                 {
                     "shapes": names[flags.student],
@@ -256,7 +245,7 @@ def test_the_command_of_each_opening_fits_into_72_gb(script):
     )
     clips = -(-flags.micro_batch // (1 + args.group_size))
     held, moments = memory.estimate(
-        args, memory.shape_of(args, flags, memory.ALL), gpus if flags.shard else 1, clips
+        args, memory.shape_of(args), gpus if flags.shard else 1, clips
     )
     most = max(sum(parts.values()) for parts in moments.values())
     print(f"{script}: {most:.1f} GB")
@@ -267,23 +256,19 @@ def test_the_first_answers_are_counted(monkeypatch):
     """Planted: before it is shared out, the student is whole on every GPU while it answers, in 16
     bits beside its float32 weights."""
     shrink(monkeypatch.setitem)
-    flags = memory.train_cord.parse_flags([])
     args = argparse.Namespace(
         script="cord",
         shapes="qwen2-audio-7b",
-        weights="float32",
-        lora=0,
-        train=None,
+        layers=2,
         memory=80.0,
-        checkpoint_activations=False,
-        group_size=4,
         response_tokens=20,
         seconds=1.0,
         prompts=2,
         eval_batch=2,
         text_batch=8,
     )
-    shape = memory.shape_of(args, flags, 2)
+    args = memory.with_flags(args)
+    shape = memory.shape_of(args)
     moments = [memory.estimate(args, shape, gpus, 1)[1] for gpus in (2, 64)]
     for name, count, tokens in (
         ("the text view's answers", 8, "text view"),
