@@ -45,7 +45,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 # jinja2, soundfile and torchaudio are imported where they are used, so that --help is quick. For
-# forked workers plumbing/run.py imports them once, in _feed, before the fork.
+# forked workers plumbing/run.py imports them once, before the fork.
 
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 321               # fewer give no audio token in Qwen2-Audio and Omni, silently
@@ -55,7 +55,8 @@ TAG = r"</?(?:THINK|PLANNING|CAPTION|REASONING|SUMMARY|RESPONSE)>"
 
 class DataError(SystemExit, ValueError):
     """Bad data, in one sentence: where (file:line), what, and what to do about it. A script ends
-    with the sentence and without a traceback."""
+    with the sentence and without a traceback. (So would a thread, without a word: catch it there.)
+    """
 
 
 @dataclass
@@ -260,8 +261,8 @@ def audio_inputs(processor, prompts, waves):
     options = {"sampling_rate": SAMPLE_RATE}
     if 30 < longest(processor) < math.inf:
         # Whisper's encoder wants its 30 s and no less. With a longer window the tower splits clips
-        # itself, and zeros up to the window's end (Omni: 300 s, 15 MB a clip) are waste. 400
-        # samples behind the longest clip keep its last frames what they are beside a longer one.
+        # itself: padding to its end (Omni: 300 s, 15 MB a clip) is waste. With 400 samples of
+        # silence behind the longest clip its last frames are the same as beside a longer one.
         samples = max(map(len, waves)) + 400
         options.update(padding="max_length", max_length=160 * math.ceil(samples / 160))
     with torch.autocast("cpu", enabled=False):          # the spectrogram is not for 16 bits
@@ -500,7 +501,7 @@ def audio_prefix(view: View) -> View:
     """The same view cut right after the batch's last audio token, for the acoustic teacher.
 
     The decoder is causal: its states at audio positions depend on nothing later, so question and
-    response need not be computed."""
+    response need not be computed. One response a prompt: the mask is [batch, seq]."""
     seq = view.inputs["input_ids"].shape[1]
     row = view.audio_positions // seq
     column = view.audio_positions % seq

@@ -134,7 +134,7 @@ def _chunk(
     log_q = torch.log_softmax(logits, -1)
     q = log_q.exp()
     nll = -log_q.gather(1, labels)[:, 0]
-    divergence = spread = torch.zeros_like(nll)
+    divergence = entropies = torch.zeros_like(nll)
 
     # D: of the same softmax, or of one over the shared tokens, or at temperature 1
     if teacher is None:
@@ -155,7 +155,7 @@ def _chunk(
         divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, none)
         gradient = gradient + d_logits
     if entropy and teacher is not None:
-        spread = -(q * log_q).sum(-1)
+        entropies = -(q * log_q).sum(-1)
 
     # The label's own entry. A compiler would first store the whole gradient for scatter_add
     if _compiles(student.device):
@@ -163,7 +163,7 @@ def _chunk(
         gradient = gradient - torch.where(at_label, nll_weight, 0.0)
     else:
         gradient.scatter_add_(1, labels, -nll_weight)
-    return divergence, nll, spread, gradient.to(dtype)
+    return divergence, nll, entropies, gradient.to(dtype)
 
 
 def _states_chunk(student, teacher, mean, std, weight, dtype):
@@ -188,12 +188,12 @@ def _blocks(rows, width):
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _chunk_by_blocks(student, *each, **how):
+def _chunk_by_blocks(student, *per_row, **how):
     """_chunk for a CPU. The gradient takes the place of the student's logits."""
     found = []
     for rows in _blocks(*student.shape):
-        some = [None if x is None else x[rows] for x in each]
-        *values, student[rows] = _chunk(student[rows], *some, **how)
+        of_block = [None if x is None else x[rows] for x in per_row]
+        *values, student[rows] = _chunk(student[rows], *of_block, **how)
         found.append(values)
     return *(torch.cat(parts) for parts in zip(*found)), student
 
@@ -387,9 +387,9 @@ def jsd_ce(
     None: by memory. ValueError for arguments that do not fit together."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta {beta} must lie in [0, 1]")
-    taught = None if teacher_hidden is None else len(teacher_hidden)
-    if labels.shape != student_hidden.shape[:1] or taught not in (None, len(student_hidden)):
-        raise ValueError(f"{list(labels.shape)} labels and {taught} teacher rows for "
+    teacher_rows = None if teacher_hidden is None else len(teacher_hidden)
+    if labels.shape != student_hidden.shape[:1] or teacher_rows not in (None, len(student_hidden)):
+        raise ValueError(f"{list(labels.shape)} labels and {teacher_rows} teacher rows for "
                          f"{len(student_hidden)} hidden states")
 
     student = _student(student_hidden, student_weight)
@@ -400,21 +400,21 @@ def jsd_ce(
         teacher = teacher_hidden[counted], teacher_weight
 
     weight_of_row = 1 / _count(len(counted), denominator)
-    each = torch.full_like(counted, weight_of_row, dtype=_exact(student.hidden))    # [rows]
+    row_weight = torch.full_like(counted, weight_of_row, dtype=_exact(student.hidden))    # [rows]
     divergence, nll, _ = _head_pass(
         counted,
         student,
         teacher,
         labels,
-        each,
-        ce_weight * each,
+        row_weight,
+        ce_weight * row_weight,
         None,
         chunk_tokens=chunk_tokens,
         beta=beta,
         entropy=False,
         shared=shared_ids,
     )
-    top, ce = (each * divergence).sum(), (each * nll).sum()
+    top, ce = (row_weight * divergence).sum(), (row_weight * nll).sum()
     loss = _KnownGradient.apply(
         top + ce_weight * ce,
         student_hidden,
@@ -447,12 +447,12 @@ def cord(
     kl = torch.zeros_like(labels, dtype=exact)                                  # [tokens]
     log_q, entropy = torch.zeros_like(kl), torch.zeros_like(kl)
 
-    def add(rows, taught, kl_weight, nll_weight, temperature):
+    def add(rows, hidden, kl_weight, nll_weight, temperature):
         """Adds these rows' gradients -> their D, -log q and entropy."""
         return _head_pass(
             rows,
             student,
-            None if taught is None else (taught, teacher_weight),
+            None if hidden is None else (hidden, teacher_weight),
             labels,
             kl_weight,
             nll_weight,
@@ -578,11 +578,11 @@ def position_weights(kl, lengths, beta):
 
 
 def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denominator):
-    taught = 0 if teacher is None else len(teacher)
-    if not sum(lengths) == carries_kl.sum() == taught:
+    teacher_rows = 0 if teacher is None else len(teacher)
+    if not sum(lengths) == carries_kl.sum() == teacher_rows:
         raise ValueError(
             f"lengths add up to {sum(lengths)}; carries_kl names {carries_kl.sum().item()} tokens "
-            f"and the teacher has {taught} rows: these must be the same")
+            f"and the teacher has {teacher_rows} rows: these must be the same")
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")

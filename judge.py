@@ -195,21 +195,20 @@ def standing_alone(sentence, choices):
 def named_choices(text, choices):
     """The places of all choices that a text names, by words or letter, and does not deny."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
+    several = False
     if all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
-        relation, quantities = value(text) or ("is", ())
-        several = relation != "is" or len(quantities) > 1
-        if several and len(sentences(text)) == 1:
-            return set()                                   # "at least 2", "1 or 2"
+        relation, quantities = value(REASON.split(text, maxsplit=1)[0]) or ("is", ())
+        several = relation != "is" or len(quantities) > 1  # "at least 2", "1 or 2"
     if set(names_of(choices)) <= {"yes", "no"}:
         text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
 
     alone = set()
     for sentence in sentences(text):
         alone |= standing_alone(plain(sentence), choices)
-    if alone:
+    if alone or several and len(sentences(text)) == 1:
         return alone
 
     text = marked(plain(text), choices)

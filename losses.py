@@ -337,13 +337,13 @@ def cord(
 
     # L_tok
     if carries_kl.any():
-        heard = logits[carries_kl]                                          # [kl tokens, vocab]
-        read = logits_of(teacher_hidden, teacher_weight)
-        divergence = token_divergence(heard, read, beta=divergence_beta)    # D_t [kl tokens]
+        kl_logits = logits[carries_kl]                                      # [kl tokens, vocab]
+        teacher = logits_of(teacher_hidden, teacher_weight)
+        divergence = token_divergence(kl_logits, teacher, beta=divergence_beta)     # D_t
         weight = cord_weights(divergence, lengths, alpha=alpha, beta=beta, top_share=top_share)
         rollouts = len(lengths) if denominator is None else denominator
         loss = loss + _mean(weight * divergence, rollouts)
         kl[carries_kl] = divergence.detach()
-        log_q_all = _log_softmax(heard.detach(), 1.0)                       # [kl tokens, vocab]
+        log_q_all = _log_softmax(kl_logits.detach(), 1.0)                   # [kl tokens, vocab]
         entropy[carries_kl] = -(log_q_all.exp() * log_q_all).sum(-1)
     return loss, kl.detach(), log_q.detach(), entropy.detach()

@@ -16,8 +16,7 @@ Nothing here is a list of families. What cannot be asked of the model's class is
 on two clips of noise (plumbing/hearing.py): does the audio reach the decoder, are there as many
 placeholders as audio vectors, is the head a matrix alone, which parameters get a gradient, can
 rollouts share a prompt? So a family that nobody thought of works, or is refused with a sentence
-that says why.
-docs/families.md lists those of transformers.
+that says why. docs/families.md lists those of transformers.
 
     python models.py mini/student                         # check a model, as training does
     python models.py runs/lora --save runs/lora/merged    # a LoRA adapter added into its base
@@ -61,7 +60,7 @@ def tower(model):
 
 
 def projector(model):
-    """The parameters of neither decoder, head nor tower: projectors, and what the model has for
+    """The parameters outside decoder, head and tower: projectors, and what the model has for
     other senses. -> list"""
     elsewhere = set()
     for part in (decoder(model), model.get_output_embeddings(), tower(model)):
@@ -103,12 +102,12 @@ def hear(model, *, use_cache=False, **inputs):
     head = model.get_output_embeddings()
     model.set_output_embeddings(nn.Identity())
     try:
-        return _forward(model, inputs, use_cache).logits
+        return forward(model, inputs, use_cache).logits
     finally:
         model.set_output_embeddings(head)
 
 
-def _forward(model, inputs, use_cache=False):
+def forward(model, inputs, use_cache=False):
     # A processor's features are float32; the tower wants them in its own type
     dtype = next(tower(model).parameters()).dtype
     for name, x in inputs.items():
@@ -118,7 +117,7 @@ def _forward(model, inputs, use_cache=False):
 
 
 def autocast(model):
-    """The context that it runs in: bfloat16 on a GPU, and wherever its weights are."""
+    """The context that it runs in: bfloat16 on a GPU, and wherever its weights are bfloat16."""
     half = model.device.type == "cuda" or model.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 

@@ -166,8 +166,8 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
 
     Each rank takes its share of a chunk; rank 0 appends a chunk's lines, so that a kill loses one
     chunk at most."""
-    # An answer's key: these weights, this prompt. Another student, or this one trained further,
-    # asks anew
+    # An answer's key: these weights (1,000 numbers of each tensor), this limit, this prompt.
+    # Another student, or this one trained further, asks anew
     weights = 0
     for p in model.parameters():
         some = p.detach().flatten()[:1000].float().cpu()

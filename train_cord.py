@@ -107,7 +107,7 @@ def parse_flags(argv=None):
     add("--lr", 3e-4, "peak learning rate (paper, 7B: 3e-5)")
     add("--epochs", 0.8, "passes over the data; a fraction will do")
     add("--batch-size", 16, "prompts per step, over all ranks")
-    add("--micro-batch", 16, "rollouts per forward on one rank; a prompt's share a sequence")
+    add("--micro-batch", 16, "rollouts per forward on one rank; those of a prompt share a sequence")
 
     # references and samples
     add("--text-batch", 64, "prompts that one rank reads and answers at once before step 1")
@@ -156,7 +156,7 @@ def recite(prompts, references):
 
 
 def reward(rollouts, prompts, references, verdicts, run):
-    """The rewards r_i of the group's rollouts -> their advantages A_i, in place; the log's means.
+    """Set the advantages A_i of the group's rollouts, from their rewards r_i; note the log's means.
 
     A prompt whose reference was cut at the token limit has none: its rollouts leave the group."""
     group = [r for r in rollouts if r.group]
@@ -304,7 +304,7 @@ class CordStep(nn.Module):
         if args.token_loss == "sft":
             return self.sft_loss(batch, student_hidden, n_kl)
         # On every rank, even one without KL tokens: gathering a sharded head is collective
-        teacher_head = ranks.full(self.teacher["head"].weight)
+        teacher_head = ranks.unsharded(self.teacher["head"].weight)
 
         # Weights w_t: the baseline forward KL has none
         weighting = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share)
@@ -474,16 +474,16 @@ def train(args, run):
     for step in range(min(steps, 2) if args.dry_run else steps):
         for example in examples_of_step(examples, step, args.batch_size, args.seed):
             asked[example.id] = example
-    asked = list(asked.values())
+    to_ask = list(asked.values())
     references = rollout.text_answers(
         student,
         processor,
-        asked,
+        to_ask,
         run.out / "references.jsonl",
         batch_size=args.text_batch,
         max_new_tokens=args.max_new_tokens,
     )
-    checked = asked[:1000]                                      # enough for a percentage
+    checked = to_ask[:1000]                                     # enough for a percentage
     agreed = verdicts([(e, references[e.id]["text"], e.answer) for e in checked])
     run.say(
         f"judge ({args.judge}): the text view gives the gold answer to "
@@ -522,7 +522,7 @@ def train(args, run):
                     f"audio {middle['audio_accuracy']:.1f}")
 
         # 1. y_i ~ q(. | audio): the model answers what it HEARS, in its own words
-        rollouts = ranks.whole(model, lambda: rollout.roll_out(
+        rollouts = ranks.with_weights_gathered(model, lambda: rollout.roll_out(
             student, processor, prompts, kinds, key=f"{args.seed} {step}",
             max_new_tokens=args.max_new_tokens))
         run.lap("rollout")
@@ -545,7 +545,8 @@ def train(args, run):
 
         # 4. p(. | transcript): the teacher READS the words, then the same y; no gradient
         with models.autocast(student):
-            teacher_hidden = ranks.whole(reader, lambda: [cord.read(batch) for batch in batches])
+            teacher_hidden = ranks.with_weights_gathered(
+                reader, lambda: [cord.read(batch) for batch in batches])
         run.lap("scoring")
 
         # 5. L = sum_t w_t D_t / n_kl - sum_i A_i log q(y_i) / n_group
@@ -556,7 +557,7 @@ def train(args, run):
             note_batch(run, batch, loss, seen)
 
         # 6. Clip and step. A step that is not finite is left out, on every rank alike
-        norm = ranks.full(torch.nn.utils.clip_grad_norm_(trainable, args.clip)).item()
+        norm = ranks.unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.clip)).item()
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
         if run.finite(norm):

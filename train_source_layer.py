@@ -129,6 +129,8 @@ def parse_flags(argv=None):
         )
     if args.text_kd == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
+    if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
+        parser.error("--corrupt-descriptions is a share, --lower-lr and --tower-lr are at least 0")
     if args.layers and args.text_kd in ("none", "top"):
         parser.error("--layers chooses among distilled layers: it needs --text-kd layer or skip:K")
     return args
@@ -222,7 +224,7 @@ class SourceLayerStep(nn.Module):
         teacher_hidden = teacher_head = None
         if self.frozen["teacher"] is not None:
             teacher_hidden, teacher_tapped = self.read(batch)            # [tokens, teacher hidden]
-            teacher_head = ranks.full(models.head_weight(self.frozen["teacher"]))
+            teacher_head = ranks.unsharded(models.head_weight(self.frozen["teacher"]))
 
         # L_top + alpha_sft L_SFT in one pass over the vocabulary; top and sft carry no gradient
         loss, top, sft = self.jsd_ce(
@@ -481,7 +483,7 @@ def train(args, run):
             run.note(**{name: part.detach() for name, part in parts.items()})
 
         # 3. Clip and step. A step that is not finite is left out, on every rank alike
-        norm = ranks.full(torch.nn.utils.clip_grad_norm_(trainable, args.clip)).item()
+        norm = ranks.unsharded(torch.nn.utils.clip_grad_norm_(trainable, args.clip)).item()
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, steps)
         if run.finite(norm):

@@ -567,12 +567,9 @@ def main(argv=None):
     add("--max-new-tokens", type=int, default=200, help="kl: tokens of a rollout (paper B: 200)")
     args = parser.parse_args(argv)
     out = make_folder(args.out)
-    try:
-        args.model = newest_checkpoint(args.model)
-        run = run_kl if args.task == "kl" else run_layers
-        run(args, out)
-    except data.DataError as error:
-        raise SystemExit(f"lab.inside: {error}") from None
+    args.model = newest_checkpoint(args.model)
+    run = run_kl if args.task == "kl" else run_layers
+    run(args, out)
 
 
 if __name__ == "__main__":

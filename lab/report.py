@@ -171,7 +171,7 @@ def summary(run):
     """read_run's dict -> lines."""
     config = run["config"]
     log = run["log"]
-    names = ("commit", "python", "torch", "transformers")
+    names = ("commit", "torch", "transformers")
     versions = ", ".join(f"{name} {config[name]}" for name in names if config.get(name))
     where = f"{config['ranks']} x {config['gpu'] or 'CPU'}"
     script = config["command"].split(" ")[0]

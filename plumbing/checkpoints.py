@@ -108,7 +108,7 @@ def _saved_tensors(module):
 def _gathered(module):
     state = {}
     for name, tensor in _saved_tensors(module).items():
-        tensor = ranks.full(tensor)             # one by one: no other rank holds more than one
+        tensor = ranks.unsharded(tensor)             # one by one: no other rank holds more than one
         if ranks.rank() == 0:
             state[name] = tensor.detach().cpu().contiguous()
     return state
@@ -164,13 +164,13 @@ def start_folder(folder, resume):
 
 def _clear(folder, whole):
     newest = whole[-1].name if whole else ""
-    old = [*folder.glob("partial-*"), folder / "after.json"]
+    old = [*folder.glob("partial-*"), folder / "after.json", folder / "results.json"]
     old += set(folder.glob("step-*")) - set(whole)
     for path in folder.glob("eval-*.json"):
         if path.stem.replace("eval", "step") > newest:
             old.append(path)
     if not whole:
-        for name in ("before.json", "results.json", "log.jsonl", "samples.jsonl"):
+        for name in ("before.json", "log.jsonl", "samples.jsonl"):
             old.append(folder / name)
     for path in old:
         if path.is_dir():

@@ -34,7 +34,7 @@ def check(model, processor, *, shared_prompts=False):
         with torch.no_grad():
             hidden = _check_hearing(model, view, prompts.features)
             _check_positions(model, view.inputs, hidden)
-            _check_head(model, hidden, lambda: models._forward(model, view.inputs))
+            _check_head(model, hidden, lambda: models.forward(model, view.inputs))
         if shared_prompts:
             _check_sharing(model, processor, prompts)
         return _with_gradient(model, view.inputs)

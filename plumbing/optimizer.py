@@ -111,8 +111,10 @@ class SplitAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        # A state that float32 weights left may go on here
-        if p.dtype == torch.bfloat16 and "low" not in state:
+        # A state that weights of the other type left may go on here
+        if p.dtype != torch.bfloat16:
+            state.pop("low", None)
+        elif "low" not in state:
             state["low"] = torch.zeros_like(p)
         state["step"] += 1
         t = state["step"].item()

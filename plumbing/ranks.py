@@ -109,7 +109,8 @@ def shard(module, blocks=(), compute=None):
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     outside = dataclasses.replace(inside, cast_forward_inputs=False)   # advantages stay float32
 
-    # FSDP wants one dtype for all that learns together; SplitAdamW keeps the bits that this cuts
+    # FSDP wants one dtype for all that learns together. This rounds once; SplitAdamW keeps the
+    # bits of what later updates add
     in_blocks = {id(p) for block in blocks for p in block.parameters()}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in in_blocks]
     if len({p.dtype for p in rest}) > 1:
@@ -125,10 +126,10 @@ def shard(module, blocks=(), compute=None):
         module.register_forward_hook(forget_forward)
 
     # Each rank generates as many tokens as it likes, while FSDP would gather weights at every
-    # forward, on all ranks together. So `whole` gathers them once, by a forward method of this
-    # module's own. (The first module to run a forward becomes FSDP's root, too.)
-    module.with_all = functools.partial(_with_all, module, frozen)
-    register_fsdp_forward_method(module, "with_all")
+    # forward, on all ranks together. So `with_weights_gathered` gathers them once, by a forward
+    # method of this module's own. (The first module to run a forward becomes FSDP's root, too.)
+    module.work_gathered = functools.partial(_work_gathered, module, frozen)
+    register_fsdp_forward_method(module, "work_gathered")
     return module
 
 
@@ -140,18 +141,18 @@ def shard_reader(decoder, head):
     shard(head)
 
 
-def whole(module, work):
+def with_weights_gathered(module, work):
     """work(), with all weights of a sharded module gathered once. Collective.
 
     Generation runs through the weights once a token and must not fetch them each time."""
-    if not hasattr(module, "with_all"):             # `shard` gives it one
+    if not hasattr(module, "work_gathered"):        # `shard` gives it one
         return work()
-    result = module.with_all(work)
+    result = module.work_gathered(work)
     module.reshard()
     return result
 
 
-def full(tensor):
+def unsharded(tensor):
     """A sharded tensor -> the whole of it, on every rank (collective). Any other: itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -160,7 +161,7 @@ def _sharded_parts(module):
     return [part for part in module.modules() if hasattr(part, "unshard")]
 
 
-def _with_all(module, frozen, work):
+def _work_gathered(module, frozen, work):
     # Parts must outlast a forward inside work(): a rank that runs it twice would gather twice
     for part in _sharded_parts(module):
         part.unshard()
@@ -176,7 +177,7 @@ def _with_all(module, frozen, work):
 def forget_forward(module, *_):
     """A frozen model never runs backward, so FSDP's records of its forwards would grow for ever."""
     # Private names of torch, here alone (tests/test_private_names.py). The public
-    # reset_iter_state, since torch 2.14, also drops the gathered weights that `whole` needs.
+    # reset_iter_state, since torch 2.14, also drops the gathered weights that are needed.
     for part in _sharded_parts(module):
         group = part._get_fsdp_state()._fsdp_param_group
         if group is not None:

@@ -37,7 +37,7 @@ from plumbing import check, checkpoints, ranks, saving, tracking
 from plumbing.files import append_jsonl, keep_lines, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
-OUT_OF_MEMORY = ("out of memory", "allocate", "DataLoader worker")      # in an error's words
+OUT_OF_MEMORY = ("out of memory", "allocate", "DataLoader worker (pid")     # in an error's words
 
 
 # ---------------------------------------------------------------------------------------------
@@ -88,9 +88,12 @@ def add_run_flags(add, *, out):
 
 
 def check_run_flags(args, parser):
-    for name in ("batch_size", "micro_batch", "eval_batch", "max_new_tokens", "save_every", "keep"):
-        if vars(args)[name] < 1:
+    sizes = "batch_size micro_batch eval_batch text_batch max_new_tokens"
+    for name in (*sizes.split(), "save_every", "show_every", "keep"):
+        if vars(args).get(name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
+    if args.epochs <= 0 or args.max_steps == 0:
+        parser.error("--epochs is above 0, and --max-steps is at least 1")
     if args.dry_run and args.resume:
         parser.error("--dry-run starts from nothing: leave --resume out, and give another --out "
                      "than that of a real run")
@@ -188,7 +191,7 @@ class Run:
         if self.rank == 0:
             flags = {**vars(self.args), "ranks": self.world, "steps": steps}
             write_json(self.out / "config.json", {**flags, **_facts()})
-            for name in ("log", "samples"):     # the steps behind the checkpoint are made again
+            for name in ("log", "samples"):     # the steps after the checkpoint are made again
                 keep_lines(self.out / f"{name}.jsonl", lambda line: line["step"] <= self.done)
         return self.checkpoint
 
@@ -216,7 +219,7 @@ class Run:
         if known and known["asked"] == asked:
             return known
 
-        results = ranks.whole(self.model, work)
+        results = ranks.with_weights_gathered(self.model, work)
         samples = results.pop("samples")
         results["asked"] = asked
         if self.rank == 0:
@@ -236,7 +239,7 @@ class Run:
         Ctrl-C, to any rank, when the step is done. (A second one changes nothing.)"""
         self.first = self.done
         self.last = min(self.steps, 2) if self.args.dry_run else self.steps
-        self.begun = self.told = time.time()
+        self.begun = self.told = time.time()            # the loop; the last line in the terminal
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, lambda *received: self.signals.append(received))
             self.at_end.callback(signal.signal, number, before)
@@ -292,7 +295,7 @@ class Run:
         return loader
 
     def equalised(self, batches, idle):
-        """FSDP runs as many micro-batches on every rank: `batches`, and idle() behind them."""
+        """FSDP runs as many micro-batches on every rank: `batches`, and idle() after them."""
         if self.args.shard:
             most = max(ranks.gather_lists([len(batches)]))
             batches = batches + [idle() for _ in range(most - len(batches))]
@@ -301,7 +304,7 @@ class Run:
     def accumulate(self, batches):
         """The micro-batches of a step; DDP adds gradients over the ranks in the last one alone.
 
-        FSDP adds them behind each: it has no room for whole gradients."""
+        FSDP adds them after each: it has no room for whole gradients."""
         for number, batch in enumerate(batches, 1):
             self.model.require_backward_grad_sync = number == len(batches)      # DDP's switch
             yield batch
@@ -318,7 +321,7 @@ class Run:
         self.note(**{name: total, f"over {name}": over})
 
     def lap(self, name):
-        """The seconds since the last lap, or the step's start, are the log's seconds_NAME."""
+        """Log the seconds since the last lap, or the step's start, as seconds_NAME."""
         now = time.time()
         self.seconds[f"seconds_{name}"] = now - self.clock - sum(self.seconds.values())
 
@@ -379,7 +382,7 @@ class Run:
 
     def save_or_stop(self):
         """A checkpoint, where one is due. A signal, or too many steps that are not finite in a
-        row, end the run behind it: SystemExit."""
+        row, end the run after it: SystemExit."""
         if self.totals["signals"]:
             self.stop("asked to stop", status=130)
         if self.bad_steps >= NOT_FINITE:

@@ -514,7 +514,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    main()

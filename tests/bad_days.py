@@ -100,10 +100,7 @@ def enter(script, argv, said, env, habit):
         name, *values = habit
         globals()[name](*values)
     module = importlib.import_module(MAIN[script])
-    try:
-        module.main(argv)
-    except module.data.DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    module.main(argv)
 
 
 def fork(script, argv, out, ranks=1, habit=None):

@@ -435,6 +435,19 @@ def test_one_is_not_always_a_number(said):
     assert judge.extract_choice(said, ["1", "2", "3", "4"]) == "2"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "B, since 12 is 2 more than 10.",
+        "B, not 10 or 14",
+        "The answer is B because between 12 and 14 it is louder.",
+        "Option B, which is 2 more than 10.",
+    ],
+)
+def test_a_letter_may_have_a_reason_with_numbers(said):
+    assert judge.extract_choice(said, ["10", "12", "14"]) == "12"
+
+
 @pytest.mark.parametrize("said", ["at least 2", "The answer is 2 or 3.", "It was 2 or 5."])
 def test_a_bound_or_an_alternative_is_no_choice(said):
     assert judge.extract_choice(said, ["1", "2", "3", "4"]) is None

@@ -187,12 +187,12 @@ answers = ask()
 ranks.shard(model, models.blocks(model))
 held = sum(p.to_local().numel() for p in model.parameters())
 assert abs(held - sum(p.numel() for p in before.values()) / 2) < 10_000, held
-assert all(torch.equal(ranks.full(p), before[name]) for name, p in model.named_parameters())
-seen = ranks.whole(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
+assert all(torch.equal(ranks.unsharded(p), before[name]) for name, p in model.named_parameters())
+seen = ranks.with_weights_gathered(model, lambda: [name for name, p in model.named_parameters() if not isinstance(p, DTensor) and torch.equal(p, before[name])])
 assert len(seen) == len(before) and all(isinstance(p, DTensor) for p in model.parameters())
-assert ranks.whole(torch.nn.Linear(1, 1), lambda: 3) == 3
+assert ranks.with_weights_gathered(torch.nn.Linear(1, 1), lambda: 3) == 3
 # rank 0 has two of the questions, rank 1 one
-assert ranks.whole(model, ask) == answers and len(answers) == 3
+assert ranks.with_weights_gathered(model, ask) == answers and len(answers) == 3
 
 reader, tokenizer = models.load_text_model(mini.world.MINI / "teacher")
 prompt, decoder = torch.tensor([tokenizer.encode("what animal do you hear")]), models.decoder(reader.requires_grad_(False))
@@ -200,7 +200,7 @@ read = lambda: decoder(input_ids=prompt).last_hidden_state
 right = read()
 ranks.shard_reader(decoder, reader.get_output_embeddings())
 # rank 0 has nothing to read inside `whole`, rank 1 much
-found = ranks.whole(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]
+found = ranks.with_weights_gathered(decoder, lambda: [read() for _ in range(3 * rank)]) + [read(), read()]
 assert len(found) == 2 + 3 * rank and all(torch.equal(one, right) for one in found)
 assert all(isinstance(p, DTensor) for p in decoder.parameters()) and not decoder._get_fsdp_state()._comm_ctx.post_forward_order
 

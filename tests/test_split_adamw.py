@@ -165,6 +165,23 @@ def test_its_state_survives_a_save(tmp_path):
     assert torch.equal(run(None), run(4))
 
 
+def test_a_state_of_the_other_type_goes_on():
+    """What sharding trained in bfloat16 may be float32 without it, and the other way round."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(50), torch.randn(50)
+    for first, then in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        parameters = [torch.nn.Parameter(start.to(dtype)) for dtype in (first, then)]
+        optimizers = [SplitAdamW([p], lr=0.1) for p in parameters]
+        parameters[0].grad = gradient.to(first)
+        optimizers[0].step()
+        optimizers[1].state[parameters[1]] = optimizers[0].state[parameters[0]]
+        before = parameters[1].detach().clone()
+        parameters[1].grad = gradient.to(then)
+        optimizers[1].step()
+        moved = (parameters[1] - before).detach().float()
+        assert ((moved + 0.1 * gradient.sign()).abs() < 0.03).all()
+
+
 @pytest.mark.slow
 def test_training_with_16_bit_weights_follows_float32_and_resumes(tmp_path):
     world = write_world(tmp_path)
