@@ -22,6 +22,7 @@ Nothing is guessed. No answer, or two that contradict each other, agrees with no
 bound, a negation or an alternative ("5 or 6") is what it says, never equal to one of its numbers.
 """
 import re
+import string
 
 import torch
 
@@ -201,7 +202,7 @@ def named_choices(text, choices):
         text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
         text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
         relation, quantities = value(REASON.split(text, maxsplit=1)[0]) or ("is", ())
-        several = relation != "is" or len(quantities) > 1  # "at least 2", "1 or 2"
+        several = relation != "is" or len(set(quantities)) > 1      # "at least 2", "1 or 2"
     if set(names_of(choices)) <= {"yes", "no"}:
         text = re.split(r"[,;:]", text)[0]                 # "Yes, there is no silence"
 
@@ -262,9 +263,10 @@ def extract_choice(output_text, choices):
 
 
 def spoken_choices(text) -> list[str]:
-    """The choices that a spoken question lists itself, as VoiceBench's do, or []: two to five lines
-    "A. gold", "B. silver", ...; or "A. gold B. silver C. iron D. tin" in one line."""
-    lines = [(letters, r"\s*\n\s*") for letters in ("ABCDE", "ABCD", "ABC", "AB")]
+    """The choices that a spoken question lists itself, as VoiceBench's do, or []: lines "A. gold",
+    "B. silver", ..., whatever is between them; or "A. gold B. silver C. iron D. tin" in one."""
+    some_lines = r"\s*\n(?:[^\n]*\n)*?\s*"
+    lines = [(string.ascii_uppercase[:n], some_lines) for n in range(26, 1, -1)]
     for letters, gap in (*lines, ("ABCD", r"\s+")):
         pieces = gap.join(rf"(?<!\w)\(?{letter}[.):]\s*(\S[^\n]*?)" for letter in letters)
         if found := re.match(rf".*{pieces}\s*$", text or "", re.S | re.M):

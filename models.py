@@ -182,10 +182,11 @@ def load_same_shape(path, student, dtype):
     """Another acoustic teacher than the student's snapshot: L_ac compares them layer by layer.
     Raises SystemExit if the shapes differ."""
     model = load_audio_model(path, dtype=dtype)[0]
-    shapes = [[p.shape for p in decoder(one).layers.parameters()] for one in (model, student)]
-    if shapes[0] != shapes[1]:
-        raise SystemExit(f"{path} has other layers than the student, and L_ac compares them one by "
-                         "one: give a model of the same shape")
+    configs = decoder(model).config, decoder(student).config
+    theirs, ours = ((c.num_hidden_layers, c.hidden_size) for c in configs)
+    if theirs != ours:
+        raise SystemExit(f"{path} has {theirs[0]} layers of width {theirs[1]}, the student "
+                         f"{ours[0]} of {ours[1]}; L_ac compares them: give one of its shape")
     return model
 
 

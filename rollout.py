@@ -61,18 +61,12 @@ def banned_ids(model, tokenizer):
     return data.control_ids(tokenizer, size, keep=stop_ids(tokenizer), placeholder=audio)
 
 
-def _answers(model, tokenizer, inputs, keys, *, max_new_tokens, **sampling):
+def _answers(model, tokenizer, inputs, keys, banned, *, max_new_tokens, **sampling):
     """generate()'s inputs, left padded -> (text, did it end by itself?, its ids with that end) of
-    each row. keys, sampling: as in sampler.chooser."""
+    each row. keys, banned, sampling: as in sampler.chooser."""
     stop = stop_ids(tokenizer)
     prompt_length = inputs["input_ids"].shape[1]
-    choose = chooser(
-        keys,
-        prompt_length,
-        banned_ids(model, tokenizer),
-        max_new_tokens=max_new_tokens,
-        **sampling,
-    )
+    choose = chooser(keys, prompt_length, banned, max_new_tokens=max_new_tokens, **sampling)
     output = model.generate(                            # [batch, prompt + new]
         **inputs,
         do_sample=False,
@@ -119,6 +113,7 @@ def generate(
     ids with that end) instead. Under torch.distributed each rank takes its share, and every rank
     returns all outputs."""
     tokenizer = getattr(processor, "tokenizer", processor)
+    banned = banned_ids(model, tokenizer)
 
     def length(e):
         # in tokens, roughly: 25 a second of audio, and one for 4 characters of text
@@ -148,6 +143,7 @@ def generate(
                 tokenizer,
                 transformers.BatchFeature(inputs).to(model.device, model.dtype),    # ids stay int64
                 [f"{seed} {e.id}" for e in rows],
+                banned,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_k=top_k,
@@ -261,6 +257,7 @@ def roll_out(student, processor, prompts, kinds, *, key, max_new_tokens):
             tokenizer,
             {**repeated, **with_cache},
             keys,
+            banned_ids(student, tokenizer),
             max_new_tokens=max_new_tokens,
             temperature=[kind.temperature for kind in kinds] * len(prompts.examples),
         )

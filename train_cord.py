@@ -360,11 +360,6 @@ class CordStep(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # 4. What the log says of a batch
 
-def note_rollouts(run, rollouts):
-    run.note_mean("length", sum(len(r.ids) for r in rollouts), over=len(rollouts))
-    run.note_mean("at_limit", sum(not r.ended for r in rollouts), over=len(rollouts))
-
-
 def note_batch(run, batch, loss, seen):
     """A batch's losses and means for the log, and each rollout's D_t for samples.jsonl."""
     run.note(
@@ -526,7 +521,8 @@ def train(args, run):
             student, processor, prompts, kinds, key=f"{args.seed} {step}",
             max_new_tokens=args.max_new_tokens))
         run.lap("rollout")
-        note_rollouts(run, rollouts)
+        run.note_mean("length", sum(len(r.ids) for r in rollouts), over=len(rollouts))
+        run.note_mean("at_limit", sum(not r.ended for r in rollouts), over=len(rollouts))
 
         # 2. r_i: is it the answer that the same model gives when it READS?  A_i = r_i - mean
         reward(rollouts, prompts, references, verdicts, run)

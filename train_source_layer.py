@@ -129,8 +129,6 @@ def parse_flags(argv=None):
         )
     if args.text_kd == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
-    if not 0 <= args.corrupt_descriptions <= 1 or min(args.lower_lr, args.tower_lr) < 0:
-        parser.error("--corrupt-descriptions is a share, --lower-lr and --tower-lr are at least 0")
     if args.layers and args.text_kd in ("none", "top"):
         parser.error("--layers chooses among distilled layers: it needs --text-kd layer or skip:K")
     return args

@@ -43,6 +43,8 @@ def save(folder, *, step, model, processor, beside, module, optimizer, flags, ke
     final = folder / f"step-{step:07d}"
     partial = folder / f"partial-{step:07d}"
     on_rank_zero = ranks.rank() == 0
+    if ranks.of_rank_zero(final.exists()):              # of this moment already
+        return final
     moments = {}                                            # {"parameter.exp_avg": tensor}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -76,7 +78,6 @@ def save(folder, *, step, model, processor, beside, module, optimizer, flags, ke
             (partial / "checkpoint.json").write_text(json.dumps(about))
             for path in [*partial.rglob("*"), partial]:
                 flush(path)
-            _remove(final)
             os.replace(partial, final)
             flush(folder)
             for old in complete(folder)[:-keep]:
@@ -136,14 +137,15 @@ def start_folder(folder, resume):
     at until they are loaded. Nothing keeps two runs that start together out of one folder.)"""
     folder = make_folder(folder)
     config = read_json(folder / "config.json") or {}
-    whole = ranks.of_rank_zero([] if config.get("dry_run") else complete(folder))
+    was_dry = config.get("dry_run") and resume in (None, "auto")
+    whole = ranks.of_rank_zero([] if was_dry else complete(folder))
     checkpoint = Path(resume) if resume else None
     if resume == "auto":
         checkpoint = whole[-1] if whole else None
     elif resume and not (checkpoint / "checkpoint.json").is_file():
         raise SystemExit(f"{checkpoint} is not a checkpoint (it has no checkpoint.json); give a "
                          f"folder such as {folder}/step-0000100, or auto")
-    if whole and (checkpoint is None or not checkpoint.samefile(whole[-1])):
+    if whole and (checkpoint is None or checkpoint.resolve() != whole[-1].resolve()):
         raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
                          f"--resume auto, from {whole[-1].name}, or give another --out")
 
@@ -165,7 +167,7 @@ def start_folder(folder, resume):
 def _clear(folder, whole):
     newest = whole[-1].name if whole else ""
     old = [*folder.glob("partial-*"), folder / "after.json", folder / "results.json"]
-    old += set(folder.glob("step-*")) - set(whole)
+    old += set(folder.glob("step-" + 7 * "[0-9]")) - set(whole)
     for path in folder.glob("eval-*.json"):
         if path.stem.replace("eval", "step") > newest:
             old.append(path)

@@ -56,7 +56,7 @@ def read_json(path):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"{path} is broken ({error}); move it away, or get it again") from None
 
 

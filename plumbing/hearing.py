@@ -30,11 +30,11 @@ def check(model, processor, *, shared_prompts=False):
     view = data.audio_view(prompts, [0, 1], [[1, 2], [3]], processor).to(model.device)
     if shared_prompts:
         _check_window(model)
-    with models.autocast(model):
-        with torch.no_grad():
-            hidden = _check_hearing(model, view, prompts.features)
-            _check_positions(model, view.inputs, hidden)
-            _check_head(model, hidden, lambda: models.forward(model, view.inputs))
+    with torch.no_grad(), models.autocast(model):
+        hidden = _check_hearing(model, view, prompts.features)
+        _check_positions(model, view.inputs, hidden)
+        _check_head(model, hidden, lambda: models.forward(model, view.inputs))
+    with models.autocast(model):                # anew: it has kept casts without a gradient
         if shared_prompts:
             _check_sharing(model, processor, prompts)
         return _with_gradient(model, view.inputs)

@@ -3,10 +3,11 @@ The files of a model's folder, as the hub, transformers 4 and vLLM expect them: 
 loaded, and what we save can be loaded elsewhere.
 """
 import contextlib
-import json
 from pathlib import Path
 
 import transformers
+
+from plumbing.files import read_json
 
 THINKER = "_thinker"                    # the end of an Omni's model type without its talker
 READER = (                              # the files of a tokenizer and a processor
@@ -26,10 +27,7 @@ def check_weights(path, config=None):
         names.append(config.transformers_weights)
     with contextlib.suppress(OSError):                      # most models have no index
         index = transformers.utils.cached_file(str(path), "model.safetensors.index.json")
-        try:
-            names += json.loads(Path(index).read_text())["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SystemExit(f"{index} is broken ({error!r}); get the checkpoint again") from None
+        names += read_json(index)["weight_map"].values()
 
     roots = [Path(path).resolve()]
     cache = roots[0].parent.parent                          # of the hub: links to ../../blobs

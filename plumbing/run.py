@@ -14,6 +14,7 @@ It holds no forward, no loss and no schedule. On N ranks every rank calls every 
 """
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
 import math
@@ -37,7 +38,7 @@ from plumbing import check, checkpoints, ranks, saving, tracking
 from plumbing.files import append_jsonl, keep_lines, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
-OUT_OF_MEMORY = ("out of memory", "allocate", "DataLoader worker (pid")     # in an error's words
+OUT_OF_MEMORY = ("MemoryError", "out of memory", "allocate memory", "DataLoader worker (pid")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -88,12 +89,18 @@ def add_run_flags(add, *, out):
 
 
 def check_run_flags(args, parser):
-    sizes = "batch_size micro_batch eval_batch text_batch max_new_tokens"
-    for name in (*sizes.split(), "save_every", "show_every", "keep"):
-        if vars(args).get(name, 1) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
-    if args.epochs <= 0 or args.max_steps == 0:
-        parser.error("--epochs is above 0, and --max-steps is at least 1")
+    ones = (
+        "batch_size micro_batch eval_batch text_batch max_new_tokens max_steps save_every "
+        "show_every keep"
+    )
+    zeros = "workers lora eval_every tower_lr lower_lr corrupt_descriptions"
+    limits = {**dict.fromkeys(ones.split(), 1), **dict.fromkeys(zeros.split(), 0)}
+    for name, least in limits.items():
+        value = vars(args).get(name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} is at least {least}")
+    if args.epochs <= 0:
+        parser.error("--epochs is above 0")
     if args.dry_run and args.resume:
         parser.error("--dry-run starts from nothing: leave --resume out, and give another --out "
                      "than that of a real run")
@@ -156,7 +163,7 @@ class Run:
         if kind is None:
             self.model = None               # DDP's reducer must go before its process group
             ranks.stop_distributed()
-        elif any(sign in str(error) for sign in OUT_OF_MEMORY):
+        elif any(sign in repr(error) for sign in OUT_OF_MEMORY):
             print(
                 "Out of memory: lower --micro-batch or --eval-batch, shorten clips and answers, "
                 "or use --checkpoint-activations, --lora RANK, --weights bfloat16 or --shard. If a "
@@ -452,6 +459,7 @@ def _deaf_worker(_):
     # Signals are for the main process, which needs its workers until it has saved
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: it goes with its parent
 
 
 def _checkpoint_activations(model):

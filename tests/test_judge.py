@@ -383,6 +383,17 @@ def test_choices_that_stand_in_the_transcript_are_choices():
     ) == [True, False]
 
 
+def test_a_spoken_list_may_be_long_and_its_choices_of_several_lines():
+    long = "What is it?\n" + "\n".join(f"{letter}. note{letter}" for letter in "ABCDEFGH")
+    assert judge.spoken_choices(long) == [f"note{letter}" for letter in "ABCDEFGH"]
+    several = "Which?\nA. gold\n which shines\nB. silver"
+    assert len(judge.spoken_choices(several)) == 2
+    asked = example(transcript=long)
+    asked.answer = "F"
+    verdicts = judge.load("rule", torch.device("cpu"))
+    assert verdicts([(asked, "noteF", "The answer is F."), (asked, "noteE", "F")]) == [True, False]
+
+
 def test_a_list_in_the_transcript_is_no_choices_where_the_answer_is_a_number():
     asked = example(transcript="How many are prime?\nA. 2\nB. 4\nC. 5\nD. 7")
     asked.answer = "3"
@@ -442,6 +453,7 @@ def test_one_is_not_always_a_number(said):
         "B, not 10 or 14",
         "The answer is B because between 12 and 14 it is louder.",
         "Option B, which is 2 more than 10.",
+        "The answer is 12, i.e. twelve.",
     ],
 )
 def test_a_letter_may_have_a_reason_with_numbers(said):

@@ -395,3 +395,20 @@ def test_a_rotten_manifest_is_refused(tmp_path):
     with pytest.raises(data.DataError, match="world.jsonl:3"):
         train_source_layer.main(flags("source_layer", world, tmp_path / "out", "--max-steps", 1))
     assert not (tmp_path / "out").exists()
+
+
+def test_only_the_runs_own_folders_are_cleared(tmp_path):
+    """What a user put beside the checkpoints stays; a checkpoint that is asked for does too."""
+    newest = tmp_path / "step-0000002"
+    for name in ("step-0000002", "step-0000003", "step-0000002-merged"):
+        (tmp_path / name).mkdir()
+    (newest / "checkpoint.json").write_text('{"step": 2, "updated": true}')
+    (tmp_path / "step-notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text('{"dry_run": false}')
+    assert checkpoints.start_folder(tmp_path, "auto") == newest
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step-0000002", "step-0000002-merged", "step-notes.txt", "config.json"}
+
+    (tmp_path / "config.json").write_text('{"dry_run": true}')
+    assert checkpoints.start_folder(tmp_path, str(newest)) == newest and newest.exists()
+    assert checkpoints.start_folder(tmp_path, None) is None and not newest.exists()
