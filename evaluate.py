@@ -224,6 +224,7 @@ def paired(mine, others, classes=None):
 def score(examples, outputs):
     """Examples and what was said -> {"samples": a dict for each; "aqa": score_mmau's dict, "ser":
     score_ser's, each only if it has examples}."""
+    # What each answer chose, and whether that is right
     samples = []
     for e, output in zip(examples, outputs):
         choose = ser_class if e.task == SER_TASK else judge.extract_choice
@@ -244,6 +245,7 @@ def score(examples, outputs):
             sample["sub-category"] = e.kind
         samples.append(sample)
 
+    # The tables of each kind of question
     results = {"samples": samples}
     aqa = [s for s in samples if s["task"] != SER_TASK]
     ser = [s for s in samples if s["task"] == SER_TASK]
@@ -357,6 +359,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
     if not asked:
         raise data.DataError("no example has a transcript, so the audio-text gap cannot be "
                              "measured; add transcripts to the manifest")
+    # Each view: ask, judge, keep
     decoding = {"temperature": 0.0, **decoding}
     samples = []
     kinds = sorted({e.kind or e.task for e in asked})
@@ -381,6 +384,8 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
 
     results = {**table_of(correct), "samples": samples, **comparable(asked, **decoding)}
     results["decoding"]["words"] = "transcript"
+
+    # What only audio can ask
     rest = [e for e in examples if not spoken([e])]
     if elsewhere and rest:
         found = evaluate_model(model, processor, rest, **decoding)

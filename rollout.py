@@ -123,14 +123,14 @@ def generate(
         return len(e.question + read) / 4
 
     # Rows of a batch should be about as long. Longest first, so that out of memory shows at once
-    mine = examples[ranks.rank()::ranks.world_size()]
-    mine = sorted(mine, key=length, reverse=True)
+    local = examples[ranks.rank()::ranks.world_size()]
+    local = sorted(local, key=length, reverse=True)
 
-    said = {}
+    by_id = {}
     quiet = not progress or ranks.rank() > 0
     with plain_decoding(model):
-        for start in tqdm(range(0, len(mine), batch_size), "answers", disable=quiet, leave=False):
-            rows = mine[start:start + batch_size]
+        for start in tqdm(range(0, len(local), batch_size), "answers", disable=quiet, leave=False):
+            rows = local[start:start + batch_size]
             inputs = data.prompt_batch(
                 rows,
                 processor,
@@ -150,10 +150,10 @@ def generate(
                 top_p=top_p,
             )
             for e, answer in zip(rows, answers):
-                said[e.id] = answer if with_end else answer[0]
+                by_id[e.id] = answer if with_end else answer[0]
 
-    said = dict(ranks.gather_lists(list(said.items())))
-    return [said[e.id] for e in examples]
+    by_id = dict(ranks.gather_lists(list(by_id.items())))
+    return [by_id[e.id] for e in examples]
 
 
 def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size):
@@ -177,13 +177,13 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
         stored = keep_lines(path, lambda line: keys.get(line["id"]) == line["key"])
     answers = {line["id"]: line for line in ranks.of_rank_zero(stored)}
 
-    # Ask the rest
+    # Ask the rest, a chunk of all ranks at a time
     todo = [e for e in examples if e.id not in answers]
     chunk = 4 * batch_size * ranks.world_size()
     steps = range(0, len(todo), chunk)
     for start in tqdm(steps, "the text view's answers", disable=ranks.rank() > 0):
         rows = todo[start:start + chunk]
-        said = generate(
+        answered = generate(
             model,
             processor,
             rows,
@@ -195,7 +195,7 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
             batch_size=batch_size,
             progress=False,
         )
-        for e, (text, ended, ids) in zip(rows, said):
+        for e, (text, ended, ids) in zip(rows, answered):
             line = {"id": e.id, "key": keys[e.id], "text": text, "ids": ids, "ended": ended}
             answers[e.id] = line
             if ranks.rank() == 0:
