@@ -54,6 +54,7 @@ EMOTIONS = {                            # IEMOCAP: excited is happy
 }
 NO_ANSWER = "no answer"
 VIEWS = ("text", "audio")
+TAKEN = {"average", "intervals", "official", "counts", "correct"}       # no task's names
 
 
 # -------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def score_mmau(samples):
 
     Returns {task: accuracy of the chosen option, None where nothing was asked; "average";
     "intervals"; "official": the same by MMAU's rule on the raw output; "counts"; "correct":
-    task -> id -> bool}. No task may have the name of one of these."""
+    task -> id -> bool}."""
     tasks = [*TASKS, *sorted({s["task"] for s in samples} - set(TASKS))]
     correct = {task: {} for task in tasks}
     official = {task: {} for task in tasks}
@@ -265,11 +266,12 @@ def evaluate_model(model, processor, examples, **decoding):
 
 
 def check_scorable(examples):
-    """DataError for an open question."""
+    """DataError for an open question, and for a task that would hide one of the results."""
     for e in examples:
-        if not e.choices:
-            raise data.DataError(f"{e.where}: an open question is not scored here; give it "
-                                 "choices, or a transcript and --task gap")
+        if not e.choices or e.task in TAKEN:
+            raise data.DataError(f"{e.where}: an open question, or a task called {e.task!r} as one "
+                                 "of the results is, is not scored here; give it choices (or a "
+                                 "transcript and --task gap), or rename the task")
 
 
 def comparable(examples, *, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):

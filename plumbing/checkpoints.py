@@ -81,7 +81,9 @@ def save(folder, *, step, model, processor, beside, module, optimizer, flags, ke
             os.replace(partial, final)
             flush(folder)
             for old in complete(folder)[:-keep]:
-                _remove(old)
+                # Its checkpoint.json first: half of a folder must not look whole
+                (old / "checkpoint.json").unlink()
+                shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         if on_rank_zero:
             shutil.rmtree(partial, ignore_errors=True)
@@ -113,12 +115,6 @@ def _gathered(module):
         if ranks.rank() == 0:
             state[name] = tensor.detach().cpu().contiguous()
     return state
-
-
-def _remove(checkpoint):
-    # Its checkpoint.json first: half of a folder must not look whole
-    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1042,3 +1043,12 @@ def test_two_ranks_say_what_is_wrong(tiny_folder, examples, tmp_path):
     assert done.returncode and len(set(sentences)) == 1, done.stderr
     assert "broken.wav" in sentences[0]
     assert done.stdout == "" and 'evaluate.py", line' not in done.stderr
+
+
+def test_what_cannot_be_scored_is_named():
+    """A task called "average" would hide the average of all."""
+    asked = data.Example("q", Path("a.wav"), "What?", ["a", "b"], "a", "sound", where="m.jsonl:1")
+    evaluate.check_scorable([asked])
+    for wrong in (replace(asked, task="average"), replace(asked, choices=[])):
+        with pytest.raises(data.DataError, match="m.jsonl:1: an open question, or a task called"):
+            evaluate.check_scorable([wrong])
