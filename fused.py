@@ -77,24 +77,26 @@ def the_idea(student_hidden, student_weight, teacher_hidden, teacher_weight, chu
 
 def _divergence(log_q, q, log_p, beta, kl_weight, nll_weight):
     """losses.token_divergence and, ready to use, a gradient: q and both logarithms [n, vocab],
-    weights [n, 1] -> D [n], kl_weight dD/dz + nll_weight q [n, vocab]."""
+    weights [n, 1] -> D [n], kl_weight dD/dz + nll_weight q [n, vocab].
+
+    Works in the memory of the logarithms: on a CPU fresh memory costs as much as the work."""
     p = log_p.exp()
     if beta == 0:
         divergence = (p * (log_p - log_q)).sum(-1)
         return divergence, q * (kl_weight + nll_weight) - p * kl_weight
     if beta == 1:
-        log_ratio = log_q - log_p
+        log_ratio = log_q.sub_(log_p)
         divergence = kl_q = (q * log_ratio).sum(-1)                             # KL(q || p)
     else:
         # Where p and q both underflow, m = 0. Any finite logarithm will do: p and q are 0 there
         tiny = torch.finfo(q.dtype).tiny
         log_m = torch.lerp(q, p, beta).clamp_(min=tiny).log_()
-        log_ratio = log_q - log_m
-        kl_p = (p * (log_p - log_m)).sum(-1)                                    # KL(p || m)
+        log_ratio = log_q.sub_(log_m)
+        kl_p = log_p.sub_(log_m).mul_(p).sum(-1)                                # KL(p || m)
         kl_q = (q * log_ratio).sum(-1)                                          # KL(q || m)
         divergence = beta * kl_p + (1 - beta) * kl_q
         kl_weight = (1 - beta) * kl_weight
-    # kl_weight q (log(q/m) - KL(q || m)) + nll_weight q, in the memory of the logarithm
+    # kl_weight q (log(q/m) - KL(q || m)) + nll_weight q
     factor = nll_weight - kl_weight * kl_q[:, None]                             # [n, 1]
     return divergence, log_ratio.mul_(kl_weight).add_(factor).mul_(q)
 
@@ -139,23 +141,22 @@ def _chunk(
     # D: of the same softmax, or of one over the shared tokens, or at temperature 1
     if teacher is None:
         gradient = q * nll_weight
-    elif shared is None and nll_temperature is None:
-        log_p = torch.log_softmax(teacher, -1)
-        divergence, gradient = _divergence(log_q, q, log_p, beta, kl_weight, nll_weight)
     else:
-        gradient = q * nll_weight
-        if shared is not None:
-            ids, floor = shared
-            student = student + floor
-            teacher = teacher.index_select(1, ids) + floor
-        log_q = torch.log_softmax(student, -1)
-        q = log_q.exp()
+        same = shared is None and nll_temperature is None
+        if not same:
+            gradient = q * nll_weight
+            if shared is not None:
+                ids, floor = shared
+                student = student + floor
+                teacher = teacher.index_select(1, ids) + floor
+            log_q = torch.log_softmax(student, -1)
+            q = log_q.exp()
+        if entropy:
+            entropies = -(q * log_q).sum(-1)
         log_p = torch.log_softmax(teacher, -1)
-        none = torch.zeros_like(kl_weight)
-        divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, none)
-        gradient = gradient + d_logits
-    if entropy and teacher is not None:
-        entropies = -(q * log_q).sum(-1)
+        beside = nll_weight if same else torch.zeros_like(nll_weight)
+        divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, beside)
+        gradient = d_logits if same else gradient + d_logits
 
     # The label's own entry. A compiler would first store the whole gradient for scatter_add
     if _compiles(student.device):
@@ -170,7 +171,7 @@ def _states_chunk(student, teacher, mean, std, weight, dtype):
     """Hidden states [n, features] twice -> the sum of weight * JSD, and its gradient."""
     student, teacher = _wide(student), _wide(teacher)
     if mean is not None:
-        student, teacher = (student - mean) / std, (teacher - mean) / std
+        student, teacher = (student - mean).div_(std), (teacher - mean).div_(std)
     log_q = torch.log_softmax(student, -1)
     log_p = torch.log_softmax(teacher, -1)
     divergence, d_states = _divergence(
@@ -181,17 +182,17 @@ def _states_chunk(student, teacher, mean, std, weight, dtype):
     return weight * divergence.sum(), d_states.to(dtype)
 
 
-def _blocks(rows, width):
-    """Slices of rows: half a MB of float32 each, which stays in a CPU's cache, but at least two
-    rows a thread."""
-    size = max(2 ** 17 // width, 2 * torch.get_num_threads())
+def _blocks(rows, width, numbers):
+    """Slices of rows: so many numbers each, which stay in a CPU's cache, but at least two rows a
+    thread."""
+    size = max(numbers // width, 2 * torch.get_num_threads())
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _chunk_by_blocks(student, *per_row, **how):
     """_chunk for a CPU. The gradient takes the place of the student's logits."""
     found = []
-    for rows in _blocks(*student.shape):
+    for rows in _blocks(*student.shape, 2 ** 17):
         of_block = [None if x is None else x[rows] for x in per_row]
         *values, student[rows] = _chunk(student[rows], *of_block, **how)
         found.append(values)
@@ -202,7 +203,7 @@ def _states_by_blocks(student, teacher, mean, std, weight, dtype):
     """_states_chunk for a CPU."""
     loss = torch.zeros_like(weight)
     gradient = torch.empty(student.shape, dtype=dtype)
-    for rows in _blocks(*student.shape):
+    for rows in _blocks(*student.shape, 2 ** 18):
         part, gradient[rows] = _states_chunk(student[rows], teacher[rows], mean, std, weight, dtype)
         loss += part
     return loss, gradient
