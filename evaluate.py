@@ -9,8 +9,8 @@ unweighted accuracy, the mean of the recall of each emotion: of four emotions, a
 Where this departs from the papers and from the benchmarks' own scripts:
 1. Two accuracies are given. MMAU's script matches words in the whole output, where a reasoning
    trace that merely discusses a wrong choice loses the point. As in the paper, our headline drops
-   the trace and extracts the chosen option; MMAU's rule then judges that option. The same rule on
-   the raw text is under "official". predictions.json is in MMAU's format, for its own script.
+   the trace and extracts the chosen option, which is right if it is the answer. MMAU's rule on the
+   raw text is under "official". predictions.json is in MMAU's format, for its own script.
 2. An answer that names no option, or two, is wrong and counted under "no_answer". VoiceBench's
    script draws a letter where its templates find none; nothing is drawn here.
 3. "average" is over questions (micro), not over tasks. On MMAU test-mini the two agree.
@@ -240,7 +240,7 @@ def score(examples, outputs):
             "split": e.split,
             "model_output": output,
             "chosen": chosen,
-            "correct": mmau_correct(e.answer, chosen or "", e.choices),
+            "correct": chosen == e.answer,
         }
         if e.kind:
             sample["sub-category"] = e.kind

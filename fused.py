@@ -77,7 +77,7 @@ def the_idea(student_hidden, student_weight, teacher_hidden, teacher_weight, chu
 
 def _divergence(log_q, q, log_p, beta, kl_weight, nll_weight):
     """losses.token_divergence and, ready to use, a gradient: q and both logarithms [n, vocab],
-    weights [n, 1] -> D [n], kl_weight dD/dz + nll_weight q [n, vocab].
+    weights [n, 1] or scalars -> D [n], kl_weight dD/dz + nll_weight q [n, vocab].
 
     Works in the memory of the logarithms: on a CPU fresh memory costs as much as the work."""
     p = log_p.exp()
@@ -154,8 +154,8 @@ def _chunk(
         if entropy:
             entropies = -(q * log_q).sum(-1)
         log_p = torch.log_softmax(teacher, -1)
-        beside = nll_weight if same else torch.zeros_like(nll_weight)
-        divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, beside)
+        with_nll = nll_weight if same else torch.zeros_like(nll_weight)
+        divergence, d_logits = _divergence(log_q, q, log_p, beta, kl_weight, with_nll)
         gradient = d_logits if same else gradient + d_logits
 
     # The label's own entry. A compiler would first store the whole gradient for scatter_add
@@ -438,7 +438,8 @@ def cord(
     (alpha - 1) times that for the K largest: a tenth of the tokens once more, instead of the
     gradient of all. Tokens that carry no KL never touch the teacher's head.
 
-    chunk_tokens: how many tokens at a time; None: by memory. ValueError as losses.cord."""
+    chunk_tokens: how many tokens at a time; None: by memory. ValueError for arguments that
+    do not fit together."""
     _check(lengths, carries_kl, teacher_hidden, labels, banned, divergence_beta, denominator)
     student = _student(student_hidden, student_weight)
     if teacher_hidden is not None:
@@ -543,7 +544,7 @@ def _exact(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# What losses.py has too, once more, so that this file can be copied by itself
+# Small parts. losses.py has most of them too; here once more, so that this file can be copied
 
 def _wide(x):
     return x if x.dtype == torch.float64 else x.float()

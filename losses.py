@@ -12,7 +12,7 @@ Four rules hold for every loss here:
 1. It returns a SUM over its rows divided by `denominator`. The papers mean over tokens, and the
    mean that stays the same on one GPU or eight is over the tokens of the whole step. So the caller
    counts those once, gives the count to every rank and micro-batch, and the parts add up. Without
-   `denominator` it is the number of rows: a plain mean.
+   `denominator` it is the number of rows (of `cord`: of rollouts that carry L_tok).
 2. An empty input gives 0 (with a graph, so that backward still runs on that rank), not NaN.
 3. The arithmetic is float32, or float64 if the inputs are: differences of logarithms do not
    survive in bfloat16.
@@ -88,8 +88,8 @@ def token_divergence(student_logits, teacher_logits, *, beta=0.5, temperature=1.
         JSD_beta = beta KL(p || m) + (1 - beta) KL(q || m)
 
     beta = 1/2 is the symmetric one, between 0 and ln 2. At both ends JSD_beta itself is 0, so by
-    convention (Liger's and TRL's too) they stand for its limits after division by beta and by
-    1 - beta: beta = 0 is the forward KL(p || q), beta = 1 the reverse KL(q || p).
+    convention (Liger's and TRL's too) beta = 0 means the forward KL(p || q), the limit of
+    JSD_beta / beta, and beta = 1 the reverse KL(q || p), that of JSD_beta / (1 - beta).
 
     No factor temperature ** 2 (Hinton's), because the papers have none. Logits may be -inf.
     ValueError for unequal shapes, for beta outside [0, 1] and for a temperature of 0 or less."""
@@ -159,7 +159,7 @@ def jsd_ce(
 
     student_hidden [tokens, hidden]           last hidden states at predict_positions
     student_weight [vocab, hidden]            the head (no bias)
-    teacher_hidden [tokens, teacher hidden]   None, as the teacher's head: no L_top
+    teacher_hidden [tokens, teacher hidden]   None (its head too): no L_top
     teacher_weight [teacher vocab, teacher hidden]
     labels [tokens] int64                     rows labelled -100 count for neither term
     beta                                      as in token_divergence
@@ -312,8 +312,8 @@ def cord(
 
     student_hidden [tokens, hidden]     flat, over the tokens of several rollouts
     labels [tokens] int64               the sampled tokens
-    advantage [tokens]                  A_i / (rewarded rollouts of the whole step): divided
-                                        already, for `denominator` is L_tok's alone
+    advantage [tokens]                  A_i / (rewarded rollouts of the whole step), already
+                                        divided: `denominator` is L_tok's alone
     temperature [tokens]                at which the row was sampled; of log q alone, D_t is at 1
     carries_kl [tokens] bool            the tokens of rollouts that L_tok is for
     lengths                             how many tokens each of those rollouts has
@@ -323,8 +323,8 @@ def cord(
     denominator                         rollouts of the step that carry it; None: len(lengths)
     alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
-    ValueError for tokens that do not pair up. A banned label is not refused here, as fused.cord
-    does it: its log q is FLOOR."""
+    ValueError for teacher rows that do not pair up. fused.cord checks the lengths too, and refuses
+    a banned label; here its log q is FLOOR."""
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
         return logits if banned is None else logits.index_fill(-1, banned, FLOOR)
@@ -346,4 +346,4 @@ def cord(
         kl[carries_kl] = divergence.detach()
         log_q_all = _log_softmax(kl_logits.detach(), 1.0)                   # [kl tokens, vocab]
         entropy[carries_kl] = -(log_q_all.exp() * log_q_all).sum(-1)
-    return loss, kl.detach(), log_q.detach(), entropy.detach()
+    return loss, kl, log_q.detach(), entropy

@@ -32,14 +32,14 @@ Where the paper is silent, and what we do:
    (--teacher current) were no worse at a low learning rate; at twice that both views fell together
    in two of three seeds (python -m lab.experiments cord-teacher).
 2. Rollouts: one at temperature 1 for the KL and N = 4 at 1.5 for the group, in one batched call.
-3. D_t and log q use the distribution that was sampled from: control tokens are banned in both
-   views. log q is at the rollout's own temperature, D_t at 1.
+3. Control tokens are banned in both views, as in sampling. log q is at the rollout's own
+   temperature, D_t at 1.
 4. L_tok and L_seq: sums over a rollout's tokens, as written, and means over the rollouts of the
    global batch, on any number of GPUs.
 5. Top K is a share of the rollout (a tenth: 20 of the paper's 200 tokens), so that short rollouts
    are weighted alike.
-6. AdamW, linear warm-up over 3 %, cosine to zero. Decoder and projector learn, the audio tower is
-   frozen.
+6. AdamW, linear warm-up over 3 %, cosine to zero. Decoder, head and projector learn, the audio
+   tower is frozen.
 7. A rollout without an answer is judged wrong. Rollouts of a group whose rewards are all equal have
    no gradient and are not run again. An answer of the text view that was cut at the token limit is
    no reference: its prompt gets no group reward.

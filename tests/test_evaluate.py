@@ -236,6 +236,19 @@ def test_score_mmau():
     assert evaluate.score(examples[:1], outputs[:1])["aqa"]["music"] is None
 
 
+@pytest.mark.parametrize("answer, other", [
+    ("C minor", "C# minor"),
+    ("3", "-3"),
+    ("knock then beep", "beep then knock"),
+])
+def test_another_choice_of_the_same_words_is_wrong(answer, other):
+    """MMAU's rule compares sets of words, and takes one for the other."""
+    example = data.Example("q", None, "?", [answer, other, "a ring"], answer, "sound")
+    for said, right in ((answer, 100), (other, 0)):
+        score = evaluate.score([example], [said])["aqa"]
+        assert score["sound"] == right and score["official"]["sound"] == 100
+
+
 # -------------------- spoken choices -------------------------------------------------------------
 
 
@@ -1039,7 +1052,7 @@ def test_two_ranks_say_what_is_wrong(tiny_folder, examples, tmp_path):
     (bad.parent / "broken.wav").write_bytes(b"RIFF")
     how = ["--task", "both", "--model", tiny_folder, "--data", bad, "--max-new-tokens", 2]
     done = by_ranks(2, tmp_path / "both", *how)
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
+    sentences = [line for line in done.stderr.splitlines() if line.startswith(f"{bad}:2: ")]
     assert done.returncode and len(set(sentences)) == 1, done.stderr
     assert "broken.wav" in sentences[0]
     assert done.stdout == "" and 'evaluate.py", line' not in done.stderr
