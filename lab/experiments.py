@@ -334,7 +334,7 @@ def run(script, flags, seed, *, threads, dry_run, look):
             raise SystemExit(f"{folder} was interrupted; the same command goes on with it")
     if look and not (folder / "layers.json").exists():
         arguments = f"layers --model {newest(folder)} --data {world('test', seed, dry_run)}"
-        arguments += f" --out {folder}" + " --limit 8" * dry_run
+        arguments += f" --out {folder}"
         call(folder / "layers.txt", threads, "lab.inside", *arguments.split())
 
 

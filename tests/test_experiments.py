@@ -66,8 +66,8 @@ def test_every_row_of_cord_trains(spoken, flags, tmp_path):
         ]
     )
     (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    # GRPO alone has no loss where all are judged alike
-    assert line["loss"] != 0 or line["signal"] == 0
+    # GRPO alone has no loss where all are judged alike, or no prompt has a reference
+    assert line["loss"] != 0 or line.get("signal", 0) == 0
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_memory(script, shapes, weights, lora, monkeypatch):
         seconds=1.0,
         prompts=2,
         eval_batch=2,
+        text_batch=2,
     )
     args = memory.with_flags(args)
     shape = memory.shape_of(args)
@@ -190,8 +191,8 @@ def test_what_autograd_keeps_is_what_a_real_run_keeps(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_readmes_table_of_many_gpus_is_what_the_command_prints(capsys):
-    text = (ROOT / "README.md").read_text()
+def test_the_table_of_many_gpus_is_what_the_command_prints(capsys):
+    text = (ROOT / "docs" / "many_gpus.md").read_text()
     for row, flags in {
         "source_layer, qwen2.5-omni-7b+qwen3-8b": [
             "--script",
