@@ -165,11 +165,12 @@ def percentiles(draws):
     return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
-def wilson(right, total, z=1.959964):
+def wilson(right, total):
     """Wilson's 95 % interval of an accuracy, per cent. Unlike p +- 2 s.e. it stays inside 0..100
     and is not empty at 0 and 100."""
     if not total:
         return [None, None]
+    z = 1.959964
     # (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2/n)
     p = right / total
     shrink = 1 + z * z / total

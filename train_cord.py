@@ -309,7 +309,7 @@ class CordStep(nn.Module):
         # Weights w_t: the baseline forward KL has none
         weighting = dict(alpha=args.alpha, beta=args.beta, top_share=args.top_share)
         if args.token_loss == "forward-kl":
-            weighting = dict(alpha=1.0, beta=1.0, top_share=0.0)
+            weighting = dict(alpha=1.0, beta=1.0)
 
         # L = sum_t w_t D_t / n_kl - sum_i A_i log q(y_i) / n_group
         lengths = [len(r.ids) for r in batch.kl_rollouts]
@@ -362,10 +362,7 @@ class CordStep(nn.Module):
 
 def note_batch(run, batch, loss, seen):
     """A batch's losses and means for the log, and each rollout's D_t for samples.jsonl."""
-    run.note(
-        loss=loss.detach(),
-        token=seen["token"],
-        group=seen["group"])
+    run.note(loss=loss.detach(), token=seen["token"], group=seen["group"])
     tokens = len(seen["kl"])
     run.note_mean("kl", seen["kl"].sum(), over=tokens)
     run.note_mean("entropy", seen["entropy"].sum(), over=tokens)
@@ -459,7 +456,6 @@ def train(args, run):
             ),
         )
 
-    run.model = cord
     before = None
     if scored and not args.no_eval:
         before = score("before")

@@ -134,15 +134,6 @@ def parse_flags(argv=None):
     return args
 
 
-def layer_interval(text_kd):
-    """K where every K-th student layer is distilled: 1 for layer, K for skip:K, 0 for none, top."""
-    if text_kd == "layer":
-        return 1
-    if text_kd.startswith("skip:"):
-        return int(text_kd.removeprefix("skip:"))
-    return 0
-
-
 # ---------------------------------------------------------------------------------------------
 # 2. One step: forward and losses in one module, because DDP synchronises only what runs inside the
 #    forward that it wraps
@@ -367,12 +358,11 @@ def train(args, run):
     frozen = models.lower_half(student) if args.lower_lr == 0 else ()
     models.choose_trained(student, args.train, used, frozen=frozen, lora=args.lora)
     pairs = []
-    if layer_interval(args.text_kd):
+    if args.text_kd not in ("none", "top"):
+        every = 1 if args.text_kd == "layer" else int(args.text_kd.removeprefix("skip:"))
         student_depth = len(models.decoder(student).layers)
         teacher_depth = len(models.decoder(teacher).layers)
-        pairs = layer_map.pairs(
-            student_depth, teacher_depth, every=layer_interval(args.text_kd), only=args.layers
-        )
+        pairs = layer_map.pairs(student_depth, teacher_depth, every=every, only=args.layers)
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared_ids, args)
     step_module = step_module.to(run.device)
 
@@ -422,7 +412,6 @@ def train(args, run):
             ),
         )
 
-    run.model = step_module
     before = None
     if scored and not args.no_eval:
         before = score("before")

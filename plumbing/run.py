@@ -131,8 +131,8 @@ class Run:
     To be read: rank, world (the number of ranks), device, frozen_dtype and student_dtype, out (the
     run's folder, a Path), done and steps (how many steps are done, and how many there will be);
     after `finite` also totals and seconds, the step's sums over all ranks and its laps. To be set
-    before the loop: model, and checkpoint_parts, what checkpoints.save wants. Every rank calls
-    every method."""
+    before the loop: checkpoint_parts, what checkpoints.save wants. Every rank calls every
+    method."""
 
     def __init__(self, args):
         self.args = args
@@ -143,6 +143,7 @@ class Run:
                              "start it with torchrun --nproc_per_node N")
         self.out = Path(args.out)
         self.done = 0
+        self.model = None                   # what `wrap` gives; nothing is sharded before
         self.at_end = contextlib.ExitStack()            # what is undone when the loop ends
         self.signals = []                   # SIGTERM and Ctrl-C, as they came
         self.bad_steps = 0                  # in a row
