@@ -98,11 +98,10 @@ def paired(times, name, other):
     return statistics.median(a / b for a, b in zip(times[name], times[other]))
 
 
-def ceiling(device):
-    """What a product of two bfloat16 matrices reaches here -> (FLOP/s, its side)."""
-    side = 8192 if device.type == "cuda" else 2048
+def ceiling(device, side):
+    """What a product of two bfloat16 matrices [side, side] reaches here, FLOP/s."""
     a = torch.randn(side, side, device=device).bfloat16()
-    return 2 * side**3 / min(seconds(lambda: a @ a) for _ in range(5)), side
+    return 2 * side**3 / min(seconds(lambda: a @ a) for _ in range(5))
 
 
 def bench_device(args, out):
@@ -116,8 +115,8 @@ def bench_device(args, out):
     out.table("ceiling", "measured")
     if device.type == "cuda":
         out.row("memory, GB", f"{torch.cuda.mem_get_info()[1] / 1e9:.0f}")
-    flops, side = ceiling(device)
-    out.row(f"bfloat16 product of {side}, TFLOP/s", f"{flops / 1e12:.1f}")
+    flops = ceiling(device, args.side)
+    out.row(f"bfloat16 product of {args.side}, TFLOP/s", f"{flops / 1e12:.1f}")
     numbers = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)
     copy = torch.empty_like(numbers)
     fastest = min(seconds(lambda: copy.copy_(numbers)) for _ in range(5))
@@ -650,7 +649,7 @@ def bench_step(args, out):
         batches, tokens = prepared()
         update(batches)
 
-    top, side = ceiling(device)
+    top = ceiling(device, args.side)
     flops = counter.get_total_flops()
     spent = {name: value / args.steps for name, value in clock.seconds.items()}
     whole = sum(spent.values())
@@ -667,7 +666,7 @@ def bench_step(args, out):
             f"{args.seconds:g} s, {tokens:,} response tokens; mean of {args.steps} steps")
     out.say(f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips "
             f"an hour; {flops / 1e12:.3g} TFLOP outside the rollout, "
-            f"{100 * flops / outside / top:.0f} % of what a matrix product of {side} reaches here "
+            f"{100 * flops / outside / top:.0f} % of what a matrix product of {args.side} reaches here "
             f"({top / 1e12:.1f} TFLOP/s in bfloat16)")
     out.table("part", "seconds", "share", "peak GB")
     for name in sorted(spent, key=spent.get, reverse=True):
@@ -812,7 +811,10 @@ def main(argv=None):
     def add(name, default, text):
         part.add_argument(name, type=type(default), default=default, help=text)
 
+    side = 8192 if gpu else 2048
+    side_text = "of the product that is the ceiling (a CPU without bfloat16 takes minutes)"
     part = command("device", bench_device, "what this machine is, and its ceilings")
+    add("--side", side, side_text)
     part = command("losses", bench_losses, "the fused losses, the formulas, Liger-Kernel and TRL")
     add("--tokens", 8192 if gpu else 1024, "response tokens")
     add("--hidden", 3584 if gpu else 512, "student's width")
@@ -832,6 +834,7 @@ def main(argv=None):
     add("--seconds", 10.0, "length of a clip")
     add("--response-tokens", 200, "tokens of a response or rollout")
     add("--steps", 3, "steps that are timed")
+    add("--side", side, side_text)
     part = command("data", bench_data, "how long training waits for its data; clips a second")
     part.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers")
     add("--steps", 30, "steps of a run")

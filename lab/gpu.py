@@ -46,11 +46,13 @@ def parts(rehearse, out):
     rollouts = ["rollouts"]
     size = ["--prompts", "2", "--seconds", "10", "--response-tokens", "100", "--steps", "2"]
     mini = []
+    device = ["device"]
     if rehearse:
+        device += ["--side", "256"]
         losses += ["--tokens", "256", "--hidden", "64", "--teacher-hidden", "64"]
         losses += ["--vocab", "1000", "--rounds", "1"]
         size = ["--layers", "1", "--prompts", "1", "--seconds", "1", "--response-tokens", "8",
-                "--steps", "1"]
+                "--steps", "1", "--side", "256"]
         rollouts += ["--prompts", "2", "--rounds", "1", "--max-new-tokens", "8"]
         mini = ["--dry-run"]
     cord = ["step", "--script", "cord", "--shapes", "qwen2-audio-7b", *size]
@@ -58,7 +60,7 @@ def parts(rehearse, out):
     lora = ["--lora", "64"]
     tests = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "tests"]
     return [
-        Part("the machine", 30, [*bench, "device"]),
+        Part("the machine", 30, [*bench, *device]),
         Part("fused losses", 150, [*bench, *losses]),
         Part("a CORD step, LoRA", 80, [*bench, *cord, *lora]),
         Part("a paper A step, LoRA", 80, [*bench, *source, *lora]),

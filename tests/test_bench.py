@@ -236,6 +236,8 @@ def test_steps(script, shapes, parts, lora, monkeypatch, capsys):
             "1",
             "--lora",
             str(lora),
+            "--side",
+            "256",
         ]
     )
     text = capsys.readouterr().out
