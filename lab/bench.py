@@ -666,8 +666,8 @@ def bench_step(args, out):
             f"{args.seconds:g} s, {tokens:,} response tokens; mean of {args.steps} steps")
     out.say(f"{tokens / whole:,.1f} response tokens/s, {3600 * len(examples) / whole:,.0f} clips "
             f"an hour; {flops / 1e12:.3g} TFLOP outside the rollout, "
-            f"{100 * flops / outside / top:.0f} % of what a matrix product of {args.side} reaches here "
-            f"({top / 1e12:.1f} TFLOP/s in bfloat16)")
+            f"{100 * flops / outside / top:.0f} % of what a matrix product of {args.side} reaches "
+            f"here ({top / 1e12:.1f} TFLOP/s in bfloat16)")
     out.table("part", "seconds", "share", "peak GB")
     for name in sorted(spent, key=spent.get, reverse=True):
         out.row(name, f"{spent[name]:.3f}", f"{100 * spent[name] / whole:.0f} %",
