@@ -62,7 +62,7 @@ import judge
 import losses
 import models
 import rollout
-from plumbing import checkpoints, hearing, plots, ranks
+from plumbing import checkpoints, hearing, ranks
 from plumbing.check import about_clips
 from plumbing.files import append_jsonl, newest_checkpoint
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
@@ -571,7 +571,8 @@ def train(args, run):
         after = score("after")
         run.finish(
             evaluate.report_gap(after, before),
-            plots.plot_cord,
+            terms=("kl", "reward"),
+            unit="KL per token (nats); mean reward of the groups",
             before=before,
             after=after,
             gap_reduction_percent=evaluate.gap_reduction(before, after),

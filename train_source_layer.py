@@ -59,7 +59,7 @@ import fused
 import layer_map
 import losses
 import models
-from plumbing import checkpoints, hearing, plots, ranks
+from plumbing import checkpoints, hearing, ranks
 from plumbing.check import about_clips
 from plumbing.files import newest_checkpoint
 from plumbing.optimizer import SplitAdamW, learning_rate_factor, parameter_groups
@@ -486,8 +486,14 @@ def train(args, run):
     # 3.10 After
     if before:
         after = score("after")
-        table = evaluate.report_change(before, after)
-        run.finish(table, plots.plot_run, before=before, after=after)
+        run.finish(
+            evaluate.report_change(before, after),
+            terms=("sft", "top", "layer", "acoustic"),
+            unit="loss term, unweighted",
+            scale="log",
+            before=before,
+            after=after,
+        )
         if args.data is None and not args.dry_run:
             run.say(f"expected without flags:  {EXPECTED}")
 

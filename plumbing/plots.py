@@ -47,37 +47,19 @@ def draw(axis, log, name, colour, label=None):
     return axis.plot(steps, soft, color=colour, linewidth=1.5, label=label or name)
 
 
-def pyplot():
-    """matplotlib.pyplot without a screen, or None where it cannot be imported."""
+def plot_run(folder, terms, unit, scale="linear"):
+    """Draw run.png in a finished run's folder: terms of its log.jsonl over the steps, and the
+    accuracies of before, eval-NNNNNNN and after.json."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         print(f"no figure was drawn, because matplotlib cannot be imported ({error})")
-        return None
-    return matplotlib.pyplot
-
-
-def plot_run(folder):
-    """A run of paper A -> run.png: the loss terms over the steps, and the accuracies."""
-    draw_run(folder, ("sft", "top", "layer", "acoustic"), "loss term, unweighted", "log")
-
-
-def plot_cord(folder):
-    """A run of CORD -> run.png: what drove it over the steps, and both views' accuracy."""
-    draw_run(folder, ("kl", "reward"), "KL per token (nats); mean reward of the groups", "linear")
-
-
-def draw_run(folder, terms, unit, scale):
-    """A finished run's folder (log.jsonl, before, eval-NNNNNNN and after.json) -> its run.png."""
-    plt = pyplot()
-    if plt is None:
         return
     folder = Path(folder)
     with open(folder / "log.jsonl", encoding="utf-8") as file:
         log = [json.loads(line) for line in file]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.set(xlabel="step", ylabel=unit, yscale=scale, title="what the student learns from")
     for name, colour in zip(terms, COLOURS):
         draw(left, log, name, colour)
@@ -99,4 +81,3 @@ def draw_run(folder, terms, unit, scale):
         axis.legend(frameon=False, ncols=2)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "run.png", dpi=130)
-    plt.close(figure)

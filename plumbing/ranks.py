@@ -117,13 +117,13 @@ def shard(module, blocks=(), compute=None):
         for p in rest:
             p.data = p.data.bfloat16()
 
-    # None: keep the outer weights for the backward pass, which a frozen model does not have
+    # None: keep the outer weights for the backward pass, which a frozen model does not have. (FSDP
+    # notes the order of a model's forwards until its next backward: for a frozen one some bytes a
+    # block and step, which are never freed)
     frozen = not any(p.requires_grad for p in module.parameters())
     for block in blocks:
         fully_shard(block, mp_policy=inside)
     fully_shard(module, mp_policy=outside, reshard_after_forward=True if frozen else None)
-    if frozen:
-        module.register_forward_hook(forget_forward)
 
     # Each rank generates as many tokens as it likes, while FSDP would gather weights at every
     # forward, on all ranks together. So `with_weights_gathered` gathers them once, by a forward
@@ -172,14 +172,3 @@ def _work_gathered(module, frozen, work):
         for part in _sharded_parts(module):
             part.set_reshard_after_forward(frozen or part is not module, recurse=False)
             part.reshard()
-
-
-def forget_forward(module, *_):
-    """A frozen model never runs backward, so FSDP's records of its forwards would grow for ever."""
-    # Private names of torch, here alone (tests/test_private_names.py). The public
-    # reset_iter_state, since torch 2.14, also drops the gathered weights that are needed.
-    for part in _sharded_parts(module):
-        group = part._get_fsdp_state()._fsdp_param_group
-        if group is not None:
-            group.comm_ctx.post_forward_order.clear()
-            group._post_forward_indices.clear()

@@ -14,7 +14,6 @@ It holds no forward, no loss and no schedule. On N ranks every rank calls every 
 """
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import json
 import math
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from plumbing import check, checkpoints, ranks, saving, tracking
+from plumbing import check, checkpoints, plots, ranks, saving, tracking
 from plumbing.files import append_jsonl, keep_lines, read_json, replace_text, write_json
 
 NOT_FINITE = 5              # steps in a row without a finite loss and gradient that end a run
@@ -425,15 +424,17 @@ class Run:
 
     # -- after the loop -----------------------------------------------------------------------
 
-    def finish(self, table, plot, **results):
-        """results.json, the table in the terminal and in the model's card, run.png."""
+    def finish(self, table, terms, unit, scale="linear", **results):
+        """results.json, the table in the terminal and in the model's card, run.png.
+
+        terms: of the log, to be drawn over the steps; unit and scale: of their axis."""
         minutes = (time.time() - self.started) / 60
         if self.rank > 0:
             return
         write_json(self.out / "results.json", {**results, "minutes": minutes})
         saving.write_card(self.checkpoint, vars(self.args), table)
         self.say(table)
-        plot(self.out)
+        plots.plot_run(self.out, terms, unit, scale)
         self.say(
             f"{self.out}: results.json, log.jsonl, samples, run.png, checkpoint "
             f"{self.checkpoint.name}; {minutes:.1f} minutes in all"
@@ -457,10 +458,10 @@ class _Prepared:
 
 
 def _deaf_worker(_):
-    # Signals are for the main process, which needs its workers until it has saved
+    # Signals are for the main process, which needs its workers until it has saved. (If that dies,
+    # DataLoader's workers see it, and end)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: it goes with its parent
 
 
 def _checkpoint_activations(model):

@@ -821,7 +821,7 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
     (tmp_path / "log.jsonl").write_text('{"step": 1, "sft": 1.0}\n')
     for name, found in ("before", before), ("after", after):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    plots.plot_run(tmp_path)
+    plots.plot_run(tmp_path, ["sft"], "loss term", "log")
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 

@@ -1175,36 +1175,6 @@ def test_an_index_that_names_other_files_is_refused(shard, folders, loaded, tmp_
     )
 
 
-def test_a_link_out_of_the_folder_is_refused(folders, tmp_path):
-    source = folders["qwen2_audio"][0]
-    folder = altered(source, tmp_path / "linked", drop=("model.safetensors",))
-    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
-    refused(
-        "wants model.safetensors loaded, which is no safetensors file inside this folder",
-        models.load_audio_model,
-        folder,
-    )
-
-
-@pytest.mark.parametrize("name", ["model-of-another.safetensors", "shard-00001-model-00001-of-00001.safetensors"])  # noqa: E501
-def test_no_file_of_the_folder_may_be_a_link_out_of_it(name, folders, tmp_path):
-    """transformers 5.24 reads files called shard-... whether an index names them or not."""
-    source = folders["qwen2_audio"][0]
-    folder = altered(source, tmp_path / "linked")
-    (folder / name).symlink_to(source / "model.safetensors")
-    refused(f"wants {name} loaded, which is no safetensors file", models.load_audio_model, folder)
-
-
-def test_a_folder_called_snapshots_is_not_the_hubs_cache(folders, tmp_path):
-    source = folders["qwen2_audio"][0]
-    (tmp_path / "some" / "snapshots").mkdir(parents=True)
-    folder = altered(source, tmp_path / "some" / "snapshots" / "m", drop=("model.safetensors",))
-    (tmp_path / "some" / "outside.safetensors").write_bytes(
-        (source / "model.safetensors").read_bytes())
-    (folder / "model.safetensors").symlink_to("../../outside.safetensors")
-    refused("wants model.safetensors loaded", models.load_audio_model, folder)
-
-
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"weight_map": 3}'])
 def test_a_broken_index_is_a_sentence(text, folders, tmp_path):
     folder = altered(folders["qwen2_audio"][0], tmp_path / "index",

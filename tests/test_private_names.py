@@ -20,12 +20,7 @@ for folder in ("plumbing", "mini", "prepare", "lab"):
     FILES += (ROOT / folder).glob("*.py")
 OURS = {path.stem for path in FILES}
 # (our file, name) -> the module that has it, where we use it, the test that sees what it does
-FSDP = "torch.distributed.fsdp._fully_shard"
-SHARDED = "ranks.forget_forward", "test_run.py::test_a_shard_is_a_share"
 PRIVATE = {
-    ("plumbing/ranks.py", "_get_fsdp_state"): (f"{FSDP}._fully_shard", *SHARDED),
-    ("plumbing/ranks.py", "_fsdp_param_group"): (f"{FSDP}._fsdp_state", *SHARDED),
-    ("plumbing/ranks.py", "_post_forward_indices"): (f"{FSDP}._fsdp_param_group", *SHARDED),
     ("fused.py", "_dynamo"): (
         "torch", "fused._any_rows", "test_fused.py (slow: what is compiled for a GPU)"),
     ("models.py", "_hf_peft_config_loaded"): (

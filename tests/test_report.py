@@ -424,11 +424,11 @@ def test_the_figures_at_the_end_survive_a_step_that_was_left_out(tmp_path):
     write_run(tmp_path / "a", [source_layer(1, sft=None), left_out, source_layer(3)], cut="")
     for name, found in ("before", heard(50, 80)), ("after", heard(60, 75)):
         (tmp_path / "a" / f"{name}.json").write_text(json.dumps(found))
-    plots.plot_run(tmp_path / "a")
+    plots.plot_run(tmp_path / "a", ["sft", "top"], "loss term", "log")
     write_run(tmp_path / "b", [cord(1), left_out, cord(3, kl=None)], cut="")
     for name in "before", "after":
         (tmp_path / "b" / f"{name}.json").write_text(json.dumps(views(90, 70)))
-    plots.plot_cord(tmp_path / "b")
+    plots.plot_run(tmp_path / "b", ["kl", "reward"], "nats")
     assert all((tmp_path / name / "run.png").stat().st_size > 10_000 for name in "ab")
 
 
@@ -471,8 +471,7 @@ def test_a_real_run(tmp_path, capsys, script):
 
 
 def test_without_matplotlib_the_figure_is_left_out_with_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    plots.plot_run(tmp_path)
-    plots.plot_cord(tmp_path)
-    assert capsys.readouterr().out.count("no figure was drawn, because matplotlib cannot") == 2
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plots.plot_run(tmp_path, ["kl"], "nats")
+    assert "no figure was drawn, because matplotlib cannot" in capsys.readouterr().out
     assert not (tmp_path / "run.png").exists()
