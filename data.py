@@ -21,7 +21,8 @@ Examples come from a manifest: JSONL, one object per line,
      "question": "What is asked?", "choices": ["four", "five"], "answer": "five",
      "reasoning": {"planning": "..", "caption": "..", "reasoning": "..", "summary": ".."},
      "description": "words for the audio (paper A)", "transcript": "its words (CORD)",
-     "speaker": "..", "split": "train"}            # these two lines and the reasoning are optional
+     "speaker": "..", "split": "train", "sub-category": ".."}       # optional: the choices, the
+                                                        # reasoning, and the last two lines
 
 See both views of one of your own examples, and find every fault of a manifest and its clips:
 
@@ -55,8 +56,7 @@ TAG = r"</?(?:THINK|PLANNING|CAPTION|REASONING|SUMMARY|RESPONSE)>"
 
 class DataError(SystemExit, ValueError):
     """Bad data, in one sentence: where (file:line), what, and what to do about it. A script ends
-    with the sentence and without a traceback. (So would a thread, without a word: catch it there.)
-    """
+    with the sentence and without a traceback. (A thread ends without a word: catch it there.)"""
 
 
 @dataclass
@@ -139,7 +139,8 @@ def control_ids(tokenizer, size, *, keep=(), placeholder=None) -> list[int]:
     ask the next forward for audio that is not there."""
     unused = set(range(size)) - set(tokenizer.get_vocab().values())
     banned = {placeholder, *_special_ids(tokenizer), *unused}
-    return sorted(banned - {None, *keep})               # None: what this tokenizer does not have
+    banned -= {None, *keep}                             # None: what this tokenizer does not have
+    return sorted(index for index in banned if index < size)
 
 
 def shared_vocabulary(student, teacher, *, minimum=0.9):
@@ -341,8 +342,9 @@ class View:
 class Batch:
     audio: View
     text: View
-    labels: torch.Tensor                # [tokens] int64: the response's ids, student's numbering,
-    examples: list[Example]             #   in the order of both predict_positions
+    # [tokens] int64: the responses' ids, student's numbering, in the order of predict_positions
+    labels: torch.Tensor
+    examples: list[Example]
 
     def to(self, device) -> "Batch":
         return replace(
@@ -394,7 +396,7 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=-1, features=None) -> 
     # 2. What predicts a token: one column before its own, or the prompt's end
     batch, seq = inputs["input_ids"].shape
     positions = torch.arange(seq).repeat(batch, 1)                      # [batch, seq]
-    before = torch.arange(batch * seq).view(batch, seq) - 1             # [batch, seq], flattened
+    predictor = torch.arange(batch * seq).view(batch, seq) - 1          # on the flattened axis
     branch = inputs["attention_mask"] - 1               # 0 prompt, 1, 2, .. responses, -1 padding
     for sequence, (row, group) in enumerate(groups):
         begin = len(prompts[row])
@@ -402,7 +404,8 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=-1, features=None) -> 
             end = begin + len(response)
             others = begin - len(prompts[row])          # columns of the responses before this one
             positions[sequence, begin:end] -= others
-            before[sequence, begin:begin + 1] -= others
+            if response:                                # its first token: by the prompt's last
+                predictor[sequence, begin] -= others
             branch[sequence, begin:end] = number
             begin = end
     audio = (branch == 0) & (inputs["input_ids"] == audio_id)
@@ -416,7 +419,7 @@ def pack(prompts, rows, responses, tokenizer, *, audio_id=-1, features=None) -> 
         inputs["attention_mask"] = (sees & causal)[:, None]
     for name, tensor in (features or {}).items():
         inputs[name] = tensor[[row for row, _ in groups]]
-    return View(inputs, before[branch > 0], audio.flatten().nonzero()[:, 0])
+    return View(inputs, predictor[branch > 0], audio.flatten().nonzero()[:, 0])
 
 
 def audio_view(prompts: Prompts, rows, responses, processor) -> View:
@@ -574,16 +577,16 @@ def corrupt_descriptions(examples, share, seed=0) -> list[Example]:
         others = (text for text in drawn if text != example.description)
         other = next(others, "something").split()
 
-        words, swapped = [], None
+        words, fallback = [], None
         for word in example.description.split():
             luck = rng.random()
             instead = rng.choice(other)
-            swapped = swapped or instead
+            fallback = fallback or instead
             if luck >= share:
                 words.append(word)
             elif luck >= share / 2:
                 words.append(instead)
-        description = " ".join(words or [swapped])              # never nothing at all
+        description = " ".join(words or [fallback])             # never nothing at all
         corrupted.append(replace(example, description=description))
     return corrupted
 
@@ -602,8 +605,8 @@ def load_audio(path, *, where=None, cut=math.inf) -> torch.Tensor:
         count = math.ceil(min(cut * file.samplerate, file.frames))
         _, mono = check.read_frames(file, count, check.clip_name(path, where))
     # torchaudio's filter bank has numerator x denominator entries: 44,101 Hz would take gigabytes.
-    # A denominator up to 1,000 is exact for every usual rate, and off by about one part in 100,000
-    # at most for odd ones up to 192 kHz.
+    # A denominator up to 1,000 is exact for every usual rate, and off by at most 0.05 % for odd
+    # ones up to 192 kHz.
     ratio = Fraction(SAMPLE_RATE, file.samplerate).limit_denominator(1000)
     wave = torch.from_numpy(mono)
     return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
@@ -639,7 +642,7 @@ def main():
     add("--student", default=str(Path(__file__).with_name("mini") / "student"),
         help="folder or hub name of the student")
     add("--teacher", help="folder or hub name of a text teacher, which reads the description "
-        "(paper A); without, the student reads the transcript (CORD)")
+        "(paper A); without, the student reads the transcript (CORD), else the description")
     # check
     add("--max-seconds", type=float, default=30.0,
         help="longest clip allowed, in seconds (Qwen2-Audio's window: 30)")

@@ -530,7 +530,10 @@ def flags():
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
+    parser = flags()
+    args = parser.parse_args(argv)
+    if args.temperature is not None and args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "gap" else 0.6
 

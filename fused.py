@@ -191,12 +191,12 @@ def _blocks(rows, width, numbers):
 
 def _chunk_by_blocks(student, *per_row, **how):
     """_chunk for a CPU. The gradient takes the place of the student's logits."""
-    found = []
+    of_blocks = []
     for rows in _blocks(*student.shape, 2 ** 17):
         of_block = [None if x is None else x[rows] for x in per_row]
         *values, student[rows] = _chunk(student[rows], *of_block, **how)
-        found.append(values)
-    return *(torch.cat(parts) for parts in zip(*found)), student
+        of_blocks.append(values)
+    return *(torch.cat(parts) for parts in zip(*of_blocks)), student
 
 
 def _states_by_blocks(student, teacher, mean, std, weight, dtype):
@@ -253,15 +253,17 @@ def _operands(hidden, weight):
     return hidden.detach().to(dtype), weight.detach().to(dtype)
 
 
-def _logits(hidden, weight, places, name):
-    """hidden @ weight.T [n, vocab], in float32 or wider. places: {name: memory of the first chunk,
-    which is the largest}, used again, because fresh memory costs a CPU about as much."""
-    # A GPU: a tensor core sums in float32 anyway, and here it is not rounded behind that
+def _logits(hidden, weight, buffers, name):
+    """hidden @ weight.T [n, vocab], in float32 or wider.
+
+    buffers: {name: the first chunk's memory, the largest}, used again: on a CPU new memory costs
+    as much time as the product."""
+    # bfloat16 comes on a GPU alone. Its tensor cores sum in float32; that sum is kept as it is
     if hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    if name not in places:
-        places[name] = hidden.new_empty(len(hidden), len(weight))
-    return torch.mm(hidden, weight.T, out=places[name][:len(hidden)])
+    if name not in buffers:
+        buffers[name] = hidden.new_empty(len(hidden), len(weight))
+    return torch.mm(hidden, weight.T, out=buffers[name][:len(hidden)])
 
 
 def _back(d_logits, weight):
@@ -309,8 +311,11 @@ def _head_pass(
     shared: a pair of ids, [shared] each. banned [ids]: what neither side can say"""
     hidden, weight, d_hidden, d_weight = student
     device, vocab = hidden.device, len(weight)
+    if teacher is not None and shared is None and len(teacher[1]) != vocab:
+        raise ValueError(f"heads of {vocab} and {len(teacher[1])} tokens: unequal vocabularies "
+                         "need shared_ids")
     compiled, size = _compiles(device), _rows_per_chunk(chunk_tokens, vocab, device)
-    places = {}
+    buffers = {}
     per_row = (labels[rows], kl_weight, nll_weight, nll_temperature)
     if shared is not None:     # as _chunk wants it
         ids = torch.zeros(vocab, dtype=torch.int64, device=device).index_copy_(0, *shared)
@@ -319,22 +324,22 @@ def _head_pass(
     def through_heads(part):
         own = rows[part]
         own_hidden = hidden[own]
-        logits = _logits(own_hidden, weight, places, "student")                 # [n, vocab]
+        logits = _logits(own_hidden, weight, buffers, "student")                # [n, vocab]
         teacher_logits = None
         if teacher is not None:
-            teacher_logits = _logits(teacher[0][part], teacher[1], places, "teacher")
+            teacher_logits = _logits(teacher[0][part], teacher[1], buffers, "teacher")
         if banned is not None:
             logits.index_fill_(1, banned, FLOOR)
             if teacher is not None:
                 teacher_logits.index_fill_(1, banned, FLOOR)
 
-        each = [logits, teacher_logits] + [None if x is None else x[part] for x in per_row]
+        operands = [logits, teacher_logits] + [None if x is None else x[part] for x in per_row]
         if compiled:
-            for x in each:
+            for x in operands:
                 if x is not None:
                     _any_rows(x)            # the last chunk is shorter; vocab stays a constant
         chunk = _compiled(_chunk) if compiled else _chunk_by_blocks
-        *values, d_logits = chunk(*each, shared=shared, dtype=hidden.dtype, **how)
+        *values, d_logits = chunk(*operands, shared=shared, dtype=hidden.dtype, **how)
 
         if d_hidden is not None:
             d_hidden.index_add_(0, own, _back(d_logits, weight))
@@ -343,12 +348,12 @@ def _head_pass(
         return values                       # and the chunk's logits are freed
 
     with torch.autocast(device.type, enabled=False):
-        found = [
+        chunks = [
             through_heads(slice(start, start + size)) for start in range(0, len(rows), size)
         ]
-    if not found:
-        found = [[nll_weight.new_zeros(0)] * 3]
-    divergence, nll, entropy = (torch.cat(parts) for parts in zip(*found))
+    if not chunks:
+        chunks = [[nll_weight.new_zeros(0)] * 3]
+    divergence, nll, entropy = (torch.cat(parts) for parts in zip(*chunks))
     return divergence, nll, entropy
 
 
@@ -401,7 +406,8 @@ def jsd_ce(
         teacher = teacher_hidden[counted], teacher_weight
 
     weight_of_row = 1 / _count(len(counted), denominator)
-    row_weight = torch.full_like(counted, weight_of_row, dtype=_exact(student.hidden))    # [rows]
+    dtype = _sum_dtype(student.hidden)
+    row_weight = torch.full_like(counted, weight_of_row, dtype=dtype)           # [rows]
     divergence, nll, _ = _head_pass(
         counted,
         student,
@@ -440,13 +446,19 @@ def cord(
 
     chunk_tokens: how many tokens at a time; None: by memory. ValueError for arguments that
     do not fit together."""
-    _check(lengths, carries_kl, teacher_hidden, labels, banned, divergence_beta, denominator)
+    _check_rows(student_hidden, labels, carries_kl, advantage, temperature)
+    _check_rollouts(lengths, carries_kl, teacher_hidden, labels, banned)
+    if not 0 <= divergence_beta <= 1:
+        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
+    if lengths and denominator is not None and denominator <= 0:
+        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
+                         "with a KL")
     student = _student(student_hidden, student_weight)
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = _operands(teacher_hidden, teacher_weight)
-    exact = _exact(student.hidden)
-    advantage = advantage.to(exact)
-    kl = torch.zeros_like(labels, dtype=exact)                                  # [tokens]
+    dtype = _sum_dtype(student.hidden)
+    advantage = advantage.to(dtype)
+    kl = torch.zeros_like(labels, dtype=dtype)                                  # [tokens]
     log_q, entropy = torch.zeros_like(kl), torch.zeros_like(kl)
 
     def add(rows, hidden, kl_weight, nll_weight, temperature):
@@ -458,7 +470,7 @@ def cord(
             labels,
             kl_weight,
             nll_weight,
-            None if (temperature == 1).all() else temperature.to(exact),
+            None if (temperature == 1).all() else temperature.to(dtype),
             chunk_tokens=chunk_tokens,
             beta=divergence_beta,
             banned=banned,
@@ -517,7 +529,8 @@ def hidden_jsd(student, teacher, *, mean=None, std=None, denominator=None):
     return _KnownGradient.apply(loss, student, gradient if learns else None)
 
 
-# mse and cosine stay as losses.py has them: there is nothing to fuse
+# mse and cosine stay as losses.py has them, because there is nothing to fuse; raw-jsd because it
+# is there to be compared with, not to be trained with
 HIDDEN = {"jsd": hidden_jsd}
 
 
@@ -534,13 +547,14 @@ def _student(hidden, weight):
     operand, operand_weight = _operands(hidden, weight)
     d_hidden = d_weight = None
     if learns and hidden.requires_grad:
-        d_hidden = operand.new_zeros(hidden.shape, dtype=_exact(operand))
+        d_hidden = operand.new_zeros(hidden.shape, dtype=_sum_dtype(operand))
     if learns and weight.requires_grad:
-        d_weight = operand.new_zeros(weight.shape, dtype=_exact(operand))
+        d_weight = operand.new_zeros(weight.shape, dtype=_sum_dtype(operand))
     return _Student(operand, operand_weight, d_hidden, d_weight)
 
 
-def _exact(x):
+def _sum_dtype(x):
+    """In which sums over x are kept."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -579,7 +593,14 @@ def position_weights(kl, lengths, beta):
     return torch.tensor(weights, dtype=kl.dtype, device=kl.device)
 
 
-def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denominator):
+def _check_rows(*per_token):
+    rows = [len(x) for x in per_token]
+    if len(set(rows)) > 1:
+        raise ValueError(f"student_hidden, labels, carries_kl, advantage, temperature have {rows} "
+                         "rows: these must be the same")
+
+
+def _check_rollouts(lengths, carries_kl, teacher, labels, banned):
     teacher_rows = 0 if teacher is None else len(teacher)
     if not sum(lengths) == carries_kl.sum() == teacher_rows:
         raise ValueError(
@@ -588,8 +609,3 @@ def _check(lengths, carries_kl, teacher, labels, banned, divergence_beta, denomi
     if banned is not None and torch.isin(labels, banned).any():
         wrong = labels[torch.isin(labels, banned)][0].item()
         raise ValueError(f"label {wrong} is banned, so it cannot have been sampled")
-    if not 0 <= divergence_beta <= 1:
-        raise ValueError(f"divergence_beta {divergence_beta} must lie in [0, 1]")
-    if lengths and denominator is not None and denominator <= 0:
-        raise ValueError(f"denominator {denominator} must be above 0: the whole step's rollouts "
-                         "with a KL")

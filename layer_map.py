@@ -3,14 +3,14 @@ wider than the other.
 
 Paper A (arXiv 2509.18579) distils not only the last layer: student layer l of 28 learns from
 teacher layer floor(l * 36 / 28 + 1/2) of 36, so that each student layer looks at the teacher at the
-same relative depth. Three things are needed for that, in this order:
+same relative depth. Three things are needed for that, and a fourth for L_ac:
 
     pairs         the map itself
     Tap           takes the hidden states out of a running model: these layers only, these positions
                   only, BEFORE the final norm
     Projections   W_i per pair, student width -> teacher width, and the teacher's mean and standard
                   deviation per feature, which the divergences of losses.py standardise with
-    Statistics    the same for the acoustic teacher, which needs no W
+    Statistics    mean and deviation of the acoustic teacher, which needs no W
 
 Layers count from 1, as in the paper: layer l is the output of the l-th decoder layer. Layer 0 would
 be the embeddings.
@@ -49,19 +49,18 @@ def pairs(student_layers, teacher_layers, every=1, only=None):
     if min(student_layers, teacher_layers, every) < 1:
         raise ValueError(f"student_layers {student_layers}, teacher_layers {teacher_layers} and "
                          f"every {every} must each be at least 1")
-    found = []
+    mapped = []
     for layer in range(student_layers, 0, -every):
         # floor(x + 1/2) in integers, which are exact
         nearest = (2 * layer * teacher_layers + student_layers) // (2 * student_layers)
-        found.insert(0, (layer, max(1, nearest)))
+        mapped.insert(0, (layer, max(1, nearest)))
     if only is None:
-        return found
+        return mapped
 
-    mapped = [layer for layer, _ in found]
-    if not only or not set(only) <= set(mapped):
-        raise ValueError(f"only={sorted(only)} must name some of the mapped student layers "
-                         f"{mapped}")
-    return [pair for pair in found if pair[0] in set(only)]
+    layers = [layer for layer, _ in mapped]
+    if not only or not set(only) <= set(layers):
+        raise ValueError(f"{sorted(only)} must name some of the mapped student layers {layers}")
+    return [pair for pair in mapped if pair[0] in set(only)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -166,9 +165,10 @@ class Projections(nn.Module):
     """Per pair i: W_i [teacher_width, student_width] (trained, no bias), and the frozen teacher's
     mean[i] and std[i] [teacher_width].
 
-    Before `fit`: W_i is the (rectangular) identity, a placeholder, mean 0, std 1. Fit before
-    wrapping in DDP, which then gives every rank rank 0's values. Keep it in float32: at 16 bit,
-    steps of its learning rate would round to nothing."""
+    Before `fit`: W_i is the (rectangular) identity, a placeholder, mean 0, std 1. Fit on the same
+    tokens on every rank, before DDP or FSDP wraps it: neither copies rank 0's mean and std. Keep it
+    in float32: at 16 bit, steps of its learning rate would round to nothing. (The product itself
+    follows autocast.)"""
 
     def __init__(self, layer_pairs, student_width, teacher_width):
         super().__init__()
@@ -188,13 +188,14 @@ class Projections(nn.Module):
     def fit(self, pair_index, student_hidden, teacher_hidden):
         """Mean and std from the teacher, W by least squares.
 
-        student [tokens, student_width], teacher [tokens, teacher_width]. With a ridge of
-        0.3 * width / tokens: without one, a batch of about as many tokens as features fits its own
-        noise (on new tokens hundreds of times the teacher's variance); this one prevents that, and
-        fades as the batch grows. It acts on features scaled to standard deviation 1, or the outlier
-        features would set its size for all others. Not centred: W has no bias, and the large
-        constant part of the outlier features serves as one. ValueError for tokens that are not
-        finite."""
+        student [tokens, student_width], teacher [tokens, teacher_width]. ValueError for tokens
+        that are not finite.
+
+        The ridge is 0.3 * width / tokens. Without one, a batch of about as many tokens as features
+        fits its own noise: on new tokens its error is hundreds of times the teacher's variance.
+        Features are first scaled to standard deviation 1, so that the outliers do not set the
+        ridge of all others. Nothing is centred: W has no bias, and the large constant part of the
+        outlier features serves as one."""
         self.mean[pair_index], self.std[pair_index] = feature_statistics(teacher_hidden)
 
         weight = self.weights[pair_index]

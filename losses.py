@@ -260,7 +260,7 @@ def largest_share(kl, lengths, share):
     start = 0
     for length in lengths:
         order = kl[start:start + length].argsort(descending=True, stable=True)
-        k = math.ceil(share * length - 1e-9)            # 0.1 * 30 is 3.0000000000000004
+        k = math.ceil(share * length - 1e-9)            # 0.07 * 100 is 7.000000000000001
         mask[start + order[:k]] = True
         start += length
     return mask
@@ -324,7 +324,7 @@ def cord(
     alpha, beta, top_share              as in cord_weights: not token_divergence's beta
 
     ValueError for teacher rows that do not pair up. fused.cord checks the lengths too, and refuses
-    a banned label; here its log q is FLOOR."""
+    a banned label; here its log q is about FLOOR / temperature."""
     def logits_of(hidden, weight):
         logits = head_logits(hidden, weight)
         return logits if banned is None else logits.index_fill(-1, banned, FLOOR)

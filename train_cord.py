@@ -83,7 +83,8 @@ def parse_flags(argv=None):
     add("--teacher", "initial", "who reads: a frozen copy, or the weights of this step",
         choices=["initial", "current"])
     add("--data", None, "training manifest with transcripts; default: the mini world")
-    add("--eval-data", [], "manifests; default: the mini world's test split", nargs="+")
+    add("--eval-data", [], "manifests to score; default: the mini world's test split, or with "
+        "--data none", nargs="+")
     add("--max-seconds", None, "refuse longer clips; default: cut where hearing stops", type=float)
     add("--judge", "rule", "rule, or a causal LM that is asked (judge.py)")
 

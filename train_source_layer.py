@@ -45,7 +45,8 @@ Where the paper is silent, and what we do:
 4. AdamW, linear warm-up over 3 %, cosine to zero. All learns, the audio tower too (in the mini
    world at the highest rate): a frozen tower would have no hearing to lose.
 5. Means are over the tokens of the global batch: neither the number of GPUs nor accumulation
-   changes the run.
+   changes a step. (The start of W_i is fitted micro-batch by micro-batch, where examples have more
+   than 128 tokens.)
 """
 import math
 import re
@@ -68,8 +69,9 @@ from plumbing.run import Run, add_run_flags, check_run_flags, examples_of_step, 
 # What the default run gives on two cores, per cent (README.md quotes it, a test keeps them equal)
 EXPECTED = "AQA 67.7 -> 79.2  SER 80.5 -> 80.9"
 
-# Projections and feature statistics are fitted before the first step, on this many examples and at
-# most this many tokens of each: at 7B, all layers' states of 8,192 tokens are 7 GB
+# Projections and feature statistics are fitted before the first step, on this many examples, of
+# each micro-batch at most this many tokens an example: at 7B, all layers' states of 8,192 tokens
+# are 7 GB
 CALIBRATION_EXAMPLES = 64
 CALIBRATION_TOKENS = 128
 
@@ -85,7 +87,8 @@ def parse_flags(argv=None):
     add("--teacher", str(models.MINI / "teacher"), "text LLM that reads (paper: Qwen3-8B)")
     add("--acoustic-teacher", "snapshot", "snapshot (paper), or a model of the student's shape")
     add("--data", None, "manifest with reasoning and description; default: the mini world")
-    add("--eval-data", [], "manifests; default: the mini world's test split", nargs="+")
+    add("--eval-data", [], "manifests to score; default: the mini world's test split, or with "
+        "--data none", nargs="+")
     add("--max-seconds", None, "refuse longer clips; default: cut where hearing stops", type=float)
 
     # the method
@@ -127,6 +130,8 @@ def parse_flags(argv=None):
         parser.error(
             "with --text-kd none and --alpha-sft 0 nothing teaches the response; leave one on"
         )
+    if args.corrupt_descriptions > 1:
+        parser.error("--corrupt-descriptions is a share, between 0 and 1")
     if args.text_kd == "none" and args.corrupt_descriptions:
         parser.error("--corrupt-descriptions needs a text teacher, who reads them")
     if args.layers and args.text_kd in ("none", "top"):
@@ -198,8 +203,8 @@ class SourceLayerStep(nn.Module):
 
     @torch.no_grad()
     def remember(self, batch):
-        """The snapshot's hidden states at audio tokens. The decoder is causal, so that its input
-        can stop behind the last of them."""
+        """The hidden states of the snapshot (or --acoustic-teacher) at audio tokens. The decoder is
+        causal, so that its input can stop behind the last of them."""
         view = data.audio_prefix(batch.audio)
         snapshot = self.frozen["snapshot"]
         with models.without_lora(snapshot):
@@ -247,7 +252,7 @@ class SourceLayerStep(nn.Module):
             parts["layer"] = total / len(self.pairs)
             loss = loss + args.alpha_layer * parts["layer"]
 
-        # + alpha_ac L_ac: every layer against itself as it was, where the sound is
+        # + alpha_ac L_ac: every layer against the snapshot's, where the sound is
         if self.acoustic_layers:
             snapshot_tapped = self.remember(batch)
             total = 0.0
@@ -314,8 +319,9 @@ def train(args, run):
         with ranks.rank_zero_first():
             small = args.dry_run
             train_file = mini.world.build("train", seed=args.seed, per_task=16 if small else None)
-            test_file = mini.world.build("test", seed=args.seed, per_task=8 if small else 300)
-        eval_files = eval_files or [test_file]
+            if not eval_files:
+                test_file = mini.world.build("test", seed=args.seed, per_task=8 if small else 300)
+                eval_files = [test_file]
     require = ["reasoning"] if args.text_kd == "none" else ["reasoning", "description"]
     examples, scored, seconds = run.read_data(train_file, eval_files, require=require)
     if args.corrupt_descriptions:
@@ -362,7 +368,10 @@ def train(args, run):
         every = 1 if args.text_kd == "layer" else int(args.text_kd.removeprefix("skip:"))
         student_depth = len(models.decoder(student).layers)
         teacher_depth = len(models.decoder(teacher).layers)
-        pairs = layer_map.pairs(student_depth, teacher_depth, every=every, only=args.layers)
+        try:
+            pairs = layer_map.pairs(student_depth, teacher_depth, every=every, only=args.layers)
+        except ValueError as error:
+            raise SystemExit(f"--layers: {error}")
     step_module = SourceLayerStep(student, teacher, snapshot, pairs, shared_ids, args)
     step_module = step_module.to(run.device)
 
@@ -424,7 +433,7 @@ def train(args, run):
         beside["statistics.safetensors"] = step_module.statistics
     if checkpoint:
         checkpoints.load_model(checkpoint, student, beside, layer_map.load)
-    else:
+    elif beside:
         number = min(CALIBRATION_EXAMPLES, len(examples))
         calibration = micro_batches(examples_of_step(examples, 0, number, args.seed + 1))
         with models.autocast(student):

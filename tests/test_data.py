@@ -541,6 +541,8 @@ def test_the_placeholder_is_never_said_whatever_its_flag():
         len(words),
         len(words) + 1,
     } == set(banned)
+    # A placeholder behind the head's rows cannot be said, and is no row to ban
+    assert max(data.control_ids(words, placeholder, placeholder=placeholder)) < placeholder
 
 
 def test_shared_vocabulary(tiny_processor, tiny_teacher_tokenizer, shifted_teacher):
@@ -898,6 +900,11 @@ def test_pack_is_what_its_docstring_draws(tiny_processor):
     assert sees[5].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5] and sees[7].nonzero()[
         :, 0
     ].tolist() == [0, 1, 2, 6, 7]
+
+
+def test_pack_takes_an_empty_response(tiny_processor):
+    view = data.pack([[1, 2, 3]], [0, 0, 0], [[11], [], [31, 32]], tiny_processor.tokenizer)
+    assert view.predict_positions.tolist() == [2, 2, 4]
 
 
 def test_show_draws_both_views(

@@ -515,6 +515,21 @@ def test_chooser_bans():
     assert scores[0, 0] == 9  # the model's own tensor is left alone
 
 
+@pytest.mark.parametrize("temperature, top_p", [([0.0, 1.0], 1.0), (-1.0, 1.0), (1.0, 0.0)])
+def test_chooser_refuses_what_it_would_draw_wrongly(temperature, top_p):
+    with pytest.raises(ValueError, match="must"):
+        sampler.chooser(
+            ["a", "b"], 1, [], max_new_tokens=1, temperature=temperature, top_p=top_p
+        )
+
+
+@pytest.mark.parametrize("flag, value", [("--top-p", "0"), ("--temperature", "-1")])
+def test_decoding_flags_out_of_range(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--task", "aqa", "--model", "x", "--data", "y", flag, value])
+    assert "--top-p above 0" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory, make_wav):
     folder = tmp_path_factory.mktemp("clips")

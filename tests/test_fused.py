@@ -574,6 +574,14 @@ def test_bad_arguments_are_named():
             "denominator 0",
         ),
         (lambda: fused.cord(hidden, weight, teacher[1:], teacher_weight, labels, **how), "lengths"),
+        (lambda: fused.cord(hidden, weight, teacher, teacher_weight[1:], labels, **how), "heads"),
+        (lambda: fused.jsd_ce(hidden, weight, hidden, weight[1:], labels), "heads"),
+        (
+            lambda: fused.cord(
+                torch.cat([hidden, hidden]), weight, teacher, teacher_weight, labels, **how
+            ),
+            "rows: these must be the same",
+        ),
         (
             lambda: fused.cord(
                 hidden, weight, teacher, teacher_weight, labels, **{**how, "lengths": [120, 81]}

@@ -607,6 +607,7 @@ def test_every_row_of_table_1_trains(world, tmp_path, row, terms):
         (["--text-kd", "skip:x"], "skip:7"),
         (["--text-kd", "none", "--alpha-sft", "0"], "nothing teaches"),
         (["--text-kd", "top", "--layers", "3"], "--layers"),
+        (["--corrupt-descriptions", "30"], "between 0 and 1"),
     ],
 )
 def test_flags_that_make_no_sense(flags, words, capsys):
@@ -656,3 +657,5 @@ def test_models_that_do_not_fit(world, tmp_path):
         main(small_run(world, tmp_path, "--batch-size", "5"))
     with pytest.raises(SystemExit, match="not a checkpoint"):
         main(small_run(world, tmp_path, "--resume", str(tmp_path)))
+    with pytest.raises(SystemExit, match="--layers: .*must name some of the mapped"):
+        main(small_run(world, tmp_path, "--layers", "99"))
