@@ -73,7 +73,7 @@ class Example:
     speaker: str | None = None
     split: str | None = None
     where: str = ""                     # "manifest.jsonl:12", for messages
-    kind: str | None = None             # MMAU's "sub-category", another grouping of results
+    sub_category: str | None = None     # MMAU's "sub-category", another grouping of results
 
 
 # ---------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ TAKEN = {"average", "intervals", "official", "counts", "correct"}       # no tas
 # -------------------------------------------------------------------------------------------------
 # 1. Was it right?
 
-def tokens(text):
+def word_set(text):
     return set(re.findall(r"\b\w+\b", text.lower()))
 
 
@@ -69,9 +69,9 @@ def mmau_correct(answer, prediction, choices):
 
     Words are sets, so the rule is blind to order ("knock then beep" = "beep then knock"), and "The
     answer is (A) gold" fails beside the choice "a ring"."""
-    spoken_words = tokens(prediction)
-    wanted = tokens(answer)
-    forbidden = set().union(*map(tokens, choices)) - wanted
+    spoken_words = word_set(prediction)
+    wanted = word_set(answer)
+    forbidden = set().union(*map(word_set, choices)) - wanted
     return bool(spoken_words) and wanted <= spoken_words and not spoken_words & forbidden
 
 
@@ -121,8 +121,9 @@ def score_mmau(samples):
 def ser_class(output, classes):
     """The one emotion of `classes` that an answer names: "She sounds angry.", "(B)". Besides the
     classes' names EMOTIONS count and nothing else; two of them, or none, are no answer."""
+    lower = {name.casefold() for name in classes}
     for word, name in EMOTIONS.items():
-        if name in classes and word not in classes:
+        if name in lower and word not in lower:
             output = re.sub(rf"\b{word}\b", name, output, flags=re.I)
     return judge.extract_choice(output, classes)
 
@@ -206,14 +207,14 @@ def paired_bootstrap(correct_a, correct_b, *, labels=None, samples=10_000):
     return 100 * float(np.mean(differences)), percentiles(100 * np.mean(draws, axis=0))
 
 
-def paired(mine, others, classes=None):
+def paired(ours, others, classes=None):
     """{id: right?} of two models -> (difference, [low, high], pairs) on the ids that both have;
     None: there are none. classes: {id: class}, for unweighted accuracy."""
-    shared = [i for i in mine if i in others]
+    shared = [i for i in ours if i in others]
     if not shared:
         return None
     difference, interval = paired_bootstrap(
-        [mine[i] for i in shared],
+        [ours[i] for i in shared],
         [others[i] for i in shared],
         labels=[classes[i] for i in shared] if classes else None,
     )
@@ -243,8 +244,8 @@ def score(examples, outputs):
             "chosen": chosen,
             "correct": chosen == e.answer,
         }
-        if e.kind:
-            sample["sub-category"] = e.kind
+        if e.sub_category:
+            sample["sub-category"] = e.sub_category
         samples.append(sample)
 
     # The tables of each kind of question
@@ -276,9 +277,11 @@ def check_scorable(examples):
 
 
 def comparable(examples, *, max_new_tokens=512, temperature=0.6, top_k=5, top_p=0.5, seed=0, **_):
-    """What two evaluations must share to be compared: "keys", an id's the same for the same words
-    about the same clip, wherever the folder of the clips lies; "decoding", generate's keywords that
-    decide what is said (at temperature 0 nothing is drawn)."""
+    """What two evaluations must share to be compared -> {"keys", "decoding"}.
+
+    keys: {id: a hash of the question, its choices, answer and words, and of the last two parts of
+    the clip's path, so that the dataset may be moved}. decoding: generate's keywords that change an
+    answer; at temperature 0 top_k, top_p and seed do not."""
     keys = {}
     for e in examples:
         clip = Path(*e.audio.parts[-2:])
@@ -316,7 +319,8 @@ def report_change(before, after):
 # 4. The audio-text gap (paper B): the same questions, heard and read
 
 def spoken(examples):
-    """What can be asked in both views: a transcript is needed, and none holds an emotion."""
+    """The examples that can be asked in both views: those with a transcript, but for emotions,
+    which no transcript holds."""
     return [e for e in examples if e.transcript and e.task != SER_TASK]
 
 
@@ -354,7 +358,8 @@ def gap_reduction(before, after):
 
 def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
     """Ask every spoken question twice, as audio and as text; greedy by default. elsewhere: also
-    score what only audio can ask (Table 2). DataError without a spoken question.
+    score what only audio can ask (Table 2). DataError without a spoken question, and for an open
+    one among the others.
 
     Returns table_of's dict; "samples"; "keys" and "decoding", as comparable; "elsewhere":
     evaluate_model's dict on the other examples."""
@@ -362,10 +367,13 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
     if not asked:
         raise data.DataError("no example has a transcript, so the audio-text gap cannot be "
                              "measured; add transcripts to the manifest")
+    rest = [e for e in examples if elsewhere and not spoken([e])]
+    check_scorable(rest)
+
     # Each view: ask, judge, keep
     decoding = {"temperature": 0.0, **decoding}
     samples = []
-    kinds = sorted({e.kind or e.task for e in asked})
+    kinds = sorted({e.sub_category or e.task for e in asked})
     correct = {view: {kind: {} for kind in kinds} for view in VIEWS}
     for view in VIEWS:
         outputs = generate(model, processor, asked, view=view, words="transcript", **decoding)
@@ -378,7 +386,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
                 "question": e.question,
                 "choices": choices,
                 "answer": answer,
-                "kind": e.kind or e.task,
+                "kind": e.sub_category or e.task,
                 "model_output": output,
                 "correct": judge.agree(output, answer, choices),
             }
@@ -389,8 +397,7 @@ def evaluate_views(model, processor, examples, *, elsewhere=True, **decoding):
     results["decoding"]["words"] = "transcript"
 
     # What only audio can ask
-    rest = [e for e in examples if not spoken([e])]
-    if elsewhere and rest:
+    if rest:
         found = evaluate_model(model, processor, rest, **decoding)
         samples += [{"view": "audio", **s} for s in found.pop("samples")]
         results["elsewhere"] = found

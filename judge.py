@@ -48,6 +48,7 @@ TAGS = re.compile(r"</?(?!answer)[a-z]{3,}>|<\|[^<>|]*\|>", re.I)
 # What follows "the answer is" starts at its first word, with the brackets and the sign before it:
 # (B, -5, $5, \frac, .5
 ANSWER_IS = r"""
+    (?<!wrong[ ])(?<!incorrect[ ])(?<!least[ ]likely[ ])
     \b(?:answer|(?:correct|best|right)[ ](?:option|choice))\b
     (?: [^.:=\n]{0,40}?                                    # my answer to this is, the answer isn't
         (?:\bis(?=n't|\b)|\bwas|'s\b|\b(?:would|could|should|might|must|may|will)[ ]be\b)
@@ -124,11 +125,15 @@ CONCLUSION = re.compile(
     r"\b(?:so|therefore|thus|hence|consequently|overall|based on this|in conclusion)\b,?\s+(\S.*)",
     re.I,
 )
-CLAUSE = re.compile(r"[,;:.!?，；：。？\n]|(?<!anything )\b(?:but|so|therefore|thus|hence)\b", re.I)
+CLAUSE = re.compile(
+    r"[,;:.!?，；：。？\n]|(?<!anything )(?<!everything )\b(?:but|so|therefore|thus|hence)\b", re.I
+)
 # What denies all that follows in its clause
 DENIES = re.compile(
     r"""\b(?:not|no(?![ ]doubt)|nor|neither|never|without(?![ ](?:a|any)[ ]doubt)|cannot
-          |(?<!other[ ])than|instead[ ]of|unlike|except|anything[ ]but|wrong[ ]to
+          |(?<!other[ ])than|instead[ ]of|unlike|except|(?:any|every)thing[ ]but|far[ ]from
+          |hardly|unlikely|least[ ]likely|wrong|incorrect|false[ ]to
+          |(?<!\bno[ ])(?<!\ba[ ])(?<!\bany[ ])doubt
           |thought[ ](?:it|this|that|(?:(?:the|an?)[ ])?⟦)
           |rul(?:e|es|ed|ing)[ ]out|exclud(?:e|es|ed|ing))\b|n't\b
     """, re.I | re.X
@@ -200,7 +205,8 @@ def named_choices(text, choices):
     if all(number(choice) is not None for choice in choices):
         choices = [in_digits(plain(choice)) for choice in choices]
         text = re.sub(r"\b(correct|right|only|this|that|which) one\b|\bone (?=of\b)", r"\1", text)
-        text = in_digits(text).rpartition("=")[2]          # "10 + 3 = 13" is 13
+        text = in_digits(text[-2000:]).rpartition("=")[2]  # "10 + 3 = 13" is 13
+        text = re.sub(r"(?i)(?<!\d )\b(?:minus|negative) (?=[$£€]?\d)", "-", text)
         relation, quantities = value(REASON.split(text, maxsplit=1)[0]) or ("is", ())
         several = relation != "is" or len(set(quantities)) > 1      # "at least 2", "1 or 2"
     if set(names_of(choices)) <= {"yes", "no"}:

@@ -117,7 +117,7 @@ def forward(model, inputs, use_cache=False):
 
 
 def autocast(model):
-    """The context that it runs in: bfloat16 on a GPU, and wherever its weights are bfloat16."""
+    """The autocast context to run a model in: bfloat16 on a GPU, and wherever its weights are."""
     half = model.device.type == "cuda" or model.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
@@ -210,11 +210,11 @@ def _check_chat(path, tokenizer):
     data.turn_end_id(tokenizer)             # raises where an answer would have no end
 
 
-def _load(path, description, auto_classes, reader_class, dtype):
+def _load(path, description, auto_classes, processor_class, dtype):
     # No remote code, and safetensors alone (hub.check_weights): nothing is executed or unpickled
     path, adapter = _base_of(newest_checkpoint(path))
     try:
-        reader = reader_class.from_pretrained(path, trust_remote_code=False)
+        processor = processor_class.from_pretrained(path, trust_remote_code=False)
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         hub.check_weights(path, config)
         # An Omni has a thinker, which is our model, and a talker that says aloud what it thinks
@@ -231,7 +231,7 @@ def _load(path, description, auto_classes, reader_class, dtype):
             use_safetensors=True,
             output_loading_info=True,
         )
-        model.reader_files = hub.reader_files(path)
+        model.processor_files = hub.processor_files(path)
         if adapter:
             peft = import_peft()
             peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(adapter)), model)
@@ -262,7 +262,7 @@ def _load(path, description, auto_classes, reader_class, dtype):
             raise SystemExit(f"{path} does not fit {type(model).__name__}: {len(names)} tensors "
                              f"are {kind}, such as {names[0]}; get the checkpoint again, or the "
                              "right version of it")
-    return model.eval(), reader
+    return model.eval(), processor
 
 
 def _base_of(path):
@@ -278,9 +278,9 @@ def _base_of(path):
 
 
 def cast(model, dtype):
-    """What a checkpoint holds of a model to another type, in place -> the model. Other buffers stay
-    as they are, as in from_pretrained: .to(bfloat16) would round the rotary frequencies too, and
-    move every position behind the first thousand tokens."""
+    """Cast a model's parameters and saved buffers, in place -> the model. Other buffers stay as
+    they are, as in from_pretrained: .to(bfloat16) would round the rotary frequencies too, and
+    shift every position after the first thousand."""
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

@@ -109,9 +109,9 @@ def generate(
     """What the model says to each example: a list of str in the order of `examples`, tags included.
 
     view="audio": the model hears; "text": it reads example.<words> instead. A text-only LLM passes
-    its tokenizer as processor. Ids differ. with_end: triples (str, did it end by itself?, its token
-    ids with that end) instead. Under torch.distributed each rank takes its share, and every rank
-    returns all outputs."""
+    its tokenizer as processor. No two examples may have the same id. with_end: instead of each str
+    a triple (str, did it end by itself?, its token ids with that end). Under torch.distributed each
+    rank takes its share, and every rank returns all outputs."""
     tokenizer = getattr(processor, "tokenizer", processor)
     banned = banned_ids(model, tokenizer)
 
@@ -166,8 +166,8 @@ def text_answers(model, processor, examples, path, *, max_new_tokens, batch_size
     # Another student, or this one trained further, asks anew
     weights = 0
     for p in model.parameters():
-        some = p.detach().flatten()[:1000].float().cpu()
-        weights = zlib.crc32(some.numpy(), weights)
+        beginning = p.detach().flatten()[:1000].float().cpu()
+        weights = zlib.crc32(beginning.numpy(), weights)
     keys = {}
     for e in examples:
         prompt = data.text_prompt(processor.tokenizer, e.transcript, data.question_text(e))

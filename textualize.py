@@ -147,7 +147,7 @@ def earlier(path, name):
     for record in records:
         if record["described_by"] != name:
             raise data.DataError(f"{path}: holds descriptions by {record['described_by']}, not "
-                                 f"{name}; give another --out, or that --model")
+                                 f"{name}; give another --out, or that --model and --grounding")
     return records
 
 

@@ -83,8 +83,8 @@ def parse_flags(argv=None):
     add("--teacher", "initial", "who reads: a frozen copy, or the weights of this step",
         choices=["initial", "current"])
     add("--data", None, "training manifest with transcripts; default: the mini world")
-    add("--eval-data", [], "manifests to score; default: the mini world's test split, or with "
-        "--data none", nargs="+")
+    add("--eval-data", [], "manifests to score; without --data the mini world's test split",
+        nargs="+")
     add("--max-seconds", None, "refuse longer clips; default: cut where hearing stops", type=float)
     add("--judge", "rule", "rule, or a causal LM that is asked (judge.py)")
 
@@ -402,7 +402,7 @@ def train(args, run):
         with ranks.rank_zero_first():
             train_file, *test_files = mini.world.spoken(args.seed, small=args.dry_run)
         eval_files = eval_files or test_files
-    examples, scored, seconds = run.read_data(train_file, eval_files, require=["transcript"])
+    examples, scored, clip_seconds = run.read_data(train_file, eval_files, require=["transcript"])
 
     # 5.2 The student, and who judges. Only what an optimizer updates needs float32
     args.student = ranks.of_rank_zero(newest_checkpoint(args.student))
@@ -433,7 +433,7 @@ def train(args, run):
         f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher: "
         f"{args.teacher} weights"
     )
-    run.say(about_clips(seconds, processor))
+    run.say(about_clips(clip_seconds, processor))
     run.say(
         f"{len(examples):,} prompts to learn from, {len(scored):,} to score; "
         f"{args.batch_size // run.world} x {len(kinds)} x {run.world} "
@@ -462,11 +462,11 @@ def train(args, run):
         before = score("before")
 
     # 5.6 The text view's answers, which the judge compares with
-    asked = {}
+    needed = {}
     for step in range(min(steps, 2) if args.dry_run else steps):
         for example in examples_of_step(examples, step, args.batch_size, args.seed):
-            asked[example.id] = example
-    to_ask = list(asked.values())
+            needed[example.id] = example
+    to_ask = list(needed.values())
     references = rollout.text_answers(
         student,
         processor,
@@ -580,6 +580,8 @@ def train(args, run):
         )
         if args.data is None and not args.dry_run:
             run.say(f"expected without flags:  {EXPECTED}")
+    else:
+        run.say(f"{run.out}: trained, and nothing was scored")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def parse_flags(argv=None):
     add("--teacher", str(models.MINI / "teacher"), "text LLM that reads (paper: Qwen3-8B)")
     add("--acoustic-teacher", "snapshot", "snapshot (paper), or a model of the student's shape")
     add("--data", None, "manifest with reasoning and description; default: the mini world")
-    add("--eval-data", [], "manifests to score; default: the mini world's test split, or with "
-        "--data none", nargs="+")
+    add("--eval-data", [], "manifests to score; without --data the mini world's test split",
+        nargs="+")
     add("--max-seconds", None, "refuse longer clips; default: cut where hearing stops", type=float)
 
     # the method
@@ -323,7 +323,7 @@ def train(args, run):
                 test_file = mini.world.build("test", seed=args.seed, per_task=8 if small else 300)
                 eval_files = [test_file]
     require = ["reasoning"] if args.text_kd == "none" else ["reasoning", "description"]
-    examples, scored, seconds = run.read_data(train_file, eval_files, require=require)
+    examples, scored, clip_seconds = run.read_data(train_file, eval_files, require=require)
     if args.corrupt_descriptions:
         examples = data.corrupt_descriptions(examples, args.corrupt_descriptions, args.seed)
 
@@ -397,7 +397,7 @@ def train(args, run):
         f"{student.num_parameters():,} parameters, {trainable_count:,} learn; teacher "
         f"{teacher.num_parameters() if teacher else 0:,}"
     )
-    run.say(about_clips(seconds, processor))
+    run.say(about_clips(clip_seconds, processor))
     run.say(
         f"{len(examples):,} examples to learn from, {len(scored):,} to score; "
         f"{args.micro_batch} x {accumulation} x {run.world} (micro-batch x accumulation x "
@@ -505,6 +505,8 @@ def train(args, run):
         )
         if args.data is None and not args.dry_run:
             run.say(f"expected without flags:  {EXPECTED}")
+    else:
+        run.say(f"{run.out}: trained, and nothing was scored")
 
 
 if __name__ == "__main__":

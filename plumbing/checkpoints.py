@@ -124,8 +124,8 @@ def start_folder(folder, resume):
     """Make a run's folder ready -> the checkpoint that the run starts from, on every rank the same;
     None: from nothing.
 
-    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. What a kill
-    or a dry run left in the folder is removed, and what was made behind the checkpoint.
+    resume: None, "auto" (the newest checkpoint in folder, if there is one), or a path. Removed are
+    what a kill or a dry run left in the folder, and evaluations made after the checkpoint.
 
     Raises SystemExit where resume is no checkpoint; where the folder holds checkpoints and the run
     does not go on from the newest of them, which would pass for this run's own; and where a rank
@@ -142,8 +142,9 @@ def start_folder(folder, resume):
         raise SystemExit(f"{checkpoint} is not a checkpoint (it has no checkpoint.json); give a "
                          f"folder such as {folder}/step-0000100, or auto")
     if whole and (checkpoint is None or checkpoint.resolve() != whole[-1].resolve()):
-        raise SystemExit(f"{folder} holds the checkpoints of another run; go on with it by "
-                         f"--resume auto, from {whole[-1].name}, or give another --out")
+        raise SystemExit(f"{folder} already holds checkpoints, the newest {whole[-1].name}; go on "
+                         "from it by --resume auto, move newer ones away to go on from an earlier "
+                         "one, or give another --out")
 
     mark = None
     if ranks.rank() == 0:

@@ -70,7 +70,8 @@ def keep_lines(path, wanted):
     """Cut a JSONL file of a run, if there is one, down to the records that wanted(record) is true
     of -> these records.
 
-    A last line that a kill cut off goes too. Raises SystemExit for any other broken line."""
+    A last line that a kill cut off goes too. Raises SystemExit for any other line that no run
+    wrote."""
     if not Path(path).exists():
         return []
     lines = Path(path).read_bytes().splitlines()
@@ -82,7 +83,8 @@ def keep_lines(path, wanted):
                 kept += line.decode() + "\n"
                 records.append(record)
         except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
+            cut_off = number == len(lines) and isinstance(error, ValueError)        # no JSON
+            if not cut_off:
                 raise SystemExit(f"{path}:{number} is no line that a run wrote ({error!r}); mend "
                                  "it, or move the file away, and start again") from None
     replace_text(path, kept)

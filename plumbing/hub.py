@@ -10,7 +10,7 @@ import transformers
 from plumbing.files import read_json
 
 THINKER = "_thinker"                    # the end of an Omni's model type without its talker
-READER = (                              # the files of a tokenizer and a processor
+PROCESSOR = (                           # the files of a tokenizer and a processor
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja",
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -34,12 +34,12 @@ def check_weights(path, config=None):
                              "this folder; get the checkpoint again, or convert it")
 
 
-def reader_files(path):
+def processor_files(path):
     """The files of a model's tokenizer and processor -> {name: bytes}, read at once: by the time of
     a checkpoint the folder may be gone, or another one."""
     folder = Path(transformers.utils.cached_file(str(path), "config.json")).parent
     files = {}
-    for name in READER:
+    for name in PROCESSOR:
         if (folder / name).is_file():
             files[name] = (folder / name).read_bytes()
     return files if "tokenizer.json" in files else {}

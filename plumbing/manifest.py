@@ -104,7 +104,7 @@ def parse_line(line: bytes, where: str, folder: Path) -> Example:
                         f"{folder}; put the clip or the manifest elsewhere")
 
     record["audio"] = audio
-    record["kind"] = record.get("sub-category")
+    record["sub_category"] = record.get("sub-category")
     record["where"] = where
     return Example(**{field.name: record.get(field.name) for field in fields(Example)})
 

@@ -26,7 +26,7 @@ def curve(log, name):
 
 
 def smooth(values):
-    """The mean of the twentieth of all around each of them; beyond both ends stands their own."""
+    """A moving average over a twentieth of them; beyond both ends the outermost are repeated."""
     n = max(1, len(values) // 20)
     longer = np.pad(values, (n // 2, (n - 1) // 2), mode="edge")
     return np.convolve(longer, np.ones(n) / n, mode="valid")

@@ -74,7 +74,7 @@ SHARES = [
     (r"(?i)\bquarter", "4th"),                                         # 3 4ths
     (r"(?i)\ban? (?=\d+(?:rd|th)(?:\s+of\b|\W*$))", "1 "),             # a 3rd of
     (r"(?i)(?:\band )?\b(\d+)[ -](\d+)(?:rd|th)s?\b", r"\1/\2"),       # 2 3rds, 2 and 1 2th
-    (r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])",                # 2 1/2
+    (r"(?<![\d.,/])(\d{1,1000})\s+(\d{1,1000})\s?/\s?(\d{1,1000})(?![\d/])",       # 2 1/2
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
     (r"(\d+)(?: out of | in )(\d+)(?=\W*$| chance)", r"\1/\2")]        # 1 in 6
 
@@ -87,7 +87,7 @@ def rewritten(text, rules):
 
 def fraction(digits, below="1"):
     """"1,234" or "1.5" / "2" -> Fraction; None for "1" / "0" and for endless digits."""
-    if len(digits) > 1000 or not Fraction(below):
+    if max(len(digits), len(below)) > 1000 or not Fraction(below):
         return None
     return Fraction(digits.replace(",", "")) / Fraction(below)
 

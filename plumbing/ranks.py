@@ -97,8 +97,8 @@ def shard(module, blocks=(), compute=None):
     projections, norms) is gathered when `module` runs and stays until its backward is over, so
     that the head's weight is whole wherever the losses look at it.
 
-    compute: the dtype that weights are gathered in, while each rank's share, its gradient and
-    their sum over ranks are float32. None: the weights' own.
+    compute: the dtype that weights are gathered in; None: their own. Each rank's share and its
+    gradient keep the weights' dtype; gradients are summed over ranks in float32.
     """
     # Here, because it takes as long to import as half of torch
     from torch.distributed.fsdp import (

@@ -216,19 +216,20 @@ class Run:
         return self.model
 
     def evaluate(self, when, examples, work):
-        """work() -> results, with all weights gathered; into when.json and samples-when.jsonl.
+        """work(), with all weights gathered -> its results without their samples; into when.json
+        and samples-when.jsonl.
 
-        An evaluation of the same questions, decoded alike, that this run made before it was killed
-        is not made again. -> the results without their samples."""
+        A run that goes on from a checkpoint finds the evaluations up to it, and does not make them
+        again if they asked the same questions and decoded alike."""
         begun = time.time()
-        asked = [data.fingerprint(examples), self.args.max_new_tokens, self.args.seed]
+        key = [data.fingerprint(examples), self.args.max_new_tokens, self.args.seed]
         known = ranks.of_rank_zero(read_json(self.out / f"{when}.json"))
-        if known and known["asked"] == asked:
+        if known and known["asked"] == key:
             return known
 
         results = ranks.with_weights_gathered(self.model, work)
         samples = results.pop("samples")
-        results["asked"] = asked
+        results["asked"] = key
         if self.rank == 0:
             lines = "".join(json.dumps(sample) + "\n" for sample in samples)
             replace_text(self.out / f"samples-{when}.jsonl", lines)
@@ -507,4 +508,4 @@ def _status_gb(name):
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    return int(status.read_text().split(f"{name}:")[1].split()[0]) / 1e6
+    return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024 / 1e9

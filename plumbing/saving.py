@@ -29,7 +29,7 @@ def save(model, processor, folder, state=None):
         model.peft_config["default"].save_pretrained(folder)
     else:
         _save_weights(model, folder, state)
-    files = getattr(model, "reader_files", {})
+    files = getattr(model, "processor_files", {})
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if not files:
@@ -102,8 +102,8 @@ def write_card(folder, flags, results=None):
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
 
 
-def save_new(model, reader, folder):
+def save_new(model, processor, folder):
     """Make a folder and save a model there."""
     Path(folder).mkdir(parents=True)
-    save(model, reader, folder)
+    save(model, processor, folder)
     print(f"{folder}: {model.num_parameters():,} parameters saved")

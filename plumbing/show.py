@@ -29,7 +29,7 @@ def command(args):
         processor = transformers.AutoProcessor.from_pretrained(
             args.student, trust_remote_code=False
         )
-        reader = transformers.AutoTokenizer.from_pretrained(
+        text_tokenizer = transformers.AutoTokenizer.from_pretrained(
             args.teacher or args.student, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
@@ -39,21 +39,22 @@ def command(args):
     words = "transcript"
     if args.teacher or not examples[0].transcript:
         words = "description"
-    print(*picture(examples[0], processor, reader, words), sep="\n")
+    print(*picture(examples[0], processor, text_tokenizer, words), sep="\n")
 
 
-def picture(example, processor, reader, words) -> list[str]:
-    """Both views of an example, 100 columns wide. reader: the text view's tokenizer. words: the
-    field that it reads."""
+def picture(example, processor, text_tokenizer, words) -> list[str]:
+    """Both views of an example, 100 columns wide. words: the field that the text view reads."""
     student = processor.tokenizer
-    student_ids, reader_ids, _ = data.shared_vocabulary(student, reader)
-    mapping = data.token_map(student_ids, reader_ids, len(student))
-    batch = data.collate([example], processor, reader, words=words, student_to_teacher=mapping)
+    student_ids, text_ids, _ = data.shared_vocabulary(student, text_tokenizer)
+    mapping = data.token_map(student_ids, text_ids, len(student))
+    batch = data.collate(
+        [example], processor, text_tokenizer, words=words, student_to_teacher=mapping
+    )
 
     # 1. Each view is a column: its prompt, then its response, which begins at the prompt's end
     heading = "predict_positions"
     columns = []
-    for view, tokenizer in ((batch.audio, student), (batch.text, reader)):
+    for view, tokenizer in ((batch.audio, student), (batch.text, text_tokenizer)):
         ids = view.inputs["input_ids"][0].tolist()
         begin = int(view.predict_positions[0])
         prompt = entries(ids[:begin], 0, tokenizer, fold=True)

@@ -5,7 +5,7 @@
     wandb           set up by its own variables: WANDB_PROJECT, WANDB_MODE=offline, ...
     trackio         to look: trackio show
 
-Steps behind the last checkpoint of a run that was killed are made again, and sent again.
+A run that was killed repeats the steps after its last checkpoint, and sends them again.
 TensorBoard drops the old ones; the others get the same numbers twice.
 """
 import importlib

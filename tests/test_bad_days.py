@@ -553,7 +553,7 @@ def test_going_back_needs_another_folder(tmp_path):
     """--resume DIR of an earlier checkpoint: auto would take the later ones for this run's."""
     folder = folder_of(tmp_path, 3)
     earlier = folder / "step-0000002"
-    with pytest.raises(SystemExit, match="holds the checkpoints .* from step-0000003, or"):
+    with pytest.raises(SystemExit, match="the newest step-0000003; .* earlier one"):
         checkpoints.start_folder(folder, earlier)
     assert checkpoints.start_folder(tmp_path / "elsewhere", earlier) == earlier
     assert checkpoints.start_folder(folder, folder / "step-0000003") == folder / "step-0000003"

@@ -299,6 +299,7 @@ def test_what_counts_as_one_of_iemocaps_classes(output, emotion):
 
 def test_an_emotion_that_is_a_class_itself_is_not_merged():
     assert evaluate.ser_class("excited", ["angry", "excited", "happy"]) == "excited"
+    assert evaluate.ser_class("She sounds excited.", ["Angry", "Happy", "Sad"]) == "Happy"
 
 
 CLASSES = ["angry", "happy", "neutral", "sad"]
@@ -805,7 +806,13 @@ def test_a_task_that_nobody_listed_gets_its_own_row(monkeypatch, examples, tmp_p
     def results(right):
         rows = [
             data.Example(
-                f"m{n}", examples[0].audio, "?", ["gold", "silver"], "gold", task, kind="Counting"
+                f"m{n}",
+                examples[0].audio,
+                "?",
+                ["gold", "silver"],
+                "gold",
+                task,
+                sub_category="Counting",
             )
             for n, task in enumerate(["mix", "mix", "sound", "another"])
         ]

@@ -77,6 +77,10 @@ def test_only_spoken_questions_are_asked_twice(tmp_path):
     assert evaluate.spoken(examples) == examples[:1]
     with pytest.raises(data.DataError, match="no example has a transcript"):
         evaluate.evaluate_views(None, None, examples[1:])
+    # An open question that only audio can ask is named before any question is asked
+    examples[2].choices = []
+    with pytest.raises(data.DataError, match=":3: an open question"):
+        evaluate.evaluate_views(None, None, examples)
 
 
 def test_the_command_measures_both_views_and_the_reduction(tmp_path, monkeypatch, capsys):

@@ -744,7 +744,7 @@ def test_mmau(tmp_path, capsys):
     ]
     assert (
         examples[4].choices == ["a dog", "a cat"]
-        and examples[0].kind == "Instrumentation"
+        and examples[0].sub_category == "Instrumentation"
         and lines[0]["difficulty"] == "hard"
     )
     assert [line.get("leak") for line in lines] == [
@@ -790,7 +790,7 @@ def test_mmar(tmp_path, capsys):
         examples = data.read_manifest(tmp_path / "out.jsonl")
         assert [e.task for e in examples] == ["sound", "music", "speech", "mix"] and examples[
             0
-        ].kind == "Counting"
+        ].sub_category == "Counting"
         dropped(printed, "the modality is neither", 1)
 
 
@@ -892,7 +892,8 @@ def test_voicebench(tmp_path, capsys):
     )
     printed, lines = run(capsys, "voicebench", tmp_path / "mmsu", tmp_path / "mmsu.jsonl")
     (example,) = data.read_manifest(tmp_path / "mmsu.jsonl", require=("transcript",))
-    assert (example.question, example.answer, example.transcript, example.task, example.kind) == (
+    task = example.task, example.sub_category
+    assert (example.question, example.answer, example.transcript, *task) == (
         "",
         "B",
         prompt,
@@ -908,7 +909,7 @@ def test_voicebench(tmp_path, capsys):
     dropped(printed, "the reference is no letter", 2)
     dropped(printed, "none with the reference's letter", 1)
     printed, lines = run(capsys, "voicebench", tmp_path / "openbookqa", tmp_path / "obqa.jsonl")
-    assert data.read_manifest(tmp_path / "obqa.jsonl", split="test")[0].kind is None
+    assert data.read_manifest(tmp_path / "obqa.jsonl", split="test")[0].sub_category is None
     sentence = refusal("voicebench", tmp_path / "alpacaeval", tmp_path / "alpaca.jsonl")
     assert (
         "all 1 rows were dropped" in sentence

@@ -460,6 +460,48 @@ def test_a_letter_may_have_a_reason_with_numbers(said):
     assert judge.extract_choice(said, ["10", "12", "14"]) == "12"
 
 
+@pytest.mark.parametrize(
+    "said, chosen",
+    [
+        ("It's unlikely that she is sad.", None),
+        ("The answer is hardly sad.", None),
+        ("It is far from sad.", None),
+        ("It is everything but sad.", None),
+        ("I doubt that she is sad.", None),
+        ("The wrong answer is A.", None),
+        ("The incorrect option is A.", None),
+        ("The least likely answer is A.", None),
+        ("Wrong, it's sad.", "sad"),
+        ("No doubt she is sad.", "sad"),
+        ("There is no doubt that she is sad.", "sad"),
+        ("Without a doubt, sad.", "sad"),
+        ("The most likely answer is sad.", "sad"),
+        ("A is wrong, so B.", "happy"),
+    ],
+)
+def test_what_denies_a_choice_from_before_it(said, chosen):
+    assert judge.extract_choice(said, ["sad", "happy"]) == chosen
+
+
+@pytest.mark.parametrize(
+    "said, chosen",
+    [
+        ("negative 5", "-5"),
+        ("The answer is minus five.", "-5"),
+        ("-5", "-5"),
+        ("five", "5"),
+        ("5 minus 3", None),
+    ],
+)
+def test_a_spoken_minus_is_a_sign(said, chosen):
+    assert judge.extract_choice(said, ["5", "-5", "3"]) == chosen
+
+
+@pytest.mark.parametrize("said", ["1/" + "3" * 5000, "1" * 5000 + " 1/2"])
+def test_endless_digits_are_no_choice(said):
+    assert judge.extract_choice(said, ["1", "2"]) is None
+
+
 @pytest.mark.parametrize("said", ["at least 2", "The answer is 2 or 3.", "It was 2 or 5."])
 def test_a_bound_or_an_alternative_is_no_choice(said):
     assert judge.extract_choice(said, ["1", "2", "3", "4"]) is None

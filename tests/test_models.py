@@ -642,7 +642,7 @@ def test_tokenizer_and_processor_are_the_bases_own_files(adapter, folders, tmp_p
     }
     for name, text in files.items():
         (base / name).write_text(text)
-    before = {path.name: path.read_bytes() for path in base.iterdir() if path.name in hub.READER}
+    before = {path.name: path.read_bytes() for path in base.iterdir() if path.name in hub.PROCESSOR}
     model, processor = models.load_audio_model(base)
     if adapter:
         models.choose_trained(model, "decoder", list(model.parameters()), lora=2)
@@ -652,7 +652,7 @@ def test_tokenizer_and_processor_are_the_bases_own_files(adapter, folders, tmp_p
     after = {
         path.name: path.read_bytes()
         for path in (tmp_path / "saved").iterdir()
-        if path.name in hub.READER
+        if path.name in hub.PROCESSOR
     }
     assert (
         after == before

@@ -135,6 +135,14 @@ def test_descriptions_are_what_the_model_says_greedily(world, described):
     )
 
 
+def test_a_manifest_by_hand_is_not_taken_for_a_line_cut_off(tmp_path):
+    path = tmp_path / "by_hand.jsonl"
+    path.write_text('{"id": "a", "description": "a dog"}\n')
+    with pytest.raises(SystemExit, match="by_hand.jsonl:1 is no line that a run wrote"):
+        textualize.earlier(path, "model")
+    assert "a dog" in path.read_text()
+
+
 @pytest.mark.slow
 def test_killed_half_way_and_resumed_gives_the_same_file(world, described, tmp_path):
     path = copy_of(world, tmp_path / "w")
