@@ -3,7 +3,7 @@
 The training scripts use fused.py by default. It gives the same numbers and gradients without ever
 holding a [tokens, vocab] matrix, and the tests hold it against this file in float64.
 
-Notation   Logits z, teacher p = softmax(z_teacher / tau), student q = softmax(z_student / tau).
+Notation   Logits z, teacher p = softmax(z_teacher), student q = softmax(z_student).
 Shapes     All losses take flat matrices [tokens, vocab] or [tokens, features], one row per token
            that counts: no padding, no batch axis. Row k of the student and row k of the teacher
            speak about the same response token; that is the collator's work (data.py).
@@ -42,7 +42,7 @@ def _wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _log_softmax(logits, temperature):
+def _log_softmax(logits, temperature=1.0):
     return F.log_softmax(_wide(logits).clamp(min=FLOOR) / temperature, dim=-1)
 
 
@@ -81,7 +81,7 @@ def _mean(per_token, denominator):
 # -------------------------------------------------------------------------------------------------
 # 2. Divergences between next-token distributions (A: L_top; B: D_t)
 
-def token_divergence(student_logits, teacher_logits, *, beta=0.5, temperature=1.0):
+def token_divergence(student_logits, teacher_logits, *, beta=0.5):
     """The generalised Jensen-Shannon divergence in nats: [tokens, vocab] twice -> [tokens].
 
         m = beta p + (1 - beta) q
@@ -91,13 +91,13 @@ def token_divergence(student_logits, teacher_logits, *, beta=0.5, temperature=1.
     convention (Liger's and TRL's too) beta = 0 means the forward KL(p || q), the limit of
     JSD_beta / beta, and beta = 1 the reverse KL(q || p), that of JSD_beta / (1 - beta).
 
-    No factor temperature ** 2 (Hinton's), because the papers have none. Logits may be -inf.
-    ValueError for unequal shapes, for beta outside [0, 1] and for a temperature of 0 or less."""
+    At temperature 1: the papers have no other. Logits may be -inf. ValueError for unequal shapes
+    and for beta outside [0, 1]."""
     _same_shape(student_logits, teacher_logits)
-    if not 0 <= beta <= 1 or temperature <= 0:
-        raise ValueError(f"beta {beta} must lie in [0, 1] and temperature {temperature} above 0")
-    log_q = _log_softmax(student_logits, temperature)               # [tokens, vocab]
-    log_p = _log_softmax(teacher_logits.detach(), temperature)      # [tokens, vocab]
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta {beta} must lie in [0, 1]")
+    log_q = _log_softmax(student_logits)                            # [tokens, vocab]
+    log_p = _log_softmax(teacher_logits.detach())                   # [tokens, vocab]
 
     # Forward KL: where the teacher is, the student must be. It covers every mode
     if beta == 0:
@@ -115,12 +115,9 @@ def token_divergence(student_logits, teacher_logits, *, beta=0.5, temperature=1.
     return beta * kl_p + (1 - beta) * kl_q
 
 
-def jsd(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, denominator=None):
+def jsd(student_logits, teacher_logits, *, beta=0.5, denominator=None):
     """L_top of paper A (beta 1/2): the sum of token_divergence / denominator, a scalar."""
-    divergence = token_divergence(
-        student_logits, teacher_logits, beta=beta, temperature=temperature
-    )
-    return _mean(divergence, denominator)
+    return _mean(token_divergence(student_logits, teacher_logits, beta=beta), denominator)
 
 
 def shared_logits(student_logits, teacher_logits, student_ids, teacher_ids):
@@ -145,7 +142,7 @@ def cross_entropy(logits, labels, *, denominator=None):
     if len(labels) != len(logits):              # gather would take the first rows without a word
         raise ValueError(f"{len(labels)} labels for {len(logits)} rows of logits")
     counted = labels != IGNORE
-    log_q = _log_softmax(logits, temperature=1.0)                   # [tokens, vocab]
+    log_q = _log_softmax(logits)                                    # [tokens, vocab]
     labels = labels.masked_fill(~counted, 0)
     picked = log_q.gather(-1, labels[:, None])[:, 0]                # [tokens]
     return _mean(-picked[counted], denominator)
@@ -344,6 +341,6 @@ def cord(
         rollouts = len(lengths) if denominator is None else denominator
         loss = loss + _mean(weight * divergence, rollouts)
         kl[carries_kl] = divergence.detach()
-        log_q_all = _log_softmax(kl_logits.detach(), 1.0)                   # [kl tokens, vocab]
+        log_q_all = _log_softmax(kl_logits.detach())                        # [kl tokens, vocab]
         entropy[carries_kl] = -(log_q_all.exp() * log_q_all).sum(-1)
     return loss, kl, log_q.detach(), entropy
